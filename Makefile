@@ -1,0 +1,76 @@
+# Rackless: the two commands of a newcomer are `make testbed` and `make test`; the rest are chores.
+# Every target sets up what it needs first (scripts/setup: distribution packages, .venv) and is safe to repeat.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.ONESHELL:
+.SHELLFLAGS := -euo pipefail -c
+.PHONY: help setup testbed test test-unit test-rack images lint bench up down clean lock
+
+# Namespaces, bridges and taps need root: when we are not, sudo runs the command (and only the command).
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
+RACKLESS := $(SUDO) .venv/bin/rackless
+PYTEST := $(SUDO) .venv/bin/python -m pytest
+
+# A rack file, for up and down; without one racks/default.yml is meant.
+RACK ?=
+# Extra arguments for pytest: make test-unit ARGS='-k doctor'
+ARGS ?=
+
+help: ## list the targets (this is the default)
+	@echo 'usage: make TARGET'
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  \1\t\2/p' Makefile | expand -t 14
+
+setup: ## install what is missing: distribution packages, then Python packages into .venv
+	@scripts/setup
+
+testbed: setup ## fresh machine -> a running default rack, a demo job on it, and commands to try next
+	@$(RACKLESS) doctor
+	$(RACKLESS) image build
+	$(RACKLESS) up $(RACK)
+	$(RACKLESS) demo
+	$(RACKLESS) status
+	cat <<-EOF
+
+	The rack is running. Try next:
+	  $(RACKLESS) ssh pb0                 # look around in a blade
+	  $(RACKLESS) run --on pb0 -- sort --version   # run a program on a processor blade
+	  make down                                # take the rack down again
+	EOF
+
+test: setup ## fresh machine -> every test: unit first, then on real blades
+	@$(PYTEST) tests/unit tests/rack $(ARGS)
+
+test-unit: setup ## the tests that need no blade (under a minute)
+	@$(PYTEST) tests/unit $(ARGS)
+
+test-rack: setup ## the tests on real blades (minutes; root)
+	@$(PYTEST) tests/rack $(ARGS)
+
+images: setup ## build the blades' images (cached by content)
+	@$(RACKLESS) image build
+
+lint: setup ## ruff and mypy --strict
+	@.venv/bin/ruff check .
+	.venv/bin/mypy
+
+bench: setup ## run an experiment: make bench NAME=... (JSON and plots in out/)
+	@test -n "$(NAME)" || { echo 'which experiment? make bench NAME=..., one of:'; ls experiments; exit 2; } >&2
+	$(RACKLESS) bench $(NAME)
+
+up: setup ## bring the rack up: make up [RACK=racks/NAME.yml]
+	@$(RACKLESS) up $(RACK)
+
+down: setup ## take the rack down: make down [RACK=racks/NAME.yml]
+	@$(RACKLESS) down $(RACK)
+
+clean: ## remove what was made in this tree: .venv, caches, out/ (images and racks stay: rackless gc, make down)
+	@$(SUDO) rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis out *.egg-info
+	find . -name __pycache__ -not -path './.git/*' -prune -exec $(SUDO) rm -rf {} +
+
+lock: setup ## resolve pyproject.toml again into requirements.lock
+	@.venv/bin/python -m pip install --quiet uv
+	.venv/bin/uv pip compile --quiet --universal --upgrade --python-version 3.11 --fork-strategy fewest \
+	  --extra dev --extra build --custom-compile-command 'make lock' --no-emit-index-url --no-emit-find-links \
+	  --output-file requirements.lock pyproject.toml
+	sed -n '/^[a-z]/p' requirements.lock | wc -l | sed 's/$$/ packages pinned/'

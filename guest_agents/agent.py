@@ -1,0 +1,98 @@
+"""One agent per blade: puts identity, fabric, membership and the monitors of its kind together."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+from guest_agents import control, disk, fabric, identity, version
+from guest_agents.identity import Identity
+from guest_agents.membership import Manager, Membership
+
+log = logging.getLogger("rackless.agent")
+
+# The monitors of each kind; a new kind of blade is a line here and a module with `handlers(config)`.
+MONITORS: dict[str, tuple[str, ...]] = {
+    "manager": (),
+    "processor": (),
+    "memory": (),
+    "storage": (),
+}
+_READY_SECONDS = 120.0
+
+
+def preload() -> None:
+    """Import all monitors now, in the template, and not after a restore: it costs seconds without KVM."""
+    for modules in MONITORS.values():
+        for module in modules:
+            importlib.import_module(module)
+
+
+def take_identity(request: dict[str, Any]) -> dict[str, Any]:
+    """Become the blade the host says, and come up. Returns when the agent has joined and its RDMA link is active."""
+    identity.reseed(bytes.fromhex(request["entropy"]))
+    identity.set_clock(request["epoch_ns"])
+    mine = Identity.of(request)
+    identity.write_files(mine)
+    agent = Agent(mine)
+    agent.start()
+    identity.save(mine)
+    if not agent.membership.joined.wait(_READY_SECONDS):
+        raise control.ControlError(f"{mine.name} did not join the manager at {mine.manager}", "is the manager up?")
+    return agent.status({})
+
+
+class Agent:
+    """The running agent of an identified blade."""
+
+    def __init__(self, mine: Identity) -> None:
+        self.identity = mine
+        self.secret = bytes.fromhex(mine.secret)
+        self.started = time.monotonic()
+        about = {"name": mine.name, "kind": mine.kind, "address": mine.fabric["address"],
+                 "management": mine.management["address"]}  # fmt: skip
+        self.membership = Membership((mine.manager, control.PORT), self.secret, about)
+
+    def start(self) -> None:
+        """Bring the networks up, serve, join. Raises TimeoutError when a network card is missing."""
+        mine = self.identity
+        fabric.configure(mine.management, mine.fabric, time.monotonic() + _READY_SECONDS)
+        fabric.shape(mine.link)
+        if mine.disk:
+            disk.mount()
+        handlers: dict[str, control.Handler] = {
+            "agent.status": self.status,
+            "agent.update": self._update,
+        }
+        if mine.kind == "manager":
+            handlers |= Manager().handlers()
+        for module in MONITORS[mine.kind]:
+            handlers |= importlib.import_module(module).handlers(self)
+        control.Server(("0.0.0.0", control.PORT), self.secret, handlers).start()
+        threading.Thread(target=identity.start_ssh, name="ssh", daemon=True).start()
+        self.membership.start()
+        log.info("%s of kind %s serves rack %s", mine.name, mine.kind, mine.rack)
+
+    def status(self, _request: control.Message) -> control.Message:
+        """Health of this blade as `rackless status` shows it."""
+        return {
+            "name": self.identity.name,
+            "kind": self.identity.kind,
+            "version": version.VERSION,
+            "joined": self.membership.joined.is_set(),
+            "node_id": self.membership.node_id,
+            "rdma": fabric.rdma_state(),
+            "uptime_seconds": round(time.monotonic() - self.started, 1),
+            "monitors": [module.split(".")[-2] for module in MONITORS[self.identity.kind]],
+        }
+
+    def _update(self, request: control.Message) -> control.Message:
+        """The host changed what can change while the blade runs."""
+        fabric.shape(request["link"])
+        self.identity = replace(self.identity, link=request["link"], excache=request["excache"])
+        identity.save(self.identity)
+        return {}

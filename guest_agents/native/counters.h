@@ -1,0 +1,36 @@
+/* Counters of one program, a file <job>/<pid>.counters that outlives it; the process monitor adds them up.
+ * Read in Python by guest_agents/splitkernel/process/counters.py: same order, all little-endian u64. */
+#ifndef RACKLESS_COUNTERS_H
+#define RACKLESS_COUNTERS_H
+
+#include <stdint.h>
+
+enum { COUNTERS_MAGIC = 0x31544e43, COUNTERS_BLADES = 16, COUNTERS_NAME = 32 };
+
+struct blade_counters {
+    char name[COUNTERS_NAME];
+    uint64_t misses, flushes, bytes_in, bytes_out;
+};
+
+struct counters {
+    uint64_t magic;
+    uint64_t excache_bytes;
+    uint64_t managed;           /* 1 once the program has outgrown its ExCache */
+    uint64_t misses;            /* faults that a memory blade had to answer */
+    uint64_t flushes;           /* dirty pages written to a memory blade */
+    uint64_t zero_fills;        /* pages given as zeros, without asking anyone */
+    uint64_t piggybacks;        /* misses whose READ was posted together with flushes to the same blade */
+    uint64_t evictions;         /* pages taken out of the program's sight */
+    uint64_t buffer_hits;       /* faults answered by the line buffer (the victim cache) */
+    uint64_t write_faults;      /* first writes to clean pages */
+    uint64_t reads, writes;     /* work requests posted */
+    uint64_t zero_drops;        /* evicted pages that were all zeros and never needed a blade */
+    uint64_t bytes_in, bytes_out;
+    uint64_t pages_touched;     /* peak of pages with contents: the working set */
+    uint64_t forks;
+    uint64_t regions;           /* vRegions held */
+    uint64_t blades;
+    struct blade_counters blade[COUNTERS_BLADES];
+};
+
+#endif

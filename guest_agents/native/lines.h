@@ -1,0 +1,108 @@
+/* The ExCache of one program: which pages are mapped, which wait in the line buffer, which live on memory blades.
+ *
+ * Replacement is first-in first-out over the mapped pages (LegoOS found FIFO best, legoos.md 1.3) with a second
+ * chance: an evicted page moves into the *line buffer*, registered memory that serves as victim cache and as the
+ * source of RDMA WRITEs. A page touched again while it is there comes back with a local copy; together the two
+ * queues approximate LRU (the segmented FIFO of VAX/VMS). Dirty pages leave the buffer in batches, because remote
+ * paging costs per round trip and not per byte (paging.md). Mapped pages and buffer together are the ExCache's size.
+ *
+ * Where a page goes is fixed: vRegion (4 MiB) number of its address -> (memory blade, address there).
+ * Nothing here is thread-safe: callers hold the pager's lock.
+ */
+#ifndef RACKLESS_LINES_H
+#define RACKLESS_LINES_H
+
+#include "arena.h"
+#include "counters.h"
+#include "fabric.h"
+#include "monitor.h"
+
+enum {
+    REGION_PAGES = 1024,        /* a vRegion: 4 MiB */
+    RUN_PAGES = 32,             /* most pages per READ, and per zero-fill */
+    FLUSH_PAGES = 64,           /* most pages per flush of one blade */
+    FLUSH_BATCHES = 8,          /* flushes in flight */
+};
+
+enum page_state {
+    UNTOUCHED,                  /* reads as zeros */
+    MAPPED,                     /* in the program's page table */
+    BUFFERED,                   /* in the line buffer */
+    REMOTE,                     /* at its memory blade only */
+    STATE_MASK = 3,
+    DIRTY = 4,                  /* differs from the copy at the memory blade */
+    STORED = 8,                 /* the memory blade has a copy (perhaps old) */
+};
+
+enum slot_state { SLOT_FREE, SLOT_CLEAN, SLOT_DIRTY, SLOT_FLUSHING };
+
+struct slot {
+    uint32_t page;              /* NO_OWNER once the page left or was dropped during its flush */
+    uint8_t state;
+};
+#define NO_OWNER UINT32_MAX
+
+struct batch {
+    uint32_t count;
+    uint32_t slot[FLUSH_PAGES];
+};
+
+struct lines {
+    struct arena *arena;
+    int uffd;
+    uint8_t *state;             /* enum page_state | flags, per page */
+    uint32_t *where;            /* MAPPED: position in `queue`; BUFFERED: slot */
+
+    uint32_t *queue;            /* mapped pages, oldest first; entries may be stale */
+    size_t head, tail, queue_mask;
+    size_t mapped, max_mapped;
+    size_t contents;            /* pages that are not UNTOUCHED */
+
+    char *landing;              /* RUN_PAGES pages: READs land here; registered like the buffer */
+    char *buffer;
+    struct slot *slots;
+    size_t nslots, hand, dirty_slots;
+    struct batch batch[FLUSH_BATCHES];
+    unsigned free_batches;      /* bit set: batch is free */
+
+    struct fabric fabric;
+    struct fabric_link link[COUNTERS_BLADES];
+    struct monitor monitor;
+    struct region *region;
+    size_t regions;
+
+    bool landed;                /* the READ in flight has completed */
+    size_t next_zero, zero_run; /* sequential zero-fills: next page expected, length of the last run */
+    size_t next_fetch, fetch_run;
+    struct counters *count;
+
+    /* Called with a page's contents when it comes in from afar, before the program can change it. */
+    void (*on_arrival)(struct lines *lines, size_t page, const char *data);
+    /* Called when the kernel refuses because a fork is under way: read its event. */
+    void (*on_busy)(struct lines *lines);
+};
+
+/* Take over `arena`: everything present in it now becomes MAPPED and dirty. 0, or a negative errno. */
+int lines_init(struct lines *lines, struct arena *arena, int uffd, size_t excache_pages);
+
+/* Answer a missing-page fault, or a write to a clean (write-protected) page. */
+void lines_miss(struct lines *lines, size_t page, bool write);
+void lines_write(struct lines *lines, size_t page);
+
+/* Forget pages. Their memory is returned to the kernel. */
+void lines_drop(struct lines *lines, size_t page, size_t count);
+
+/* Write every dirty page of the buffer to its blade and wait for it. */
+void lines_flush_all(struct lines *lines);
+
+/* Contents of a page that is BUFFERED or REMOTE, valid until the next call. */
+const char *lines_peek(struct lines *lines, size_t page);
+
+/* Copy `count` pages into a (perhaps another) address space; write-protected if `clean`. 0, or an errno
+ * (EEXIST: some page was there already and stays as it is; ESRCH: the address space has gone). */
+int lines_install(struct lines *lines, int uffd, size_t page, const char *data, size_t count, bool clean);
+
+/* One line on standard error, then the end of the process: its memory is no longer whole. */
+_Noreturn void lines_die(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+#endif

@@ -1,0 +1,85 @@
+"""`rackless run`: an unmodified program on a processor blade, its memory and files on other blades."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.common import CurrentRack, RackOption, complete_blade, current_rack
+from orchestrator.errors import RacklessError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the main app."""
+    # As with ssh and env, options after the program's name are the program's.
+    app.command("run", context_settings={"allow_interspersed_args": False})(run)
+
+
+def run(
+    command: Annotated[list[str], typer.Argument(metavar="[--] CMD...", help="Program and its arguments.")],
+    on: Annotated[
+        str,
+        typer.Option(
+            "--on", metavar="BLADE", help="Processor blade to run on.", autocompletion=complete_blade
+        ),
+    ],
+    excache: Annotated[
+        str | None, typer.Option(metavar="SIZE", help='Local memory of the program, such as "16 MiB".')
+    ] = None,
+    stats: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the run's counters here, as JSON.")
+    ] = None,
+    rack: RackOption = None,
+) -> None:
+    """Run an unmodified program on a processor blade.
+
+    Its stdin, stdout, stderr and exit code are yours. It starts in /vnode, where the files of the storage
+    blades are; its memory beyond the ExCache is on the memory blades.
+    """
+    from orchestrator.remote_run import Job, run_job
+    from orchestrator.ssh.shared import open_shared_connection
+
+    size = parse_excache(excache)
+    if stats is not None:
+        check_writable(stats)
+    current = current_rack(rack)
+    address = processor_address(current, on)
+    ssh_config = current.ssh_config()
+    open_shared_connection(current.paths, ssh_config, on, address)
+    raise typer.Exit(run_job(Job(("ssh", "-F", str(ssh_config)), on, command, size, stats)))
+
+
+def parse_excache(text: str | None) -> int | None:
+    """Return the bytes of --excache. Raises RacklessError if it is not a size."""
+    from orchestrator.units import parse_size
+
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as error:
+        raise RacklessError(f"--excache: {error}") from error
+
+
+def check_writable(path: Path) -> None:
+    """Raise RacklessError if a file cannot be written at `path`: better before the run than after it."""
+    folder = path.parent
+    if path.is_dir():
+        raise RacklessError(f"--stats: {path} is a folder", hint=f"write for example {path}/stats.json")
+    if not folder.is_dir():
+        raise RacklessError(f"--stats: there is no folder {folder}", hint=f"mkdir -p {folder}")
+    if not os.access(folder, os.W_OK):
+        raise RacklessError(f"--stats: cannot write into {folder}")
+
+
+def processor_address(current: CurrentRack, name: str) -> str:
+    """Return the management address of a running processor blade. Raises RacklessError if it is not one."""
+    blade = current.blade(name)
+    if blade.kind != "processor":
+        processors = sorted(spec.name for spec in current.running().values() if spec.kind == "processor")
+        there = ", ".join(processors) or "this rack has none that is up"
+        raise RacklessError(
+            f"{name} is a {blade.kind} blade: it runs no programs", hint=f"processor blades: {there}"
+        )
+    return blade.mgmt_address

@@ -1,0 +1,176 @@
+"""A libvirtd and a virtlogd of the rack's own, in a mount and a network namespace, with no systemd.
+
+The daemons see private folders at libvirt's usual places (/etc, /run, /var/lib, /var/log), so the host's own libvirt
+and other racks are not touched. They are entered with ``nsenter --net`` and not ``ip netns exec``, which mounts /sys
+anew and so hides the cgroups. They outlive the command that started them, and the domains outlive them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.errors import RacklessError
+from orchestrator.network import namespace
+from orchestrator.settings import RackPaths
+from orchestrator.templates import render
+
+if TYPE_CHECKING:
+    import libvirt
+
+PRIVATE = "private"
+_ACCOUNT = "libvirt-qemu"
+_START_SECONDS = 60.0  # the first start on a host probes every QEMU binary: 8 to 12 s
+_STOP_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Daemon:
+    """Files of a rack's private daemons."""
+
+    run: Path
+    lib: Path
+    log: Path
+    etc: Path
+    cache: Path
+
+    @classmethod
+    def of(cls, paths: RackPaths) -> Daemon:
+        """The daemons' files of a rack. Sockets go under the run folder: their paths must stay below 108 bytes."""
+        own = paths.root / "libvirt"
+        return cls(
+            run=paths.settings.run_dir / paths.name / "libvirt",
+            lib=own / "lib",
+            log=own / "log",
+            etc=own / "etc",
+            cache=paths.settings.cache_dir / "libvirt",
+        )
+
+    @property
+    def socket(self) -> Path:
+        return self.run / "libvirt-sock"
+
+    @property
+    def pids(self) -> dict[str, Path]:
+        return {"virtlogd": self.run / "virtlogd.pid", "libvirtd": self.run / "libvirtd.pid"}
+
+
+@contextmanager
+def connection(paths: RackPaths, start: bool = False) -> Iterator[libvirt.virConnect | None]:
+    """A libvirt connection for the rack, closed at the end; None when its daemon does not run and ``start`` is false."""
+    import libvirt
+
+    libvirt.registerErrorHandler(lambda _context, _error: None, None)  # or libvirt prints every error by itself
+    uri = paths.settings.libvirt_uri
+    if uri == PRIVATE:
+        daemon = Daemon.of(paths)
+        if not running(daemon.pids["libvirtd"]) and not start:
+            yield None
+            return
+        ensure(paths)
+        uri = f"qemu:///system?socket={daemon.socket}"
+    try:
+        opened = libvirt.open(uri)
+    except libvirt.libvirtError as error:
+        raise RacklessError(f"cannot reach libvirt at {uri}: {error}", hint="check RACKLESS_LIBVIRT_URI") from error
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def ensure(paths: RackPaths) -> None:
+    """Start the rack's daemons unless they run. The rack's namespace must be there."""
+    daemon = Daemon.of(paths)
+    if running(daemon.pids["libvirtd"]) and running(daemon.pids["virtlogd"]) and daemon.socket.exists():
+        return
+    for folder in (daemon.run, daemon.lib, daemon.log, daemon.etc, daemon.cache):
+        folder.mkdir(parents=True, exist_ok=True)
+    log = daemon.log / "libvirtd.log"
+    (daemon.etc / "qemu.conf").write_text(render("qemu.conf.j2"))
+    (daemon.etc / "libvirtd.conf").write_text(render("libvirtd.conf.j2", log="/var/log/libvirt/libvirtd.log"))
+    mounts = {"/etc/libvirt": daemon.etc, "/run/libvirt": daemon.run, "/var/lib/libvirt": daemon.lib,
+              "/var/log/libvirt": daemon.log, "/var/cache/libvirt": daemon.cache}  # fmt: skip
+    for place in mounts:
+        Path(place).mkdir(parents=True, exist_ok=True)
+    mounts |= _accounts(daemon)
+    script = ["set -e", *(f"mount --bind '{source}' {place}" for place, source in mounts.items())]
+    for name, pid in daemon.pids.items():
+        if not running(pid):
+            script.append(f"{_program(name)} --daemon --pid-file '{pid}'")
+    command = ["nsenter", f"--net={namespace.NAMED / namespace.name_of(paths.name)}",
+               "unshare", "--mount", "--propagation", "private", "sh", "-c", "\n".join(script)]  # fmt: skip
+    # A terminal's Ctrl-C must not reach daemons that outlive this command.
+    done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+    if done.returncode:
+        raise RacklessError(f"libvirtd did not start: {done.stderr.strip() or 'no output'}",
+                            hint="run `rackless doctor`", log=log)  # fmt: skip
+    deadline = time.monotonic() + _START_SECONDS
+    while not daemon.socket.exists() or not running(daemon.pids["libvirtd"]):
+        if time.monotonic() > deadline:
+            raise RacklessError(f"libvirtd did not open its socket within {_START_SECONDS:.0f} s",
+                                hint="run `rackless doctor`", log=log)  # fmt: skip
+        time.sleep(0.02)
+
+
+def stop(paths: RackPaths) -> None:
+    """End the rack's daemons and remove their files. Domains that still run are not touched."""
+    daemon = Daemon.of(paths)
+    for pid_file in reversed(daemon.pids.values()):
+        pid = running(pid_file)
+        if pid is None:
+            continue
+        os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while running(pid_file) == pid:
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+                break
+            time.sleep(0.01)
+    for folder in (daemon.run, daemon.etc.parent):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def running(pid_file: Path) -> int | None:
+    """The process a pid file names when it lives and is that daemon (pids are reused after a reboot), else None."""
+    try:
+        pid = int(pid_file.read_text())
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (OSError, ValueError):
+        return None
+    return pid if pid_file.stem.encode() in command and os.fsencode(pid_file) in command else None
+
+
+def _accounts(daemon: Daemon) -> dict[str, Path]:
+    """Mounts that give the daemons the accounts they were compiled to look for.
+
+    libvirtd does not start without them, although qemu.conf names root; Debian makes them in a package that would also
+    start a libvirtd of the host's.
+    """
+    additions = {"/etc/passwd": f"{_ACCOUNT}:x:64055:64055::/:/usr/sbin/nologin",
+                 "/etc/group": f"{_ACCOUNT}:x:64055:\nkvm:x:64056:"}  # fmt: skip
+    mounts = {}
+    for place, lines in additions.items():
+        known = Path(place).read_text()
+        missing = [line for line in lines.splitlines() if f"\n{line.split(':')[0]}:" not in f"\n{known}"]
+        if missing:
+            mounts[place] = daemon.etc / Path(place).name
+            mounts[place].write_text(known.rstrip("\n") + "\n" + "\n".join(missing) + "\n")
+    return mounts
+
+
+def _program(name: str) -> str:
+    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
+    if found is None:
+        raise RacklessError(f"{name} is missing", hint="apt-get install libvirt-daemon, or run `make testbed`")
+    return found
+
+

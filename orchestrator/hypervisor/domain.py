@@ -1,0 +1,143 @@
+"""Blades as libvirt domains. What must survive a crash of the orchestrator is in the domain's ``<metadata>``."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape
+
+import libvirt
+
+from orchestrator.errors import RacklessError
+from orchestrator.image.build import Image
+from orchestrator.templates import render
+
+NAMESPACE = "urn:rackless:blade:1"
+PMEM_ROOM = 64 << 30  # address space kept free for persistent memory that is plugged in later
+_PERIOD_US = 100_000
+
+STATES = {
+    libvirt.VIR_DOMAIN_RUNNING: "running",
+    libvirt.VIR_DOMAIN_BLOCKED: "running",
+    libvirt.VIR_DOMAIN_PAUSED: "paused",
+    libvirt.VIR_DOMAIN_PMSUSPENDED: "paused",
+    libvirt.VIR_DOMAIN_CRASHED: "crashed",
+}
+
+
+@dataclass(frozen=True)
+class Guest:
+    """What a domain is made from: the parts that a template fixes (image, memory, cpus) and a clone's own."""
+
+    name: str
+    memory: int  # bytes
+    cpus: int
+    console_socket: Path
+    console_log: Path
+    agent_socket: Path
+    metadata: dict[str, Any]
+
+
+def domain_name(rack: str, blade: str) -> str:
+    """Unique on a host also when several racks share one cgroup tree."""
+    return f"{rack}.{blade}"
+
+
+def domain_xml(guest: Guest, image: Image, accelerator: str, emulator: str) -> str:
+    """The domain XML of a blade that boots (a restored one takes it from its template; see template.py)."""
+    return render(
+        "domain.xml.j2",
+        name=guest.name,
+        uuid=uuid.uuid4(),
+        namespace=NAMESPACE,
+        metadata=json.dumps(guest.metadata),
+        memory=guest.memory,
+        pmem_room=PMEM_ROOM,
+        cpus=guest.cpus,
+        image=image,
+        emulator=emulator,
+        domain_type="kvm" if accelerator == "kvm" else "qemu",
+        cpu_mode="host-passthrough" if accelerator == "kvm" else "maximum",
+        console_socket=guest.console_socket,
+        console_log=guest.console_log,
+        agent_socket=guest.agent_socket,
+    )
+
+
+def owned(conn: libvirt.virConnect, rack: str) -> dict[str, tuple[libvirt.virDomain, str, dict[str, Any]]]:
+    """Domains of the rack by name of blade: domain, state, metadata. Domains without our mark are not ours."""
+    found = {}
+    for domain in conn.listAllDomains():
+        try:
+            text = domain.metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, NAMESPACE)
+            state = STATES.get(domain.state()[0], "off")
+        except libvirt.libvirtError:
+            continue  # not ours, or gone since the listing
+        metadata = json.loads(ElementTree.fromstring(text).text or "{}")
+        if metadata.get("rack") == rack:
+            found[metadata["blade"]] = (domain, state, metadata)
+    return found
+
+
+def write_metadata(domain: libvirt.virDomain, metadata: dict[str, Any]) -> None:
+    """Replace the metadata of a running domain."""
+    text = f"<blade>{escape(json.dumps(metadata))}</blade>"
+    domain.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, text, "rackless", NAMESPACE, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+
+
+def destroy(domain: libvirt.virDomain) -> None:
+    """Cut the power. Nothing when it is off already."""
+    try:
+        domain.destroy()
+    except libvirt.libvirtError as error:
+        gone = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
+        if error.get_error_code() not in gone:
+            raise RacklessError(f"cannot stop {domain.name()}: {error}") from error
+
+
+def attach_nic(domain: libvirt.virDomain, mac: str, bridge: str, tap: str, mtu: int) -> None:
+    """Plug in a network card whose tap is a port of ``bridge``."""
+    _attach(domain, render("interface.xml.j2", mac=mac, bridge=bridge, tap=tap, mtu=mtu))
+
+
+def attach_disk(domain: libvirt.virDomain, path: Path, iops: int | None, bandwidth: int | None) -> None:
+    """Plug in the data disk, limited to ``iops`` and ``bandwidth`` (bytes/s)."""
+    _attach(domain, render("disk.xml.j2", path=path, iops=iops, bandwidth=bandwidth))
+
+
+def attach_pmem(domain: libvirt.virDomain, path: Path, size: int) -> None:
+    """Plug in persistent memory that lives in the file ``path`` and so survives a power kill."""
+    _attach(domain, render("pmem.xml.j2", path=path, size=size))
+
+
+def limit_disk(domain: libvirt.virDomain, iops: int | None, bandwidth: int | None) -> None:
+    """Change the limits of the data disk; None lifts one."""
+    domain.setBlockIoTune("vdc", {"total_bytes_sec": bandwidth or 0, "total_iops_sec": iops or 0},
+                          libvirt.VIR_DOMAIN_AFFECT_LIVE)  # fmt: skip
+
+
+def limit_cpu(domain: libvirt.virDomain, quota: float | None) -> None:
+    """Limit each virtual CPU to the share ``quota`` (0..1) of a host CPU, by cgroup; None lifts the limit.
+
+    Called when the blade is ready: a limit in force during the boot nearly doubles it.
+    """
+    microseconds = -1 if quota is None else max(1000, round(quota * _PERIOD_US))
+    domain.setSchedulerParametersFlags({"vcpu_period": _PERIOD_US, "vcpu_quota": microseconds},
+                                       libvirt.VIR_DOMAIN_AFFECT_LIVE)  # fmt: skip
+
+
+def explain(action: str, call: Callable[[], Any]) -> Any:
+    """Run a libvirt call; its error becomes one line that says what was tried."""
+    try:
+        return call()
+    except libvirt.libvirtError as error:
+        raise RacklessError(f"cannot {action}: {error}") from error
+
+
+def _attach(domain: libvirt.virDomain, xml: str) -> None:
+    domain.attachDeviceFlags(xml, libvirt.VIR_DOMAIN_AFFECT_LIVE)

@@ -1,0 +1,89 @@
+"""A content-addressed store of built things: whole entries appear at once, or not at all.
+
+An entry is a folder ``NAME`` (it ends in a content hash) that holds files and a manifest ``entry.json`` with the size, SHA-256 and
+modification time of each. It is filled under a temporary name while a lock on its key is held, and renamed when it is
+complete, so two builders do not collide and an interrupted one leaves nothing that looks built. A file whose size or
+time differs from the manifest is read again in full; a wrong digest means the entry is corrupt and is built again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MANIFEST = "entry.json"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on ``path`` (made if missing) for the time of the block."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def obtain(cache: Path, name: str, build: Callable[[Path], None]) -> Path:
+    """The entry ``name`` under ``cache``; calls ``build(folder)`` to fill it when it is missing or corrupt."""
+    entry = cache / name
+    if verify(entry):
+        return entry
+    with locked(cache / f".{name}.lock"):
+        if verify(entry):  # somebody else built it while we waited
+            return entry
+        for leftover in cache.glob(f".{name}.tmp*"):  # only an interrupted builder leaves one: we hold the lock
+            shutil.rmtree(leftover)
+        shutil.rmtree(entry, ignore_errors=True)
+        work = cache / f".{name}.tmp{os.getpid()}"
+        work.mkdir(parents=True)
+        try:
+            build(work)
+            _write_manifest(work)
+            work.rename(entry)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+    return entry
+
+
+def verify(entry: Path, thorough: bool = False) -> bool:
+    """Is the entry complete and unchanged? ``thorough`` reads every byte; otherwise only files that look touched."""
+    try:
+        manifest = json.loads((entry / MANIFEST).read_text())
+        for name, want in manifest["files"].items():
+            stat = (entry / name).stat()
+            if stat.st_size != want["size"]:
+                return False
+            touched = stat.st_mtime_ns != want["mtime_ns"]
+            if (thorough or touched) and _sha256(entry / name) != want["sha256"]:
+                return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return True
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        stat = file.stat()
+        files[str(file.relative_to(folder))] = {
+            "size": stat.st_size,
+            "mtime_ns": stat.st_mtime_ns,
+            "sha256": _sha256(file),
+        }
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
+    for file in folder.rglob("*"):  # a power cut after the rename must not leave an entry with holes
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

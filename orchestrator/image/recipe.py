@@ -1,0 +1,85 @@
+"""Recipes: what a blade image is made of, as data in ``images/NAME/recipe.yml``."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from orchestrator.errors import RacklessError
+
+PROJECT = Path(__file__).resolve().parents[2]
+IMAGES = PROJECT / "images"
+AGENTS = PROJECT / "guest_agents"
+
+
+class Flavour(BaseModel):
+    """What a flavour adds to its recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    packages: tuple[str, ...] = ()
+
+
+class Recipe(BaseModel):
+    """One image recipe; see images/debian13/recipe.yml for the meaning of each field."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    suite: str
+    architecture: str
+    kernel: str
+    packages: tuple[str, ...]
+    flavours: dict[str, Flavour]
+    modules: tuple[str, ...]
+    initramfs_modules: tuple[str, ...]
+    drop: tuple[str, ...]
+    cmdline: str
+
+    @property
+    def folder(self) -> Path:
+        """Where the recipe and its files live."""
+        return IMAGES / self.name
+
+    def packages_of(self, flavour: str) -> tuple[str, ...]:
+        """All packages of a flavour, kernel included, sorted."""
+        if flavour not in self.flavours:
+            known = ", ".join(self.flavours)
+            raise RacklessError(f"image {self.name} has no flavour {flavour!r}", hint=f"choose one of: {known}")
+        return tuple(sorted({self.kernel, *self.packages, *self.flavours[flavour].packages}))
+
+
+def load(name: str) -> Recipe:
+    """The recipe called ``name``; RacklessError when there is none or it is not valid."""
+    path = IMAGES / name / "recipe.yml"
+    try:
+        return Recipe.model_validate(yaml.safe_load(path.read_text()))
+    except FileNotFoundError:
+        known = ", ".join(sorted(p.parent.name for p in IMAGES.glob("*/recipe.yml")))
+        raise RacklessError(f"there is no image recipe called {name!r}", hint=f"recipes here: {known}") from None
+    except (ValidationError, yaml.YAMLError) as error:
+        first = str(error).splitlines()
+        raise RacklessError(f"{path}: not a valid recipe: {' '.join(first[1:3] or first)}") from None
+
+
+def hash_of(*parts: Any) -> str:
+    """A short content hash (16 hex digits) over strings, paths (names and bytes of a whole tree) and tuples."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            for file in sorted(_files(part)):
+                mode = "x" if file.stat().st_mode & 0o100 else "-"
+                digest.update(f"{file.relative_to(part)}\0{mode}\0".encode())
+                digest.update(file.read_bytes())
+        else:
+            digest.update(repr(part).encode())
+        digest.update(b"\0\0")
+    return digest.hexdigest()[:16]
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    return [p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts and "build" not in p.parts]

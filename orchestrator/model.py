@@ -1,0 +1,293 @@
+"""What a rack file may say, as types.
+
+`Rack.model_validate(data)` takes what a rack file holds, units written out, and gives plain numbers (see
+fields.py); `Rack.model_dump(mode="json")` writes the units again, so it can be loaded back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from ipaddress import IPv4Network
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from orchestrator.fields import (
+    MIB,
+    MTU_FOR_4096,
+    PREFIX_MAX,
+    PREFIX_MIN,
+    BladeKind,
+    BladeName,
+    Cpus,
+    DiskRate,
+    DiskSize,
+    Excache,
+    ImageName,
+    Iops,
+    Latency,
+    LinkRate,
+    Loss,
+    Memory,
+    Mtu,
+    Pmem,
+    Quota,
+    RackName,
+    Subnet,
+    did_you_mean,
+)
+from orchestrator.units import format_duration, format_size
+
+_USUAL_SUBNETS = tuple(IPv4Network(text) for text in ("10.78.0.0/24", "10.79.0.0/24", "192.168.78.0/24"))
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong with a rack, and where: path ("blades", "sb0", "disk")."""
+
+    path: tuple[str, ...]
+    message: str
+
+
+class ProblemsError(ValueError):
+    """Several problems found by one check."""
+
+    def __init__(self, problems: Collection[Problem]) -> None:
+        super().__init__("; ".join(f"{'.'.join(problem.path)}: {problem.message}" for problem in problems))
+        self.problems = tuple(problems)
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Fabric(_Part):
+    """The Soft-RoCE network between the blades."""
+
+    subnet: Subnet = Field(
+        default=IPv4Network("10.77.0.0/24"), description="Addresses of the blades on the fabric."
+    )
+    mtu: Mtu = Field(
+        default=9000, description=f"Largest packet in bytes; below {MTU_FOR_4096} RDMA's own MTU shrinks."
+    )
+
+
+class Management(_Part):
+    """The network for SSH and the agents' control channel; no link or fault touches it."""
+
+    subnet: Subnet = Field(
+        default=IPv4Network("10.78.0.0/24"), description="Addresses for SSH; the last is the host's."
+    )
+
+
+class Disk(_Part):
+    """The disk of a storage blade."""
+
+    size: DiskSize = Field(description="Capacity. Changing it makes a new, empty disk.", examples=["2 GiB"])
+    iops: Iops | None = Field(
+        default=None,
+        description="Most reads and writes per second; without it there is no limit.",
+        examples=[2000],
+    )
+    bandwidth: DiskRate | None = Field(
+        default=None,
+        description="Most bytes per second; without it there is no limit.",
+        examples=["100 MiB/s"],
+    )
+
+
+class Link(_Part):
+    """How good a blade's connection to the fabric is, in each direction."""
+
+    latency: Latency = Field(
+        default=0.0,
+        description="Added to every packet, one way; up to 10 s.",
+        examples=["50 us"],
+        json_schema_extra={"default": "0 us"},
+    )
+    jitter: Latency = Field(
+        default=0.0,
+        description="How far the latency varies either way.",
+        examples=["10 us"],
+        json_schema_extra={"default": "0 us"},
+    )
+    bandwidth: LinkRate | None = Field(
+        default=None, description="Most bits per second; without it there is no limit.", examples=["1 Gbit/s"]
+    )
+    loss: Loss = Field(
+        default=0.0,
+        description="Packets lost, at random; below 100 %.",
+        examples=["0.1 %"],
+        json_schema_extra={"default": "0 %"},
+    )
+
+    @field_validator("jitter")
+    @classmethod
+    def _jitter_within_latency(cls, jitter: float, info: ValidationInfo) -> float:
+        latency = info.data.get("latency")
+        if latency is not None and jitter > latency:
+            raise ValueError(
+                f'"{format_duration(jitter)}" is more than the latency;'
+                f' write at most "{format_duration(latency)}", or a longer latency'
+            )
+        return jitter
+
+
+def _needs_disk(schema: dict[str, Any]) -> None:
+    """Tell editors too that storage blades, and only those, have a disk."""
+    storage = {"properties": {"kind": {"const": "storage"}}, "required": ["kind"]}
+    schema["if"] = storage
+    schema["then"] = {"required": ["disk"]}
+    schema["else"] = {"properties": {"disk": False}}
+
+
+class Blade(_Part):
+    """One virtual machine of the rack."""
+
+    model_config = ConfigDict(json_schema_extra=_needs_disk)
+
+    kind: BladeKind = Field(
+        description="What the blade is: its agent makes it a processor, memory, storage or manager component.",
+        examples=["memory"],
+    )
+    cpus: Cpus = Field(default=1, description="Virtual CPUs.")
+    cpu_quota: Quota | None = Field(
+        default=None,
+        description="Share of each of its CPUs that the blade may use, once it is ready.",
+        examples=["50 %"],
+    )
+    memory: Memory = Field(description="Memory of the virtual machine.", examples=["512 MiB"])
+    excache: Excache | None = Field(
+        default=None,
+        description="Processor blades: how much of `memory` caches pages of memory blades (ExCache).",
+        examples=["64 MiB"],
+    )
+    pmem: Pmem | None = Field(
+        default=None,
+        description="Memory blades: persistent memory beside `memory`; it survives power loss.",
+        examples=["128 MiB"],
+    )
+    disk: Disk | None = Field(default=None, description="Storage blades: their disk.", validate_default=True)
+
+    # These look at fields above their own, and are skipped for what those got wrong: no error hides another.
+
+    @field_validator("excache")
+    @classmethod
+    def _excache_fits(cls, excache: int | None, info: ValidationInfo) -> int | None:
+        kind, memory = info.data.get("kind"), info.data.get("memory")
+        if excache is None:
+            return None
+        if kind not in (None, "processor"):
+            raise ValueError(f"a {kind} blade has no ExCache; remove this line, or write kind: processor")
+        if memory is not None and excache >= memory:
+            raise ValueError(
+                f'"{format_size(excache)}" is not less than the blade\'s memory;'
+                f' write for example "{format_size(max(memory // 4 // MIB, 1) * MIB)}"'
+            )
+        return excache
+
+    @field_validator("pmem")
+    @classmethod
+    def _pmem_on_memory_blades(cls, pmem: int | None, info: ValidationInfo) -> int | None:
+        kind = info.data.get("kind")
+        if pmem is not None and kind not in (None, "memory"):
+            raise ValueError(f"a {kind} blade has no pmem; remove this line, or write kind: memory")
+        return pmem
+
+    @field_validator("disk")
+    @classmethod
+    def _disk_on_storage_blades(cls, disk: Disk | None, info: ValidationInfo) -> Disk | None:
+        kind = info.data.get("kind")
+        if disk is None and kind == "storage":
+            raise ValueError("a storage blade needs a disk; write for example disk: {size: 2 GiB}")
+        if disk is not None and kind not in (None, "storage"):
+            raise ValueError(f"a {kind} blade has no disk; remove this line, or write kind: storage")
+        return disk
+
+
+class Rack(_Part):
+    """A rack: its blades, in the order of the file, and what connects them."""
+
+    name: RackName = Field(description="Name of the rack: 1 to 15 of a-z, 0-9 and -.", examples=["demo"])
+    image: ImageName = Field(
+        default="debian13", description="Recipe in images/ of the blades' root file system."
+    )
+    fabric: Fabric = Field(default=Fabric(), description="The network that RDMA runs on.")
+    management: Management = Field(default=Management(), description="The network for SSH and control.")
+    blades: dict[BladeName, Blade] = Field(
+        description="The blades by name; at least one is a manager.",
+        examples=[{"gm0": {"kind": "manager", "memory": "256 MiB"}}],
+        json_schema_extra={"additionalProperties": False},
+    )
+    links: dict[BladeName, Link] = Field(
+        default={},
+        description="Links that are worse than the host's own, by the name of their blade.",
+        json_schema_extra={"additionalProperties": False},
+    )
+
+    def link(self, blade: str) -> Link:
+        """The link of a blade, whether or not the file mentions one."""
+        return self.links.get(blade, Link())
+
+    @model_validator(mode="after")
+    def _whole_rack(self) -> Rack:
+        kinds = {name: blade.kind for name, blade in self.blades.items()}
+        problems = rack_problems(kinds, self.links, self.fabric.subnet, self.management.subnet)
+        if problems:
+            raise ProblemsError(problems)
+        return self
+
+
+def rack_problems(
+    kinds: Mapping[str, str],
+    links: Collection[str],
+    fabric: IPv4Network | None,
+    management: IPv4Network | None,
+) -> list[Problem]:
+    """What is wrong between the parts of a rack; a None is a part whose own problem is already known."""
+    problems = []
+    if "manager" not in kinds.values():
+        problems.append(
+            Problem(("blades",), "there is no manager; add for example gm0: {kind: manager, memory: 256 MiB}")
+        )
+    for name in links:
+        if name not in kinds:
+            message = f'no blade is named "{name}"; {did_you_mean(name, [*kinds])}'
+            problems.append(Problem(("links", name), message))
+    if fabric is not None and management is not None and fabric.overlaps(management):
+        free = next(subnet for subnet in _USUAL_SUBNETS if not subnet.overlaps(fabric))
+        message = f'"{management}" overlaps the fabric\'s {fabric}; write for example management: {{subnet: {free}}}'
+        problems.append(Problem(("management", "subnet"), message))
+    for part, subnet in (("fabric", fabric), ("management", management)):
+        if subnet is not None and len(kinds) > blade_capacity(subnet):
+            room = blade_capacity(subnet)
+            message = f'"{subnet}" has room for {room} blades, not {len(kinds)}; {_wider(subnet, len(kinds))}'
+            problems.append(Problem((part, "subnet"), message))
+    return problems
+
+
+def first_host(subnet: IPv4Network) -> int:
+    """Host number of the blade with index 0: 10 where there is room, so that low addresses stay free."""
+    return 10 if subnet.num_addresses >= 256 else 1
+
+
+def blade_capacity(subnet: IPv4Network) -> int:
+    """Blades a subnet has addresses for: its last host number belongs to the bridge."""
+    return subnet.num_addresses - 2 - first_host(subnet)
+
+
+def _wider(subnet: IPv4Network, blades: int) -> str:
+    for prefix in range(PREFIX_MAX, PREFIX_MIN - 1, -1):
+        wider = IPv4Network((subnet.network_address, prefix), strict=False)
+        if blade_capacity(wider) >= blades:
+            return f'write "{wider}"'
+    return f"write fewer blades: a /{PREFIX_MIN} is the widest"
+
+
+def warnings(rack: Rack) -> tuple[str, ...]:
+    """What is allowed but probably not meant."""
+    if rack.fabric.mtu < MTU_FOR_4096:
+        return (
+            f"fabric.mtu {rack.fabric.mtu} keeps RDMA packets below 4096 bytes;"
+            f" write {MTU_FOR_4096} or more for the full RDMA MTU",
+        )
+    return ()

@@ -1,0 +1,50 @@
+"""The rack's two bridges: ``mgmt`` for SSH and control, which is never faulted, and ``fabric`` for Soft-RoCE."""
+
+from __future__ import annotations
+
+import os
+from ipaddress import IPv4Network
+
+from pyroute2 import NetNS, netns
+
+from orchestrator.network import namespace
+from orchestrator.spec import host_address
+
+MANAGEMENT = "mgmt"
+FABRIC = "fabric"
+MANAGEMENT_MTU = 1500
+
+
+def ensure(rack: str, management: IPv4Network, fabric_mtu: int) -> None:
+    """Make the namespace and both bridges, or complete what is there."""
+    name = namespace.name_of(rack)
+    if not namespace.exists(rack):
+        netns.create(name)
+    with NetNS(name) as net:
+        net.link("set", index=net.link_lookup(ifname="lo")[0], state="up")
+        for bridge, mtu in ((MANAGEMENT, MANAGEMENT_MTU), (FABRIC, fabric_mtu)):
+            if not net.link_lookup(ifname=bridge):
+                net.link("add", ifname=bridge, kind="bridge")
+            # No spanning tree: a port forwards at once. The MTU sticks only when it is set, not taken from ports.
+            net.link("set", index=net.link_lookup(ifname=bridge)[0], mtu=mtu, state="up", br_stp_state=0)
+        index = net.link_lookup(ifname=MANAGEMENT)[0]
+        address = str(host_address(management))
+        present = {a.get_attr("IFA_ADDRESS") for a in net.get_addr(index=index, family=2)}
+        if address not in present:
+            for old in present:
+                net.addr("delete", index=index, address=old, prefixlen=management.prefixlen)
+            net.addr("add", index=index, address=address, prefixlen=management.prefixlen)
+
+
+def taps(rack: str) -> set[str]:
+    """Names of the interfaces in the rack's namespace."""
+    if not namespace.exists(rack):
+        return set()
+    with NetNS(namespace.name_of(rack), flags=os.O_RDONLY) as net:
+        return {str(link.get_attr("IFLA_IFNAME")) for link in net.get_links()}
+
+
+def remove(rack: str) -> None:
+    """Remove the namespace and with it all that is in it; nothing when there is none."""
+    if namespace.exists(rack):
+        netns.remove(namespace.name_of(rack))

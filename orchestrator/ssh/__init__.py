@@ -1,0 +1,1 @@
+"""SSH between the host and the blades: keys, generated ssh_config, sessions."""
