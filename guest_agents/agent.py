@@ -61,6 +61,7 @@ class Agent:
         """Bring the networks up, serve, join. Raises TimeoutError when a network card is missing."""
         mine = self.identity
         fabric.configure(mine.management, mine.fabric, time.monotonic() + _READY_SECONDS)
+        log.info("networks are up after %.1f s", time.monotonic() - self.started)
         fabric.shape(mine.link)
         if mine.disk:
             disk.mount()

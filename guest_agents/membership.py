@@ -115,5 +115,7 @@ class Membership:
                 self.node_id = reply["node_id"]
             known = reply.get("known", True)
             if known:
+                if not self.joined.is_set():
+                    log.info("joined as node %d", self.node_id)
                 self.joined.set()
                 time.sleep(HEARTBEAT_SECONDS)

@@ -237,8 +237,7 @@ def _together(
         name, error = failures[0]
         tail = console(name) if console else ""
         more = f" ({len(failures) - 1} more blades failed)" if len(failures) > 1 else ""
-        shown = f"\nlast lines of its console:\n{tail}" if tail else ""
-        raise RacklessError(f"{error.message}{more}{shown}", hint=error.hint, log=error.log) from error
+        raise RacklessError(f"{error.message}{more}", hint=error.hint, log=error.log, detail=tail) from error
 
 
 def _observe(conn: libvirt.virConnect, rack: str) -> dict[str, Observed]:

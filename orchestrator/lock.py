@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from orchestrator.errors import RacklessError
 from orchestrator.settings import RackPaths
@@ -22,10 +23,10 @@ def hold(paths: RackPaths) -> Iterator[None]:
 
     The kernel lets go of it when the holder dies, also by kill -9.
     """
-    folder = paths.settings.state_dir / "locks"  # outside the rack's folder, which `down` removes
-    folder.mkdir(parents=True, exist_ok=True)
+    path = _file(paths)
+    path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + paths.settings.lock_seconds
-    with (folder / paths.name).open("a+") as file:
+    with path.open("a+") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -43,6 +44,22 @@ def hold(paths: RackPaths) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+
+
+def held(paths: RackPaths) -> bool:
+    """Is somebody, this process included, changing the rack right now?"""
+    try:
+        with _file(paths).open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _file(paths: RackPaths) -> Path:
+    return paths.settings.state_dir / "locks" / paths.name  # not in the rack's folder, which `down` removes
 
 
 def _holder(text: str) -> str:

@@ -146,7 +146,7 @@ class Blade(_Part):
     model_config = ConfigDict(json_schema_extra=_needs_disk)
 
     kind: BladeKind = Field(
-        description="What the blade is: its agent makes it a processor, memory, storage or manager component.",
+        description="What the blade is; its agent makes it that component of the rack.",
         examples=["memory"],
     )
     cpus: Cpus = Field(default=1, description="Virtual CPUs.")
@@ -255,7 +255,8 @@ def rack_problems(
             problems.append(Problem(("links", name), message))
     if fabric is not None and management is not None and fabric.overlaps(management):
         free = next(subnet for subnet in _USUAL_SUBNETS if not subnet.overlaps(fabric))
-        message = f'"{management}" overlaps the fabric\'s {fabric}; write for example management: {{subnet: {free}}}'
+        advice = f"write for example management: {{subnet: {free}}}"
+        message = f'"{management}" overlaps the fabric\'s {fabric}; {advice}'
         problems.append(Problem(("management", "subnet"), message))
     for part, subnet in (("fabric", fabric), ("management", management)):
         if subnet is not None and len(kinds) > blade_capacity(subnet):

@@ -112,7 +112,7 @@ class Plan:
             lines.append("  ".join(columns).rstrip())
         counts = Counter(action.kind for action in self.actions)
         if not self.pending:
-            return [*lines, f"nothing to do: {counts['keep']} blades are as the rack file says"]
+            return [*lines, "nothing to do: the rack is as its file says"]
         verbs = [f"{counts[kind]} to {kind}" for kind in SYMBOLS if counts[kind]]
         return [*lines, ", ".join(verbs)]
 

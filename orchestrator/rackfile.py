@@ -52,9 +52,8 @@ def parse(text: str, source: str = "rack") -> Rack:
             rack = validate(document.data)
         except ProblemsError as error:
             # What could not be read is already explained: that it is missing from the data is no news.
-            unread = [path for _, path, _ in document.problems if path]
             for path, message in error.problems:
-                if not any(path[: len(known)] == known for known in unread):
+                if not any(path[: len(unread)] == unread for unread in document.unread):
                     found.append((document.line(path), path, message))
         else:
             if not found:

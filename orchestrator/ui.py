@@ -59,6 +59,8 @@ def print_error(error: RacklessError, stream: TextIO | None = None) -> None:
         print(f"{red}error:{plain} {line}", file=stream)
     if error.hint:
         print(f"hint: {error.hint}", file=stream)
+    for line in (error.detail or "").splitlines():
+        print(f"  | {line}", file=stream)
     if error.log:
         print(f"log: {error.log}", file=stream)
 

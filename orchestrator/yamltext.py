@@ -30,6 +30,8 @@ class Document:
     """Line (from 1) of each key or list item by its path; the whole is at ()."""
     problems: list[tuple[int, Path, str]] = field(default_factory=list)
     """Line, path and message of each problem."""
+    unread: set[Path] = field(default_factory=set)
+    """What the data lacks, although the text has it, because of a problem."""
 
     def line(self, path: Path) -> int:
         """The line of a path, or of the nearest thing around it that the text has."""
@@ -82,6 +84,7 @@ class _Reader:
             raise _StopError
         if not _STANDARD_TAGS.match(node.tag):
             self._problem(line, path, f'the tag "{node.tag}" has no meaning here; remove it')
+            self.document.unread.add(path)
             return None
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
@@ -139,6 +142,10 @@ def _advice(error: yaml.MarkedYAMLError) -> str:
     if "expected ',' or '}'" in problem or "expected ',' or ']'" in problem:
         opened = f" (opened on line {error.context_mark.line + 1})" if error.context_mark else ""
         return f'a "," or a closing bracket is missing{opened}'
+    if "expected <block end>" in problem:
+        return "this line is not indented like its neighbours"
+    if "undefined alias" in problem:
+        return f"{problem.removeprefix('found ')}: no value before it is marked with & and that name"
     if "could not find expected ':'" in problem:
         return 'a ":" is missing after a key, or the line is not indented like its neighbours'
     column = f" (column {mark.column + 1})" if mark else ""

@@ -43,7 +43,7 @@ struct slot {
 #define NO_OWNER UINT32_MAX
 
 struct batch {
-    uint32_t count;
+    uint32_t count, link;
     uint32_t slot[FLUSH_PAGES];
 };
 
@@ -58,20 +58,21 @@ struct lines {
     size_t mapped, max_mapped;
     size_t contents;            /* pages that are not UNTOUCHED */
 
-    char *landing;              /* RUN_PAGES pages: READs land here; registered like the buffer */
+    char *landing;              /* RUN_PAGES pages for misses, one to peek; registered like the buffer */
     char *buffer;
     struct slot *slots;
     size_t nslots, hand, dirty_slots;
     struct batch batch[FLUSH_BATCHES];
     unsigned free_batches;      /* bit set: batch is free */
+    unsigned batches_on[COUNTERS_BLADES];
+    size_t dirty_on[COUNTERS_BLADES];   /* dirty slots, by memory blade */
 
     struct fabric fabric;
     struct fabric_link link[COUNTERS_BLADES];
     struct monitor monitor;
     struct region *region;
-    size_t regions;
 
-    bool landed;                /* the READ in flight has completed */
+    bool landed[3];             /* by kind of READ: it has completed */
     size_t next_zero, zero_run; /* sequential zero-fills: next page expected, length of the last run */
     size_t next_fetch, fetch_run;
     struct counters *count;
@@ -82,8 +83,13 @@ struct lines {
     void (*on_busy)(struct lines *lines);
 };
 
-/* Take over `arena`: everything present in it now becomes MAPPED and dirty. 0, or a negative errno. */
-int lines_init(struct lines *lines, struct arena *arena, int uffd, size_t excache_pages);
+enum { LINES_MIN_PAGES = 512 }; /* the smallest ExCache that makes sense: 2 MiB */
+
+/* Make the books and the registered buffer. 0, or a negative errno. */
+int lines_init(struct lines *lines, struct arena *arena, size_t excache_pages);
+
+/* Take over what is present in the arena, which must now be registered with `uffd`: all mapped, all dirty. */
+void lines_adopt(struct lines *lines, int uffd);
 
 /* Answer a missing-page fault, or a write to a clean (write-protected) page. */
 void lines_miss(struct lines *lines, size_t page, bool write);

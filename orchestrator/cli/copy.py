@@ -96,7 +96,7 @@ def check(current: CurrentRack, sources: list[Place], destination: Place, recurs
 def scp(
     ssh_config: Path, sources: list[Place], destination: Place, recursive: bool, show_progress: bool
 ) -> None:
-    """Copy with the host's scp, which shows progress on a terminal. Raises RacklessError with its complaint."""
+    """Copy with the host's scp, with its progress on a terminal. Raises RacklessError with its complaint."""
     visible = show_progress and sys.stdout.isatty()
     options = [*(["-r"] if recursive else []), *([] if visible else ["-q"])]
     paths = [place.for_scp() for place in [*sources, destination]]

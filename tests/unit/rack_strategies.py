@@ -51,16 +51,44 @@ _SCALARS = (
     st.none()
     | st.integers()
     | st.text(max_size=8)
-    | st.sampled_from(["memory", "storage", "manager", "512 MiB", "64 MiB", "50 us", "50 %", "10.77.0.0/24", "gm0"])
+    | st.sampled_from(
+        ["memory", "storage", "manager", "512 MiB", "64 MiB", "50 us", "50 %", "10.77.0.0/24", "gm0"]
+    )
 )
 _KEYS = st.text(max_size=4) | st.sampled_from(
     [
-        *("name", "image", "fabric", "management", "blades", "links", "subnet", "mtu", "kind", "cpus", "cpu_quota"),
-        *("memory", "excache", "pmem", "disk", "size", "iops", "bandwidth", "latency", "jitter", "loss", "gm0"),
+        *(
+            "name",
+            "image",
+            "fabric",
+            "management",
+            "blades",
+            "links",
+            "subnet",
+            "mtu",
+            "kind",
+            "cpus",
+            "cpu_quota",
+        ),
+        *(
+            "memory",
+            "excache",
+            "pmem",
+            "disk",
+            "size",
+            "iops",
+            "bandwidth",
+            "latency",
+            "jitter",
+            "loss",
+            "gm0",
+        ),
     ]
 )
 ANYTHING = st.recursive(
-    _SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=6), max_leaves=25
+    _SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=6),
+    max_leaves=25,
 )
 """Any JSON-like value, made of words that rack files know more often than not."""
 

@@ -79,7 +79,7 @@ def blade_specs(rack: str, names: Sequence[str]) -> dict[str, BladeSpec]:
 
 
 @contextmanager
-def stand_in_rack(folder: Path, names: Sequence[str] = ("mb0", "mb1", "pb0")) -> Iterator[StandInRack]:
+def stand_in_rack(folder: Path, names: Sequence[str] = ("gm0", "pb0", "mb0", "mb1")) -> Iterator[StandInRack]:
     """Yield a rack of stand-in blades in a namespace of its own; nothing is left of it afterwards."""
     name = f"t{secrets.token_hex(4)}"
     run_dir = Path("/tmp") / f"rackless-{name}"  # short: pytest's own folders are too long for sockets' names

@@ -1,6 +1,6 @@
-"""The `rackless` command over stand-in blades: only what libvirt would say is given, by a file of blades' specs.
+"""The `rackless` command over stand-in blades: only what libvirt would say is given, by a file.
 
-Run as `python -m tests.unit.stand_in_cli FACTS ARGUMENTS...`, so that streams, signals and exit codes are real.
+Run as `python -m tests.unit.stand_in_cli FACTS ARGUMENTS...`: streams, signals and exit codes are real.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from orchestrator.spec import BladeSpec
 
 
 def main(facts_file: str, *arguments: str) -> None:
-    """Run one command. Facts: {"settings": {...}, "specs": [...], "paused": [names], "vnode": DIR, "logs": DIR}."""
+    """Run one command. Facts: {"specs": [SPEC...], "paused": [NAME...], "vnode": FOLDER, "logs": FOLDER}."""
     facts = json.loads(Path(facts_file).read_text())
-    settings = Settings(**{name: Path(folder) for name, folder in facts["settings"].items()})
     specs = [BladeSpec.from_json(spec) for spec in facts["specs"]]
 
     def observe(settings: Settings, rack: str) -> dict[str, Observed]:
@@ -37,7 +36,6 @@ def main(facts_file: str, *arguments: str) -> None:
     engine = ModuleType("orchestrator.engine")
     engine.observe = observe  # type: ignore[attr-defined]
     sys.modules["orchestrator.engine"] = engine
-    Settings.from_environment = classmethod(lambda cls, environ=None: settings)  # type: ignore[method-assign,assignment]
     remote_run.Job = partial(remote_run.Job, directory=facts["vnode"])  # type: ignore[misc,assignment]
     agent_logs.agent_source = partial(agent_logs.agent_source, folder=facts["logs"])
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Callable
 
 import pytest
@@ -80,6 +82,7 @@ def test_format(text: str, expected: str) -> None:
 def test_sizes_round_trip(size: int) -> None:
     assert units.parse_size(units.format_size(size)) == size
     assert units.parse_byte_rate(units.format_byte_rate(size)) == size
+    assert re.search(units.SIZE.pattern, units.format_size(size))
 
 
 @given(st.integers(0, 10**15))
@@ -96,16 +99,18 @@ def test_durations_and_fractions_round_trip(number: float) -> None:
 @given(st.text() | st.integers() | st.floats() | st.none() | st.lists(st.integers()))
 def test_anything_else_is_a_value_error(value: object) -> None:
     for parse in (units.parse_size, units.parse_duration, units.parse_bandwidth, units.parse_percent):
-        try:
+        with contextlib.suppress(ValueError):
             assert parse(value) >= 0
-        except ValueError as error:
-            assert "write" in str(error)
 
 
-@given(st.sampled_from([units.SIZE, units.DURATION, units.BANDWIDTH, units.BYTE_RATE, units.PERCENT]), st.data())
+@given(
+    st.sampled_from([units.SIZE, units.DURATION, units.BANDWIDTH, units.BYTE_RATE, units.PERCENT]), st.data()
+)
 def test_every_suggestion_is_accepted(quantity: units.Quantity, data: st.DataObject) -> None:
     """Following the advice for a wrong unit never leads to the same error again."""
-    unit = data.draw(st.sampled_from([*quantity.units, *quantity.aliases]).map(str.swapcase) | st.text(max_size=5))
+    unit = data.draw(
+        st.sampled_from([*quantity.units, *quantity.aliases]).map(str.swapcase) | st.text(max_size=5)
+    )
     text = f"7 {unit}"
     try:
         quantity.parse(text)

@@ -1,0 +1,217 @@
+#define _GNU_SOURCE
+#include "family.h"
+
+#include <errno.h>
+#include <linux/userfaultfd.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+static const char zero_page[PAGE_SIZE] __attribute__((aligned(PAGE_SIZE)));
+
+static void bury(struct child *child)
+{
+    if (child->uffd >= 0)
+        close(child->uffd);
+    if (child->channel >= 0)
+        close(child->channel);
+    if (child->needs)
+        munmap(child->needs, child->words * 8);
+    *child = (struct child){.uffd = -1, .channel = -1};
+}
+
+/* Marks a child whose address space has gone. Only the pager thread closes descriptors: it may be polling them. */
+static void forget(struct child *child)
+{
+    child->uffd = child->uffd >= 0 ? -2 - child->uffd : child->uffd;
+}
+
+static void give(struct family *f, struct child *child, size_t page, const char *data)
+{
+    int error = lines_install(f->lines, child->uffd, page, data, 1, false);
+    if (error == ESRCH) {
+        forget(child);
+        return;
+    }
+    if (error == EEXIST) {
+        struct uffdio_range range = {(uintptr_t)arena_address(f->lines->arena, page), PAGE_SIZE};
+        ioctl(child->uffd, UFFDIO_WAKE, &range);
+    }
+    if (page / 64 < child->words)
+        bit_clear(child->needs, page);
+}
+
+static bool needs(const struct child *child, size_t page)
+{
+    return child->uffd >= 0 && page / 64 < child->words && bit_test(child->needs, page);
+}
+
+/* Give a child all it still needs; it no longer depends on us then. */
+static void complete(struct family *f, struct child *child)
+{
+    size_t end = child->words * 64;
+    for (size_t page = 0; child->uffd >= 0 && (page = bits_next_set(child->needs, page, end)) < end; page++)
+        give(f, child, page, lines_peek(f->lines, page));
+    if (child->uffd < 0)
+        return;
+    struct uffdio_range whole = {(uintptr_t)f->lines->arena->base, f->lines->arena->pages << PAGE_SHIFT};
+    ioctl(child->uffd, UFFDIO_UNREGISTER, &whole);
+    forget(child);
+}
+
+static void send_descriptor(int socket, int descriptor)
+{
+    char byte = 0, space[CMSG_SPACE(sizeof descriptor)] = {0};
+    struct iovec data = {&byte, 1};
+    struct msghdr message = {.msg_iov = &data, .msg_iovlen = 1, .msg_control = space, .msg_controllen = sizeof space};
+    struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+    *header = (struct cmsghdr){.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(sizeof descriptor)};
+    memcpy(CMSG_DATA(header), &descriptor, sizeof descriptor);
+    sendmsg(socket, &message, MSG_NOSIGNAL);
+}
+
+static int receive_descriptor(int socket)
+{
+    char byte, space[CMSG_SPACE(sizeof(int))] = {0};
+    struct iovec data = {&byte, 1};
+    struct msghdr message = {.msg_iov = &data, .msg_iovlen = 1, .msg_control = space, .msg_controllen = sizeof space};
+    ssize_t got;
+    do
+        got = recvmsg(socket, &message, MSG_CMSG_CLOEXEC);
+    while (got < 0 && errno == EINTR);
+    struct cmsghdr *header = got == 1 ? CMSG_FIRSTHDR(&message) : NULL;
+    int descriptor = -1;
+    if (header && header->cmsg_type == SCM_RIGHTS)
+        memcpy(&descriptor, CMSG_DATA(header), sizeof descriptor);
+    return descriptor;
+}
+
+void family_add(struct family *f, struct child *parent, int uffd)
+{
+    struct lines *l = f->lines;
+    if (f->count == FAMILY_CHILDREN)
+        lines_die("more than %d forked children that have not called exec", FAMILY_CHILDREN);
+    lines_flush_all(l); /* now everything not mapped is clean: at its blade, or a copy of that in the buffer */
+    struct child *child = &f->child[f->count++];
+    *child = (struct child){.uffd = uffd, .channel = -1, .words = (l->arena->top + 63) / 64};
+    child->needs = raw_memory(child->words * 8);
+    if (!child->needs)
+        lines_die("no memory to note what a forked child needs");
+    if (parent && parent->uffd >= 0) {
+        size_t words = parent->words < child->words ? parent->words : child->words;
+        memcpy(child->needs, parent->needs, words * 8);
+    } else if (!parent) {
+        for (size_t page = 0; page < l->arena->top; page++) {
+            unsigned state = l->state[page] & STATE_MASK;
+            if (state == BUFFERED || state == REMOTE)
+                bit_set(child->needs, page);
+        }
+        if (f->forking && !f->taken) {
+            child->channel = f->channel[0];
+            f->taken = true;
+            send_descriptor(child->channel, uffd);
+        }
+    }
+}
+
+struct child *family_find(struct family *f, int uffd)
+{
+    for (size_t i = 0; i < f->count; i++)
+        if (f->child[i].uffd == uffd)
+            return &f->child[i];
+    return NULL;
+}
+
+void family_fault(struct family *f, struct child *child, size_t page, bool protected)
+{
+    if (!child)
+        return;
+    if (protected) {
+        struct uffdio_writeprotect wp = {.range = {(uintptr_t)arena_address(f->lines->arena, page), PAGE_SIZE}};
+        while (ioctl(child->uffd, UFFDIO_WRITEPROTECT, &wp) && errno == EAGAIN)
+            f->lines->on_busy(f->lines);
+        return;
+    }
+    give(f, child, page, needs(child, page) ? lines_peek(f->lines, page) : zero_page);
+}
+
+void family_supply(struct family *f, size_t page, const char *data)
+{
+    for (size_t i = 0; i < f->count; i++)
+        if (needs(&f->child[i], page))
+            give(f, &f->child[i], page, data);
+}
+
+void family_before_drop(struct family *f, size_t page, size_t count)
+{
+    for (size_t i = 0; i < f->count; i++)
+        for (size_t k = page; k < page + count; k++)
+            if (needs(&f->child[i], k))
+                give(f, &f->child[i], k, lines_peek(f->lines, k));
+}
+
+void family_complete_all(struct family *f)
+{
+    for (size_t i = 0; i < f->count; i++)
+        complete(f, &f->child[i]);
+}
+
+void family_bury(struct family *f)
+{
+    for (size_t i = 0; i < f->count;) {
+        if (f->child[i].uffd >= 0) {
+            i++;
+            continue;
+        }
+        if (f->child[i].uffd <= -2)
+            f->child[i].uffd = -2 - f->child[i].uffd;
+        bury(&f->child[i]);
+        f->child[i] = f->child[--f->count];
+    }
+}
+
+nfds_t family_watch(struct family *f, struct pollfd *watch)
+{
+    nfds_t n = 0;
+    for (size_t i = 0; i < f->count; i++) {
+        watch[n++] = (struct pollfd){.fd = f->child[i].uffd, .events = POLLIN};
+        if (f->child[i].channel >= 0)
+            watch[n++] = (struct pollfd){.fd = f->child[i].channel, .events = POLLIN};
+    }
+    return n;
+}
+
+void family_check(struct family *f, const struct pollfd *watch, nfds_t n)
+{
+    for (nfds_t k = 0; k < n; k++)
+        for (size_t i = 0; i < f->count; i++)
+            if (watch[k].fd == f->child[i].channel && (watch[k].revents & (POLLHUP | POLLERR)))
+                forget(&f->child[i]);
+}
+
+void family_before_fork(struct family *f)
+{
+    f->taken = false;
+    f->forking = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, f->channel) == 0;
+}
+
+void family_after_fork_parent(struct family *f)
+{
+    if (!f->forking)
+        return;
+    f->forking = false;
+    close(f->channel[1]);
+    if (!f->taken) /* fork failed */
+        close(f->channel[0]);
+}
+
+void family_after_fork_child(struct family *f)
+{
+    if (!f->forking)
+        return;
+    close(f->channel[0]);
+    f->lifeline = receive_descriptor(f->channel[1]); /* both descriptors stay open until exec or exit */
+}

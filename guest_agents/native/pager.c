@@ -1,0 +1,277 @@
+/* The pager thread: reads page faults from userfaultfd and answers them from the ExCache (lines.c).
+ *
+ * It lives inside the program, because only a thread of the same process can evict private anonymous memory
+ * (MADV_DONTNEED), and private memory keeps fork's copy-on-write right. The thread never touches managed memory
+ * except pages it knows to be mapped, and allocates nothing from the managed heap: it would wait for itself.
+ */
+#define _GNU_SOURCE
+#include "pager.h"
+
+#include "family.h"
+#include "lines.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum { MESSAGES = 16 };
+
+static struct lines lines;
+static struct family family;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static const struct pager_config *config;
+
+/* Faults read while looking for something more urgent (a fork); answered next. */
+static struct { int uffd; struct uffd_msg message; } waiting[MESSAGES];
+static size_t n_waiting;
+
+static void answer(int uffd, const struct uffd_msg *message)
+{
+    if (message->event == UFFD_EVENT_FORK) {
+        lines.count->forks++;
+        family_add(&family, uffd == lines.uffd ? NULL : family_find(&family, uffd), (int)message->arg.fork.ufd);
+        return;
+    }
+    if (message->event != UFFD_EVENT_PAGEFAULT)
+        return;
+    uint64_t flags = message->arg.pagefault.flags;
+    size_t page = arena_page(lines.arena, (void *)(uintptr_t)message->arg.pagefault.address);
+    bool protected = flags & UFFD_PAGEFAULT_FLAG_WP;
+    if (uffd != lines.uffd)
+        family_fault(&family, family_find(&family, uffd), page, protected);
+    else if (protected)
+        lines_write(&lines, page);
+    else
+        lines_miss(&lines, page, flags & UFFD_PAGEFAULT_FLAG_WRITE);
+}
+
+/* A fork is under way in this program, or in a child: nothing can be installed until its event is read. */
+static void on_busy(struct lines *l)
+{
+    for (size_t i = 0; i <= family.count; i++) {
+        int uffd = i < family.count ? family.child[i].uffd : l->uffd;
+        struct uffd_msg message;
+        if (n_waiting == MESSAGES || uffd < 0 || read(uffd, &message, sizeof message) != sizeof message)
+            continue;
+        if (message.event == UFFD_EVENT_FORK) {
+            answer(uffd, &message);
+            return;
+        }
+        waiting[n_waiting].uffd = uffd;
+        waiting[n_waiting++].message = message;
+    }
+    sched_yield();
+}
+
+static void on_arrival(struct lines *l, size_t page, const char *data)
+{
+    (void)l;
+    family_supply(&family, page, data);
+}
+
+static void drain(int uffd)
+{
+    struct uffd_msg message;
+    for (;;) {
+        while (n_waiting) {
+            n_waiting--;
+            answer(waiting[n_waiting].uffd, &waiting[n_waiting].message);
+        }
+        /* One at a time: answering may need to read a fork's event, and must find it in its order. */
+        if (read(uffd, &message, sizeof message) != sizeof message)
+            return;
+        answer(uffd, &message);
+    }
+}
+
+static void *run(void *unused)
+{
+    (void)unused;
+    config->enter_thread();
+    pthread_setname_np(pthread_self(), "rackless-pager");
+    for (;;) {
+        struct pollfd watch[1 + 2 * FAMILY_CHILDREN];
+        nfds_t n = 0;
+        pthread_mutex_lock(&lock);
+        family_bury(&family);
+        watch[n++] = (struct pollfd){.fd = lines.uffd, .events = POLLIN};
+        n += family_watch(&family, watch + n);
+        pthread_mutex_unlock(&lock);
+        if (poll(watch, n, -1) < 0 && errno != EINTR)
+            lines_die("the pager cannot wait for faults: %s", strerror(errno));
+        pthread_mutex_lock(&lock);
+        drain(lines.uffd);
+        for (size_t i = 0; i < family.count; i++)
+            if (family.child[i].uffd >= 0)
+                drain(family.child[i].uffd);
+        family_check(&family, watch + 1, n - 1);
+        pthread_mutex_unlock(&lock);
+    }
+    return NULL;
+}
+
+static int reserve(struct arena *arena, size_t top)
+{
+    while (arena->reserved < top) {
+        size_t region = arena->reserved / REGION_PAGES;
+        int error = monitor_region(&lines.monitor, (uint64_t)REGION_PAGES << PAGE_SHIFT, &lines.region[region]);
+        if (error == ENOMEM)
+            return ENOMEM; /* malloc returns NULL: for the program to say */
+        if (error)
+            lines_die("%s", lines.monitor.error);
+        lines.count->regions++;
+        arena->reserved = (region + 1) * REGION_PAGES;
+    }
+    return 0;
+}
+
+static void drop(struct arena *arena, size_t page, size_t count)
+{
+    (void)arena;
+    pthread_mutex_lock(&lock);
+    family_before_drop(&family, page, count);
+    lines_drop(&lines, page, count);
+    pthread_mutex_unlock(&lock);
+}
+
+static void before_fork(void)
+{
+    family_before_fork(&family);
+}
+
+static void after_fork_parent(void)
+{
+    pthread_mutex_lock(&lock); /* the pager may still be busy with the event */
+    family_after_fork_parent(&family);
+    pthread_mutex_unlock(&lock);
+}
+
+static void after_fork_child(void)
+{
+    family_after_fork_child(&family);
+    close(lines.uffd);
+    close(lines.monitor.socket);
+}
+
+static void before_exit(void)
+{
+    pthread_mutex_lock(&lock);
+    family_complete_all(&family);
+    pthread_mutex_unlock(&lock);
+}
+
+static struct counters *open_counters(const char *job, size_t excache_pages)
+{
+    char path[256];
+    snprintf(path, sizeof path, "%s/%d.counters", job, (int)getpid());
+    int file = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    void *memory = MAP_FAILED;
+    if (file >= 0 && ftruncate(file, sizeof(struct counters)) == 0)
+        memory = mmap(NULL, sizeof(struct counters), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    if (file >= 0)
+        close(file);
+    struct counters *count = memory == MAP_FAILED ? raw_memory(sizeof *count) : memory;
+    if (count) {
+        count->magic = COUNTERS_MAGIC;
+        count->excache_bytes = (uint64_t)excache_pages << PAGE_SHIFT;
+        count->managed = 1;
+    }
+    return count;
+}
+
+static int open_uffd(void)
+{
+    int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_EVENT_FORK};
+    if (uffd < 0 || ioctl(uffd, UFFDIO_API, &api))
+        return -errno;
+    return uffd;
+}
+
+static const char *start(struct arena *arena, size_t *excache_pages)
+{
+    static char why[400];
+    if (*excache_pages < LINES_MIN_PAGES)
+        *excache_pages = LINES_MIN_PAGES;
+    lines.count = open_counters(config->job, *excache_pages);
+    lines.on_busy = on_busy;
+    lines.on_arrival = on_arrival;
+    family.lines = &lines;
+    if (!lines.count || monitor_attach(&lines.monitor, config->job))
+        return lines.monitor.error;
+    int error = lines_init(&lines, arena, *excache_pages);
+    if (error) {
+        snprintf(why, sizeof why, "no RDMA device: %s", strerror(-error));
+        return why;
+    }
+    lines.count->blades = lines.monitor.blades;
+    for (uint32_t i = 0; i < lines.monitor.blades; i++) {
+        memcpy(lines.count->blade[i].name, lines.monitor.name[i], COUNTERS_NAME);
+        if (fabric_link_create(&lines.fabric, &lines.link[i]))
+            return "no more queue pairs";
+        if (monitor_connect(&lines.monitor, i, &lines.fabric, &lines.link[i]))
+            return lines.monitor.error;
+    }
+    arena->reserved = 0;
+    if (reserve(arena, arena->top)) {
+        arena->reserved = arena->top;
+        return lines.monitor.error;
+    }
+    int uffd = open_uffd();
+    if (uffd < 0) {
+        snprintf(why, sizeof why, "userfaultfd is not available: %s", strerror(-uffd));
+        return why;
+    }
+    struct uffdio_register whole = {
+        .range = {(uintptr_t)arena->base, arena->pages << PAGE_SHIFT},
+        .mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP,
+    };
+    if (ioctl(uffd, UFFDIO_REGISTER, &whole)) {
+        snprintf(why, sizeof why, "userfaultfd refuses the program's memory: %s", strerror(errno));
+        close(uffd);
+        return why;
+    }
+    lines_adopt(&lines, uffd);
+    return NULL;
+}
+
+static const struct pager pager = {
+    .reserve = reserve,
+    .drop = drop,
+    .before_fork = before_fork,
+    .after_fork_parent = after_fork_parent,
+    .after_fork_child = after_fork_child,
+    .before_exit = before_exit,
+};
+
+const struct pager *pager_start(struct arena *arena, const struct pager_config *given)
+{
+    config = given;
+    size_t excache_pages = given->excache_pages;
+    const char *why = start(arena, &excache_pages);
+    if (why) {
+        dprintf(STDERR_FILENO, "rackless: no remote memory: %s\n", why);
+        return NULL;
+    }
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* the program's signals are for its own threads */
+    pthread_t thread;
+    int error = pthread_create(&thread, NULL, run, NULL);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (error)
+        lines_die("no pager thread: %s", strerror(error)); /* memory is registered already: nobody would answer */
+    pthread_detach(thread);
+    return &pager;
+}

@@ -1,0 +1,223 @@
+/* Life of the preloaded library: heaps, the moment paging starts, fork, exit.
+ *
+ * RACKLESS_EXCACHE   bytes of the ExCache; without it nothing is ever paged
+ * RACKLESS_JOB       directory for counters
+ */
+#define _GNU_SOURCE
+#include "shim.h"
+
+#include "counters.h"
+#include "pager.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum {
+    MANAGED_PAGES = 8 << 20,    /* 32 GiB of address space */
+    LOCAL_PAGES = 64 << 10,     /* 256 MiB */
+};
+
+static struct heap managed, local;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static _Thread_local bool thread_is_local __attribute__((tls_model("initial-exec")));
+
+static size_t excache_pages;
+static char job[200];
+static char pager_path[300];
+static const struct pager *pager;   /* once paging */
+static bool is_child;               /* forked after paging began: our memory is served by the parent's pager */
+
+static void enter_thread(void)
+{
+    thread_is_local = true;
+}
+
+bool shim_is_local(void)
+{
+    return thread_is_local;
+}
+
+static void load_pager(void)
+{
+    static const struct pager_config config_template = {.enter_thread = enter_thread};
+    static struct pager_config config;
+    config = config_template;
+    config.excache_pages = excache_pages;
+    config.job = job;
+    bool before = thread_is_local;
+    thread_is_local = true; /* what libraries allocate now, the pager thread may use */
+    void *library = dlopen(pager_path, RTLD_NOW | RTLD_LOCAL);
+    const struct pager *(*start)(struct arena *, const struct pager_config *) = NULL;
+    if (library)
+        *(void **)&start = dlsym(library, "pager_start");
+    if (start)
+        pager = start(&managed.arena, &config);
+    else
+        dprintf(STDERR_FILENO, "rackless: no remote memory: %s\n", dlerror());
+    thread_is_local = before;
+}
+
+static int grow(struct arena *arena, size_t top)
+{
+    if (is_child) {
+        arena->reserved = arena->pages;
+        return 0;
+    }
+    if (!pager) {
+        /* The run being taken is not touched yet, so what is touched still fits the ExCache. */
+        load_pager();
+        if (!pager)
+            return ENOMEM;
+        arena->long_run = 1; /* from now on an unneeded page costs a flush, if nobody drops it */
+    }
+    return pager->reserve(arena, top);
+}
+
+static void drop(struct arena *arena, size_t page, size_t count)
+{
+    char *address = arena_address(arena, page);
+    if (is_child)
+        memset(address, 0, count << PAGE_SHIFT); /* the parent still holds the old bytes for us: overwrite them */
+    else if (pager && arena == &managed.arena)
+        pager->drop(arena, page, count);
+    else
+        syscall(SYS_madvise, address, count << PAGE_SHIFT, MADV_DONTNEED);
+}
+
+static int no_growth(struct arena *arena, size_t top)
+{
+    (void)arena, (void)top;
+    return ENOMEM;
+}
+
+static void start(void)
+{
+    managed.arena.grow = grow;
+    managed.arena.drop = local.arena.drop = drop;
+    local.arena.grow = no_growth;
+    if (heap_init(&managed, MANAGED_PAGES) || heap_init(&local, LOCAL_PAGES)) {
+        static const char text[] = "rackless: no address space (is there an ulimit -v?)\n";
+        if (write(STDERR_FILENO, text, sizeof text - 1) < 0) {
+            /* nobody to tell */
+        }
+        _exit(70);
+    }
+    const char *excache = getenv("RACKLESS_EXCACHE"), *where = getenv("RACKLESS_JOB");
+    if (!excache || !where)
+        return;
+    excache_pages = strtoull(excache, NULL, 10) >> PAGE_SHIFT;
+    snprintf(job, sizeof job, "%s", where);
+    if (excache_pages)
+        managed.arena.reserved = excache_pages < managed.arena.pages ? excache_pages : managed.arena.pages;
+}
+
+struct heap *shim_heap(void)
+{
+    pthread_once(&once, start);
+    return thread_is_local ? &local : &managed;
+}
+
+struct heap *shim_owner(const void *block)
+{
+    return arena_has(&managed.arena, block) ? &managed : arena_has(&local.arena, block) ? &local : NULL;
+}
+
+struct heap *shim_managed(const void *address)
+{
+    return arena_has(&managed.arena, address) ? &managed : NULL;
+}
+
+/* ---- fork ---- */
+
+static void before_fork(void)
+{
+    pthread_mutex_lock(&managed.lock);
+    pthread_mutex_lock(&local.lock);
+    if (pager && !is_child)
+        pager->before_fork();
+}
+
+static void after_fork_parent(void)
+{
+    if (pager && !is_child)
+        pager->after_fork_parent();
+    pthread_mutex_unlock(&local.lock);
+    pthread_mutex_unlock(&managed.lock);
+}
+
+static void after_fork_child(void)
+{
+    if (pager && !is_child) {
+        is_child = true;
+        managed.arena.long_run = NO_PAGE;
+        pager->after_fork_child();
+    }
+    pthread_mutex_unlock(&local.lock);
+    pthread_mutex_unlock(&managed.lock);
+}
+
+__attribute__((constructor)) static void loaded(void)
+{
+    pthread_once(&once, start);
+    pthread_atfork(before_fork, after_fork_parent, after_fork_child);
+    Dl_info self;
+    if (dladdr((void *)loaded, &self)) {
+        const char *slash = strrchr(self.dli_fname, '/');
+        int length = slash ? (int)(slash - self.dli_fname) + 1 : 0;
+        snprintf(pager_path, sizeof pager_path, "%.*sexcache_pager.so", length, self.dli_fname);
+    }
+}
+
+/* ---- exit ---- */
+
+/* A program that never outgrew its ExCache still reports what it touched. */
+static void report_small(void)
+{
+    if (!excache_pages || is_child)
+        return;
+    struct counters count = {.magic = COUNTERS_MAGIC, .excache_bytes = (uint64_t)excache_pages << PAGE_SHIFT};
+    unsigned char present[1024];
+    for (size_t page = 0; page < managed.arena.top; page += sizeof present) {
+        size_t n = managed.arena.top - page < sizeof present ? managed.arena.top - page : sizeof present;
+        if (syscall(SYS_mincore, arena_address(&managed.arena, page), n << PAGE_SHIFT, present))
+            break;
+        for (size_t i = 0; i < n; i++)
+            count.zero_fills += present[i] & 1;
+    }
+    count.pages_touched = count.zero_fills;
+    char path[256];
+    snprintf(path, sizeof path, "%s/%d.counters", job, (int)getpid());
+    int file = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (file >= 0) {
+        if (write(file, &count, sizeof count) < 0) {
+            /* counters are not worth disturbing the program */
+        }
+        close(file);
+    }
+}
+
+__attribute__((destructor)) static void unloading(void)
+{
+    if (is_child)
+        return;
+    if (pager)
+        pager->before_exit();
+    else
+        report_small();
+}
+
+void _exit(int status)
+{
+    unloading();
+    for (;;)
+        syscall(SYS_exit_group, status);
+}
+
+void _Exit(int status) __attribute__((alias("_exit")));
