@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import struct
-import subprocess
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -83,11 +82,6 @@ def write_files(identity: Identity) -> None:
     Path("/etc/hosts").write_text("\n".join(hosts) + "\n")
     _private("/root/.ssh/authorized_keys", identity.authorized_key + "\n")
     _private("/etc/ssh/ssh_host_ed25519_key", identity.host_key)
-
-
-def start_ssh() -> None:
-    """Let runit start sshd, now that its host key is there."""
-    subprocess.run(["sv", "up", "/etc/rackless/services/sshd"], check=True, stdout=subprocess.DEVNULL)
 
 
 def _private(path: str, text: str) -> None:

@@ -185,8 +185,13 @@ def _carry_out(shop: blade.Workshop, todo: Plan, cold: bool) -> tuple[dict[str, 
     making = [action.spec for action in todo.of("create", "recreate") if action.spec]
     states: dict[tuple[int, int], Path] = {}
     if not cold:
-        for size in sorted({(spec.memory, spec.cpus) for spec in making}):  # one at a time: a boot fills a core
+        sizes = sorted({(spec.memory, spec.cpus) for spec in making})
+
+        def template(size: tuple[int, int]) -> None:
             states[size] = blade.ensure_template(shop, *size)
+
+        _together([(f"template of {size[0] >> 20} MiB", lambda s=size: template(s)) for size in sizes],
+                  workers=max(1, os.cpu_count() or 1))  # fmt: skip
     seconds: dict[str, float] = {}
 
     def make(spec: BladeSpec) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Context, Decimal
 
-_NUMBER = r"[0-9]{1,18}(?:\.[0-9]{1,40})?"
+_NUMBER = r"[0-9]{1,20}(?:\.[0-9]{1,40})?"
 _EXACT = Context(prec=80)
 _SHOWN_CHARACTERS = 40
 

@@ -93,20 +93,25 @@ class _Reader:
                 self.document.lines[(*path, str(index))] = item.start_mark.line + 1
             return [self.value(item, (*path, str(index))) for index, item in enumerate(node.value)]
         assert isinstance(node, yaml.ScalarNode)
+        if not _is_text(node.value):
+            self._problem(line, path, "an escape makes half a character; write the character itself")
+            self.document.unread.add(path)
+            return None
         return _scalar(node)
 
     def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, object]:
         mapping: dict[str, object] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
-                self._problem(line, path, "a key is a mapping or a list; write a word before the colon")
+            if not isinstance(key_node, yaml.ScalarNode) or not _is_text(key_node.value):
+                self._problem(line, path, "this key is not a word; write a word before the colon")
                 continue
             key = str(key_node.value)
             if key == "<<":
                 self._problem(
                     line, path, 'merge keys are not read; repeat the whole entry, as in "mb1: *mb0"'
                 )
+                self.document.unread.add(path)
                 continue
             if key in mapping:
                 first = self.document.lines[(*path, key)]
@@ -118,6 +123,11 @@ class _Reader:
 
     def _problem(self, line: int, path: Path, message: str) -> None:
         self.document.problems.append((line, path, message))
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string can be encoded: YAML's "\\ud800" is half of a UTF-16 pair and cannot."""
+    return not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _scalar(node: yaml.ScalarNode) -> object:

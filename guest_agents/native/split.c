@@ -27,9 +27,11 @@ enum { USAGE = 2, INTERNAL = 70, CANNOT_RUN = 126, NOT_FOUND = 127, MESSAGE = 64
 
 static volatile pid_t program;
 
-static void forward(int number)
+/* Ctrl-C reaches the program from the terminal, as it does us: only what another process sent is passed on. */
+static void forward(int number, siginfo_t *info, void *unused)
 {
-    if (program > 0)
+    (void)unused;
+    if (program > 0 && info->si_code <= 0)
         kill(program, number);
 }
 
@@ -106,7 +108,7 @@ static int wait_for(pid_t pid)
 static void write_stats(const char *file, int monitor, const char *job, double seconds, int status)
 {
     char text[MESSAGE];
-    snprintf(text, sizeof text, "report %s %.6f %d", job, seconds, status);
+    snprintf(text, sizeof text, "report %.200s %.6f %d", job, seconds, status);
     ask(monitor, text);
     if (!file)
         return;
@@ -165,7 +167,7 @@ int main(int argc, char **argv)
         setenv("RACKLESS_EXCACHE", size, 1);
         setenv("RACKLESS_JOB", job, 1);
         preload("/proc/self/exe");
-        if (chdir(VNODE) && errno != ENOENT)
+        if (chdir(VNODE))
             die(CANNOT_RUN, "%s: %s", VNODE, strerror(errno));
         setenv("PWD", VNODE, 1);
         execvp(argv[optind], argv + optind);
@@ -174,7 +176,7 @@ int main(int argc, char **argv)
             error == ENOENT ? "command not found" : strerror(error));
     }
     for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) {
-        struct sigaction action = {.sa_handler = forward, .sa_flags = SA_RESTART};
+        struct sigaction action = {.sa_sigaction = forward, .sa_flags = SA_RESTART | SA_SIGINFO};
         sigaction(signals[i], &action, NULL);
     }
     sigprocmask(SIG_SETMASK, &before, NULL);

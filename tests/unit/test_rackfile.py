@@ -102,6 +102,7 @@ def test_data_is_a_rack_or_a_rack_file_error(data: object) -> None:
 
 @given(st.text() | st.text(alphabet="ab:{}[],&*!|>'\"%@`#-?<\t \n\\ux0F=~"))
 @example('"\\UFFFFFFFF"')
+@example('"\\ud800": "\\ud800\\udc00"')
 @example("[" * 5000)
 @example("{a: " * 5000)
 @example("a: &a {b: *a}")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator import units
@@ -79,6 +79,7 @@ def test_format(text: str, expected: str) -> None:
 
 
 @given(st.integers(0, 2**60))
+@example(2**60 + 1)
 def test_sizes_round_trip(size: int) -> None:
     assert units.parse_size(units.format_size(size)) == size
     assert units.parse_byte_rate(units.format_byte_rate(size)) == size

@@ -1,0 +1,44 @@
+"""What an agent tells its monitors about the blade and the rack they are part of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from guest_agents.verbs.node import Node
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """Configuration of one agent; sizes in bytes, times in seconds."""
+
+    name: str
+    """Name of this blade, such as pb0."""
+
+    node: Node
+    """This blade's RDMA endpoint, shared by all monitors of the agent."""
+
+    secret: bytes
+    """The rack's secret: authenticates control connections."""
+
+    peers: Callable[[str], dict[str, str]]
+    """Blades of a kind that are in the rack now: name -> management address. Asked whenever one is needed."""
+
+    excache: int = 64 << 20
+    """Default ExCache of a program on a processor blade."""
+
+    arena: int | None = None
+    """Memory that a memory blade gives out; None: what is free when its monitor starts, less `memory_kept`."""
+
+    memory_kept: int = 96 << 20
+    """Memory a memory blade keeps for its own system when `arena` is None."""
+
+    storage_root: Path = Path("/srv/vnode")
+    """Directory of a storage blade that holds the files of /vnode."""
+
+    vnode: Path = Path("/vnode")
+    """Where a processor blade mounts them."""
+
+    native: Path = Path(__file__).parent / "native" / "build"
+    """Where `split` and the shared objects of the process monitor are."""

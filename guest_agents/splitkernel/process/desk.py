@@ -1,0 +1,180 @@
+"""The process monitor's desk: a Unix socket where `split` and the programs' pagers ask for what they need.
+
+SOCK_SEQPACKET, one text message each way; replies are "ok ..." or "error ERRNO text":
+
+    job [EXCACHE]                  -> ok DIRECTORY EXCACHE           from `split`, before it starts the program
+    report DIRECTORY SECONDS CODE  -> ok {json}                      from `split`, after it
+    attach PID DIRECTORY           -> ok BLADE...                    from a pager: the memory blades, in order
+    connect BLADE QPN PSN GIDHEX   -> ok QPN PSN GIDHEX
+    region BYTES                   -> ok INDEX ADDRESS RKEY          of the blade with that index
+
+When a pager's socket closes, its program has ended (or called exec), and all it held is given back.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from ipaddress import IPv6Address
+from pathlib import Path
+from typing import Any
+
+from guest_agents import control
+from guest_agents.splitkernel.process import counters
+from guest_agents.splitkernel.process.memory import Lender, Loan
+
+MESSAGE = 64 << 10
+log = logging.getLogger("rackless.process")
+
+
+class Refused(Exception):
+    """A request that cannot be met: an errno and one line."""
+
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(text)
+        self.number = number
+
+
+class Desk:
+    """Serves one connection per thread.
+
+    extra -- figures to add to a job's report, from other parts of the monitor; called at its start and end.
+    """
+
+    def __init__(
+        self, path: Path, jobs: Path, excache: int, lender: Lender, extra: Callable[[], dict[str, Any]]
+    ) -> None:
+        self._jobs = jobs
+        self._excache = excache
+        self._lender = lender
+        self._extra = extra
+        self.programs = 0
+        jobs.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.bind(str(path))
+        self._socket.listen(64)
+
+    def start(self) -> None:
+        """Serve in the background."""
+        threading.Thread(target=self._accept, name="desk", daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            client, _ = self._socket.accept()
+            threading.Thread(target=self._serve, args=(client,), name="desk client", daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        visit = Visit(self._jobs, self._excache, self._lender, self._extra)
+        self.programs += 1
+        try:
+            with client:
+                while message := client.recv(MESSAGE):
+                    client.send(visit.answer(message.decode("utf-8", "replace")).encode())
+        except OSError as failure:
+            log.warning("a program's socket failed: %s", failure)
+        finally:
+            self.programs -= 1
+            visit.close()
+
+
+class Visit:
+    """One client's conversation and what it holds."""
+
+    def __init__(
+        self, jobs: Path, excache: int, lender: Lender, extra: Callable[[], dict[str, Any]]
+    ) -> None:
+        self._jobs = jobs
+        self._excache = excache
+        self._lender = lender
+        self._extra = extra
+        self._before: dict[str, Any] = {}
+        self._job: Path | None = None
+        self._loan: Loan | None = None
+
+    def answer(self, message: str) -> str:
+        """The reply to one request; never raises."""
+        word, *args = message.split()
+        handler = {
+            "job": self._new_job,
+            "report": self._report,
+            "attach": self._attach,
+            "connect": self._connect,
+            "region": self._region,
+        }.get(word)
+        try:
+            if handler is None:
+                raise Refused(errno.EINVAL, f"unknown request {word!r}")
+            return " ".join(["ok", *handler(*args)])
+        except Refused as refusal:
+            return f"error {refusal.number} {refusal}"
+        except control.ControlError as failure:
+            return f"error {errno.EHOSTUNREACH} {failure.error}"
+        except Exception as failure:  # a bug here must reach the program as an error, not as silence
+            log.exception("request failed: %s", message)
+            return f"error {errno.EPROTO} the process monitor failed: {type(failure).__name__}: {failure}"
+
+    def close(self) -> None:
+        """The client has gone: return what it held."""
+        if self._loan is not None:
+            self._loan.close()
+        if self._job is not None:
+            shutil.rmtree(self._job, ignore_errors=True)
+
+    def _new_job(self, excache: str = "") -> list[str]:
+        self._job = Path(tempfile.mkdtemp(dir=self._jobs))
+        self._job.chmod(0o1777)  # the program may run as another user
+        self._before = self._extra()
+        return [str(self._job), excache or str(self._excache)]
+
+    def _report(self, job: str, seconds: str, code: str) -> list[str]:
+        if self._job is None or str(self._job) != job:
+            raise Refused(errno.EINVAL, "a report of another job")
+        result = counters.total(self._job)
+        result["wall_seconds"] = float(seconds)
+        result["exit_code"] = int(code)
+        result["working_set_bytes"] = result["pages_touched"] * os.sysconf("SC_PAGE_SIZE")
+        result["storage"] = difference(self._extra(), self._before)
+        return [json.dumps(result)]
+
+    def _attach(self, pid: str, job: str) -> list[str]:
+        del job
+        if self._loan is not None:
+            raise Refused(errno.EALREADY, "attached already")
+        self._loan = self._lender.open(int(pid))
+        return self._loan.blades
+
+    def _connect(self, blade: str, qpn: str, psn: str, gid: str) -> list[str]:
+        peer = self._holding().connect(blade, int(qpn), int(psn), str(IPv6Address(bytes.fromhex(gid))))
+        return [str(peer.qpn), str(peer.psn), IPv6Address(peer.gid).packed.hex()]
+
+    def _region(self, size: str) -> list[str]:
+        granted = self._holding().region(int(size))
+        if granted is None:
+            raise Refused(errno.ENOMEM, "the memory blades are full")
+        return [str(granted.blade), str(granted.address), str(granted.rkey)]
+
+    def _holding(self) -> Loan:
+        if self._loan is None:
+            raise Refused(errno.ENOTCONN, "attach first")
+        return self._loan
+
+
+def difference(after: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """`after - before` for nested dictionaries of numbers."""
+    result: dict[str, Any] = {}
+    for key, value in after.items():
+        if isinstance(value, dict):
+            result[key] = difference(value, before.get(key, {}))
+        else:
+            with suppress(TypeError):
+                result[key] = value - before.get(key, 0)
+    return result

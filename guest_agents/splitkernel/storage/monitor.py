@@ -1,0 +1,1 @@
+def handlers(config): return {}
