@@ -9,18 +9,21 @@ from dataclasses import replace
 from typing import Any
 
 from guest_agents import control, disk, fabric, identity, version
+from guest_agents.config import AgentConfig
 from guest_agents.identity import Identity
 from guest_agents.membership import Manager, Membership
+from guest_agents.verbs.node import open_node, ping_handler
 
 log = logging.getLogger("rackless.agent")
 
 # The monitors of each kind; a new kind of blade is a line here and a module with `handlers(config)`.
 MONITORS: dict[str, tuple[str, ...]] = {
     "manager": (),
-    "processor": (),
-    "memory": (),
-    "storage": (),
+    "processor": ("guest_agents.splitkernel.process.monitor",),
+    "memory": ("guest_agents.splitkernel.memory.monitor",),
+    "storage": ("guest_agents.splitkernel.storage.monitor",),
 }
+DEFAULT_EXCACHE = 64 << 20
 _READY_SECONDS = 120.0
 
 
@@ -35,7 +38,7 @@ def preload() -> None:
 
 
 def take_identity(request: dict[str, Any]) -> dict[str, Any]:
-    """Become the blade the host says, and come up. Returns when the agent has joined and its RDMA link is active."""
+    """Become the blade the host says, and come up. Returns when the agent has joined and RDMA is active."""
     identity.reseed(bytes.fromhex(request["entropy"]))
     identity.set_clock(request["epoch_ns"])
     mine = Identity.of(request)
@@ -44,7 +47,9 @@ def take_identity(request: dict[str, Any]) -> dict[str, Any]:
     agent.start()
     identity.save(mine)
     if not agent.membership.joined.wait(_READY_SECONDS):
-        raise control.ControlError(f"{mine.name} did not join the manager at {mine.manager}", "is the manager up?")
+        raise control.ControlError(
+            f"{mine.name} did not join the manager at {mine.manager}", "is the manager up?"
+        )
     return agent.status({})
 
 
@@ -71,10 +76,19 @@ class Agent:
             "agent.status": self.status,
             "agent.update": self._update,
         }
+        node = open_node(fabric.RXE)
+        handlers |= {**node.handlers(), "verbs.ping": ping_handler(node, self.secret)}
         if mine.kind == "manager":
             handlers |= Manager().handlers()
+        config = AgentConfig(
+            name=mine.name,
+            node=node,
+            secret=self.secret,
+            peers=lambda kind: {m["name"]: m["management"] for m in self.membership.of_kind(kind)},
+            excache=mine.excache or DEFAULT_EXCACHE,
+        )
         for module in MONITORS[mine.kind]:
-            handlers |= importlib.import_module(module).handlers(self)
+            handlers |= importlib.import_module(module).handlers(config)
         control.Server(("0.0.0.0", control.PORT), self.secret, handlers).start()
         self.membership.start()
         log.info("%s of kind %s serves rack %s", mine.name, mine.kind, mine.rack)

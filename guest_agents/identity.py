@@ -1,7 +1,7 @@
 """A blade's identity: what makes a clone of a template a blade of its own.
 
-Clones share memory, so hostname, machine-id, keys, clock and the state of the random generator must all be replaced
-before anything talks to the network.
+Clones share memory, so hostname, machine-id, keys, clock and the state of the random generator must all be
+replaced before anything talks to the network.
 """
 
 from __future__ import annotations

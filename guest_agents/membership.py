@@ -1,7 +1,7 @@
-"""Who is in the rack: the manager blade keeps the list, every agent joins it over the fabric and sends heartbeats.
+"""Who is in the rack: the manager blade keeps the list, every agent joins it over the fabric and beats.
 
-LITE's cluster manager hands out ids but knows no heartbeat (lite-and-hotpot.md, 1.2); here a silent member is shown
-as ``silent`` after three missed beats. The control channel's handshake keeps strangers out.
+LITE's cluster manager hands out ids but knows no heartbeat (lite-and-hotpot.md, 1.2); here a silent member is
+shown as ``silent`` after three missed beats. The control channel's handshake keeps strangers out.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class Manager:
             known = self._members.get(name)
             used = {m.node_id for m in self._members.values()}
             node_id = known.node_id if known else next(n for n in range(1, len(used) + 2) if n not in used)
-            self._members[name] = Member(node_id, name, request["kind"], request["address"], request["management"])
+            self._members[name] = Member(
+                node_id, name, request["kind"], request["address"], request["management"]
+            )
         log.info("%s joined as node %d", name, node_id)
         return {"node_id": node_id, **self.list(request)}
 
@@ -73,7 +75,9 @@ class Manager:
     def list(self, _request: Message) -> Message:
         """All members."""
         with self._lock:
-            return {"members": [m.describe() for m in sorted(self._members.values(), key=lambda m: m.node_id)]}
+            return {
+                "members": [m.describe() for m in sorted(self._members.values(), key=lambda m: m.node_id)]
+            }
 
 
 class Membership:

@@ -1,7 +1,7 @@
 """The channel by which the host reaches a blade that has no address yet: a virtio port, JSON lines.
 
-Requests ``{"op": "hello"}`` and ``{"op": "identify", ...identity}``; each gets one reply, ``{"ok": true, ...}`` or
-``{"ok": false, "error", "hint"}``. Everything later goes over the control channel (control.py).
+Requests ``{"op": "hello"}`` and ``{"op": "identify", ...identity}``; each gets one reply, ``{"ok": true, ...}``
+or ``{"ok": false, "error", "hint"}``. Everything later goes over the control channel (control.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import Any
 from guest_agents import control, version
 
 PORT_NAME = "rackless.agent"
-_POLL_FRESH = 0.05  # seconds between looks at a port that nobody holds open, in a blade that waits for its identity
+_POLL_FRESH = (
+    0.05  # seconds between looks at a port that nobody holds open, in a blade that waits for its identity
+)
 _POLL_KNOWN = 1.0
 
 
@@ -44,7 +46,7 @@ def serve(identify: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
 
 def _lines(port: int, pause: Callable[[], float]) -> Iterator[bytes]:
-    """Lines from the port. While no host holds it open, reads return nothing at once, so look again after a pause."""
+    """Lines from the port. While no host holds it open, reads return nothing at once: look again after a pause."""
     buffer = b""
     while True:
         chunk = os.read(port, 1 << 16)

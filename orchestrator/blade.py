@@ -1,4 +1,4 @@
-"""Bring one blade up or down: its files, its domain (restored or booted), its cards and disks, its identity, its limits."""
+"""Bring one blade up or down: files, domain (restored or booted), cards and disks, identity, limits."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def ensure_template(shop: Workshop, memory: int, cpus: int) -> Path:
 
 
 def create(shop: Workshop, spec: BladeSpec, state: Path | None) -> None:
-    """Make the blade: a clone of the template ``state``, or booted when that is None. On return its agent has joined.
+    """Make the blade: a clone of the template ``state``, or booted when None. On return its agent has joined.
 
-    The metadata says ``ready`` only at the end, so that a blade left half-made by a killed `up` is seen as such.
+    The metadata says ``ready`` only at the end, so that a blade left half made by a killed `up` is seen as such.
     """
     paths = shop.paths
     metadata = {"rack": paths.name, "blade": spec.name, "ready": False, "accelerator": shop.accelerator,
@@ -85,7 +85,9 @@ def create(shop: Workshop, spec: BladeSpec, state: Path | None) -> None:
             _identify(shop, spec, guest)
         domain.explain(f"limit {spec.name}", lambda: domain.limit_cpu(made, spec.cpu_quota))
         shaping.limit(paths.name, fabric_tap(spec), spec.link.bandwidth)
-        domain.explain(f"mark {spec.name} ready", lambda: domain.write_metadata(made, {**metadata, "ready": True}))
+        domain.explain(
+            f"mark {spec.name} ready", lambda: domain.write_metadata(made, {**metadata, "ready": True})
+        )
     except RacklessError as error:
         raise RacklessError(f"{spec.name} did not become ready: {error.message}", hint=error.hint,
                             log=paths.blade(spec.name).console) from error  # fmt: skip

@@ -1,4 +1,4 @@
-"""The host's end of a blade's provisioning channel: a Unix socket that QEMU joins to a virtio port in the blade.
+"""The host's end of a blade's provisioning channel: a Unix socket that QEMU joins to a port in the blade.
 
 It works before the blade has an address; see guest_agents/provision.py for the messages.
 """
@@ -28,7 +28,7 @@ class Channel:
         self._buffer = b""
 
     def request(self, message: dict[str, Any], deadline: float) -> dict[str, Any]:
-        """Send ``message`` and return the reply's fields. RacklessError when the blade refuses or ``deadline`` passes."""
+        """Send ``message``, return the reply's fields. RacklessError when refused or after ``deadline``."""
         mark = uuid.uuid4().hex  # tells the reply from one that an earlier, interrupted host asked for
         self._socket.sendall(json.dumps({**message, "id": mark}).encode() + b"\n")
         while True:
@@ -45,7 +45,9 @@ class Channel:
             try:
                 chunk = self._socket.recv(1 << 16)
             except TimeoutError:
-                raise RacklessError(f"{self._blade} does not answer", hint="its console may tell why") from None
+                raise RacklessError(
+                    f"{self._blade} does not answer", hint="its console may tell why"
+                ) from None
             if not chunk:
                 raise RacklessError(f"{self._blade} went away", hint="its console may tell why")
             self._buffer += chunk
@@ -55,7 +57,7 @@ class Channel:
 
 @contextmanager
 def open_channel(path: Path, blade: str, deadline: float) -> Iterator[Channel]:
-    """Connect to the blade's channel, waiting for QEMU to make the socket until ``deadline`` (time.monotonic)."""
+    """Connect to the blade's channel; waits for QEMU to make the socket until ``deadline`` (time.monotonic)."""
     while True:
         connection = socket.socket(socket.AF_UNIX)
         try:

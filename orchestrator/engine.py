@@ -1,6 +1,6 @@
 """Carry out plans: `up` makes libvirt agree with the rack file, `down` removes what a rack owns.
 
-Two truths only: the rack file says what should be, libvirt says what is. So every function here starts by looking.
+Two truths only: the rack file says what should be, libvirt says what is. So every function starts by looking.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class UpResult:
-    """What `up` did: blades changed, seconds in all and per blade, how many were restored and how many booted."""
+    """What `up` did: blades changed, seconds in all and per blade, how many were restored and booted."""
 
     rack: str
     accelerator: str
@@ -133,7 +133,7 @@ def down(settings: Settings, rack: str, emit: Emit, keep_data: bool = False) -> 
 
 
 def status(settings: Settings, rack: str) -> dict[str, Any]:
-    """The rack as `rackless status --json` prints it. A blade is ``ready`` when its agent joined and RDMA is active."""
+    """The rack as `rackless status --json` prints it. ``ready``: the agent has joined and RDMA is active."""
     paths = RackPaths(settings, rack)
     with daemon.connection(paths) as conn:
         found = _domains(conn, rack) if conn else {}
@@ -204,7 +204,11 @@ def _carry_out(shop: blade.Workshop, todo: Plan, cold: bool) -> tuple[dict[str, 
         assert action.spec and action.old
         found, old, new = domains[action.blade][0], action.old, action.spec
         jobs.append((action.blade, lambda o=old, n=new, d=found: blade.update(shop, o, n, d)))
-    _together(jobs, workers=shop.paths.settings.max_workers, console=lambda name: blade.console_tail(shop.paths, name))
+    _together(
+        jobs,
+        workers=shop.paths.settings.max_workers,
+        console=lambda name: blade.console_tail(shop.paths, name),
+    )
     if making:
         _ping_all(shop, [a.spec for a in todo.actions if a.spec], {spec.name for spec in making})
     return seconds, len(making)
@@ -225,7 +229,9 @@ def _ping_all(shop: blade.Workshop, specs: Sequence[BladeSpec], fresh: set[str])
 
 
 def _together(
-    jobs: Sequence[tuple[str, Callable[[], None]]], workers: int = 16, console: Callable[[str], str] | None = None
+    jobs: Sequence[tuple[str, Callable[[], None]]],
+    workers: int = 16,
+    console: Callable[[str], str] | None = None,
 ) -> None:
     """Run named jobs in threads; afterwards raise the first failure, with the tail of that blade's console."""
     if not jobs:

@@ -1,8 +1,8 @@
 """What crashed runs leave behind: found by our marks, listed first, removed only when told to.
 
 A rack with a blade that runs is in use: of it only scratch files and half-made templates are left over. Disks,
-persistent memory and keys of a rack that is down are a user's data and are never listed here; `rackless down` removes
-them.
+persistent memory and keys of a rack that is down are a user's data and are never listed here; `rackless down`
+removes them.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _of_rack(paths: RackPaths) -> Iterator[Leftover]:
 
 
 def _known_processes(paths: RackPaths) -> dict[str, int]:
-    """Blades that run and that the rack's libvirtd knows (or will know again when it is started): name and pid."""
+    """Blades that run and that the rack's libvirtd knows, or will know when it is started: name and pid."""
     known = {}
     for file in daemon.Daemon.of(paths).run.glob("qemu/*.pid"):
         with suppress(OSError, ValueError):
@@ -115,7 +115,10 @@ def _blade_processes(paths: RackPaths) -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         command = _command(int(entry.name))
-        if f"-name\0guest={paths.name}." in command and str(paths.settings.run_dir / paths.name) + "/" in command:
+        if (
+            f"-name\0guest={paths.name}." in command
+            and str(paths.settings.run_dir / paths.name) + "/" in command
+        ):
             found.append(int(entry.name))
     return found
 

@@ -19,7 +19,7 @@ _POLL_SECONDS = 0.05
 
 @contextmanager
 def hold(paths: RackPaths) -> Iterator[None]:
-    """Hold the rack's lock for the block; RacklessError naming the holder when it is not free in ``lock_seconds``.
+    """Hold the rack's lock; RacklessError naming the holder when it is not free within ``lock_seconds``.
 
     The kernel lets go of it when the holder dies, also by kill -9.
     """

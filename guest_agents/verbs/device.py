@@ -42,7 +42,7 @@ class Device:
 
 def parse_gid(text: str) -> Any:
     """A GID object of a GID in any IPv6 notation; pyverbs itself wants eight groups of four digits."""
-    return GID(IPv6Address(text).exploded)
+    return GID(IPv6Address(text).packed.hex(":", 2))  # not .exploded: Python 3.13 ends mapped ones in dotted decimals
 
 
 def open_device(name: str = "rxe0") -> Device:

@@ -49,19 +49,30 @@ def list_images(as_json: JsonOption = False) -> None:
     from orchestrator.units import format_size
 
     folder = Settings.from_environment().cache_dir
-    entries = sorted(p for kind in ("images", "templates") for p in (folder / kind).glob("[!.]*-*") if p.is_dir())
+    entries = sorted(
+        p for kind in ("images", "templates") for p in (folder / kind).glob("[!.]*-*") if p.is_dir()
+    )
     rows = []
     for entry in entries:
         size = sum(file.stat().st_size for file in entry.iterdir())
         rows.append((entry.name, size, "good" if cache.verify(entry, thorough=True) else "corrupt"))
     if as_json:
-        typer.echo(json.dumps([{"name": name, "bytes": size, "state": state} for name, size, state in rows], indent=2))
+        typer.echo(
+            json.dumps(
+                [{"name": name, "bytes": size, "state": state} for name, size, state in rows], indent=2
+            )
+        )
     else:
-        table(("entry", "size", "state"), [(name, format_size(size >> 20 << 20), state) for name, size, state in rows])
+        table(
+            ("entry", "size", "state"),
+            [(name, format_size(size >> 20 << 20), state) for name, size, state in rows],
+        )
 
 
 def clean(
-    templates: Annotated[bool, typer.Option("--templates", help="Only the saved blades, not the images.")] = False,
+    templates: Annotated[
+        bool, typer.Option("--templates", help="Only the saved blades, not the images.")
+    ] = False,
 ) -> None:
     """Remove what the cache holds; the next `up` makes it again. Racks that run keep what they have open."""
     import shutil

@@ -1,4 +1,4 @@
-"""The command `rackless`: all families of commands on one app, and the one place where errors become lines."""
+"""The command `rackless`: all families of commands on one app, and the place where errors become lines."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ for family in (rack, run, shell, image, doctor):
 
 
 def main() -> int:
-    """Run the command line; a RacklessError becomes one line with its hint, Ctrl-C the code a shell expects."""
+    """Run the command line; a RacklessError becomes a line with its hint, Ctrl-C the code a shell expects."""
     try:
         app()
     except RacklessError as error:

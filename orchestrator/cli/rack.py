@@ -12,7 +12,8 @@ from orchestrator.cli.common import JsonOption, rack_file, rack_name
 PENDING = 2  # exit code of `plan` when something is to be done
 
 RackArgument = Annotated[
-    str | None, typer.Argument(metavar="[RACK.yml]", help="Rack file.  [default: racks/default.yml]", show_default=False)
+    str | None,
+    typer.Argument(metavar="[RACK.yml]", help="Rack file.  [default: racks/default.yml]", show_default=False),
 ]
 
 
@@ -24,7 +25,9 @@ def register(app: typer.Typer) -> None:
 
 def up(
     rack: RackArgument = None,
-    cold: Annotated[bool, typer.Option("--cold", help="Boot every blade instead of restoring saved ones.")] = False,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Boot every blade instead of restoring saved ones.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Bring a rack up, or change a running one into what its file says now."""
@@ -47,7 +50,9 @@ def up(
 
 def down(
     rack: RackArgument = None,
-    keep_data: Annotated[bool, typer.Option("--keep-data", help="Keep disks, persistent memory and keys.")] = False,
+    keep_data: Annotated[
+        bool, typer.Option("--keep-data", help="Keep disks, persistent memory and keys.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Remove a rack: its blades, its network, its files, and nothing else."""

@@ -1,8 +1,9 @@
 """A libvirtd and a virtlogd of the rack's own, in a mount and a network namespace, with no systemd.
 
-The daemons see private folders at libvirt's usual places (/etc, /run, /var/lib, /var/log), so the host's own libvirt
-and other racks are not touched. They are entered with ``nsenter --net`` and not ``ip netns exec``, which mounts /sys
-anew and so hides the cgroups. They outlive the command that started them, and the domains outlive them.
+The daemons see private folders at libvirt's usual places (/etc, /run, /var/lib, /var/log), so the host's own
+libvirt and other racks are not touched. They are entered with ``nsenter --net`` and not ``ip netns exec``, which
+mounts /sys anew and so hides the cgroups. They outlive the command that started them, and the domains outlive
+them.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Daemon:
 
     @classmethod
     def of(cls, paths: RackPaths) -> Daemon:
-        """The daemons' files of a rack. Sockets go under the run folder: their paths must stay below 108 bytes."""
+        """The daemons' files of a rack. Sockets go under the run folder: a path has at most 107 bytes."""
         own = paths.root / "libvirt"
         return cls(
             run=paths.settings.run_dir / paths.name / "libvirt",
@@ -65,10 +66,12 @@ class Daemon:
 
 @contextmanager
 def connection(paths: RackPaths, start: bool = False) -> Iterator[libvirt.virConnect | None]:
-    """A libvirt connection for the rack, closed at the end; None when its daemon does not run and ``start`` is false."""
+    """A libvirt connection for the block; None when the rack's daemon does not run and ``start`` is false."""
     import libvirt
 
-    libvirt.registerErrorHandler(lambda _context, _error: None, None)  # or libvirt prints every error by itself
+    libvirt.registerErrorHandler(
+        lambda _context, _error: None, None
+    )  # or libvirt prints every error by itself
     uri = paths.settings.libvirt_uri
     if uri == PRIVATE:
         daemon = Daemon.of(paths)
@@ -80,7 +83,9 @@ def connection(paths: RackPaths, start: bool = False) -> Iterator[libvirt.virCon
     try:
         opened = libvirt.open(uri)
     except libvirt.libvirtError as error:
-        raise RacklessError(f"cannot reach libvirt at {uri}: {error}", hint="check RACKLESS_LIBVIRT_URI") from error
+        raise RacklessError(
+            f"cannot reach libvirt at {uri}: {error}", hint="check RACKLESS_LIBVIRT_URI"
+        ) from error
     try:
         yield opened
     finally:
@@ -140,7 +145,7 @@ def stop(paths: RackPaths) -> None:
 
 
 def running(pid_file: Path) -> int | None:
-    """The process a pid file names when it lives and is that daemon (pids are reused after a reboot), else None."""
+    """The process a pid file names if it lives and is that daemon (pids are used again), else None."""
     try:
         pid = int(pid_file.read_text())
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -152,8 +157,8 @@ def running(pid_file: Path) -> int | None:
 def _accounts(daemon: Daemon) -> dict[str, Path]:
     """Mounts that give the daemons the accounts they were compiled to look for.
 
-    libvirtd does not start without them, although qemu.conf names root; Debian makes them in a package that would also
-    start a libvirtd of the host's.
+    libvirtd does not start without them, although qemu.conf names root; Debian makes them in a package that would
+    also start a libvirtd of the host's.
     """
     additions = {"/etc/passwd": f"{_ACCOUNT}:x:64055:64055::/:/usr/sbin/nologin",
                  "/etc/group": f"{_ACCOUNT}:x:64055:\nkvm:x:64056:"}  # fmt: skip
@@ -170,7 +175,7 @@ def _accounts(daemon: Daemon) -> dict[str, Path]:
 def _program(name: str) -> str:
     found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
     if found is None:
-        raise RacklessError(f"{name} is missing", hint="apt-get install libvirt-daemon, or run `make testbed`")
+        raise RacklessError(
+            f"{name} is missing", hint="apt-get install libvirt-daemon, or run `make testbed`"
+        )
     return found
-
-

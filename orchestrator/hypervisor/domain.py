@@ -1,4 +1,4 @@
-"""Blades as libvirt domains. What must survive a crash of the orchestrator is in the domain's ``<metadata>``."""
+"""Blades as libvirt domains. What must survive a crash of the orchestrator is in their ``<metadata>``."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def domain_xml(guest: Guest, image: Image, accelerator: str, emulator: str) -> s
 
 
 def owned(conn: libvirt.virConnect, rack: str) -> dict[str, tuple[libvirt.virDomain, str, dict[str, Any]]]:
-    """Domains of the rack by name of blade: domain, state, metadata. Domains without our mark are not ours."""
+    """Domains of the rack by blade: domain, state, metadata. Domains without our mark are not ours."""
     found = {}
     for domain in conn.listAllDomains():
         try:
@@ -87,7 +87,9 @@ def owned(conn: libvirt.virConnect, rack: str) -> dict[str, tuple[libvirt.virDom
 def write_metadata(domain: libvirt.virDomain, metadata: dict[str, Any]) -> None:
     """Replace the metadata of a running domain."""
     text = f"<blade>{escape(json.dumps(metadata))}</blade>"
-    domain.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, text, "rackless", NAMESPACE, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    domain.setMetadata(
+        libvirt.VIR_DOMAIN_METADATA_ELEMENT, text, "rackless", NAMESPACE, libvirt.VIR_DOMAIN_AFFECT_LIVE
+    )
 
 
 def destroy(domain: libvirt.virDomain) -> None:

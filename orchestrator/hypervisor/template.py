@@ -1,10 +1,10 @@
-"""Templates: a blade booted once, saved while its agent waits for an identity, and restored as any number of clones.
+"""Templates: a blade booted once, saved while its agent waits for an identity, and restored as many clones.
 
 Under TCG a restore takes half a second where a boot takes ten. A template belongs to (image, QEMU, accelerator,
 memory, CPUs); it has no network card and no disk of its own, which clones get by hot-plug.
 
-A libvirt save image is a header, the domain XML and a cookie padded with NULs, and QEMU's migration stream. A clone is
-the same stream behind a header whose XML has the clone's name, UUID, metadata and paths.
+A libvirt save image is a header, the domain XML and a cookie padded with NULs, and QEMU's migration stream. A
+clone is the same stream behind a header whose XML has the clone's name, UUID, metadata and paths.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from orchestrator.image.recipe import hash_of
 from orchestrator.templates import template_folder
 
 _MAGIC = b"LibvirtQemudSave"
-_FIELDS = struct.Struct("<16s5I14I")  # magic; version, length of data, was running, compression, cookie; unused
+_FIELDS = struct.Struct(
+    "<16s5I14I"
+)  # magic; version, length of data, was running, compression, cookie; unused
 _SUPPORTED_VERSION = 2
 _STATE = "state.save"
 
@@ -49,7 +51,7 @@ def emulator_version(emulator: str) -> str:
 
 
 def obtain(templates: Path, key: str, boot_and_save: Callable[[Path], None]) -> Path:
-    """The save image of a template from the cache folder, made by ``boot_and_save(file)`` when missing or corrupt."""
+    """The save image of a template in the cache; ``boot_and_save(file)`` makes it when missing or corrupt."""
 
     def build(work: Path) -> None:
         boot_and_save(work / _STATE)
@@ -58,7 +60,7 @@ def obtain(templates: Path, key: str, boot_and_save: Callable[[Path], None]) -> 
 
 
 def restore(conn: libvirt.virConnect, state: Path, guest: Guest, scratch: Path) -> libvirt.virDomain:
-    """Start a clone of the saved blade ``state`` as ``guest``; ``scratch`` is a file name to use meanwhile."""
+    """Start a clone of the saved blade ``state`` as ``guest``; ``scratch`` names a file to use meanwhile."""
     try:
         clone(state, scratch, guest)
         conn.restore(str(scratch))
@@ -107,7 +109,9 @@ def _own_xml(xml: str, guest: Guest) -> str:
 def _find(root: ElementTree.Element, path: str) -> ElementTree.Element:
     found = root.find(path)
     if found is None:
-        raise RacklessError(f"the template's domain XML has no {path}", hint="`rackless image clean --templates`")
+        raise RacklessError(
+            f"the template's domain XML has no {path}", hint="`rackless image clean --templates`"
+        )
     return found
 
 

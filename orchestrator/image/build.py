@@ -2,7 +2,7 @@
 
 Two kinds of cache entries, so that a change rebuilds only what it must:
 
-* ``system-HASH``: system.sqfs, vmlinux, initramfs, manifest.json, sbom.spdx.json (packages, files, kernel: minutes);
+* ``system-HASH``: system.sqfs, vmlinux, initramfs, manifest.json, sbom.spdx.json (packages, kernel: minutes);
 * ``agents-HASH``: agents.sqfs, guest_agents/ with its native parts compiled in the system image (seconds).
 
 Templates of saved blades (orchestrator/hypervisor/template.py) are kept beside them, keyed on both.
@@ -23,7 +23,9 @@ from orchestrator.image.recipe import AGENTS, Recipe, hash_of, load
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 FORMAT = 1  # part of every key: raise it when the steps below change what they make
-SYSTEM_SPACE_BYTES = 3 << 30  # an unpacked root of 0.7 GB, the packages and the squashed image, with room to spare
+SYSTEM_SPACE_BYTES = (
+    3 << 30
+)  # an unpacked root of 0.7 GB, the packages and the squashed image, with room to spare
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,9 @@ def _debootstrap(recipe: Recipe, flavour: str, root: Path, log: Path, report: Re
         process = subprocess.Popen([*command, recipe.suite, root], stdin=subprocess.DEVNULL,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
     except FileNotFoundError:
-        raise RacklessError("mmdebstrap is missing", hint="apt-get install mmdebstrap, or run `make testbed`") from None
+        raise RacklessError(
+            "mmdebstrap is missing", hint="apt-get install mmdebstrap, or run `make testbed`"
+        ) from None
     with process, log.open("w") as record:
         assert process.stderr is not None
         for line in process.stderr:
@@ -157,7 +161,7 @@ def _customise(recipe: Recipe, root: Path, release: str) -> None:
 
 
 def _build_agents(system: Path, key: str, work: Path) -> None:
-    """Compile the agents' native parts and byte code with the image's own compiler and Python, and squash them."""
+    """Compile the agents' native parts and byte code with the image's own compiler and Python; squash them."""
     root, layer = work / "root", work / "layer"
     subprocess.run(["unsquashfs", "-quiet", "-no-progress", "-no-xattrs", "-d", root, system / "system.sqfs"],
                    check=True, stdout=subprocess.DEVNULL)  # fmt: skip

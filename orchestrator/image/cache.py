@@ -1,9 +1,10 @@
 """A content-addressed store of built things: whole entries appear at once, or not at all.
 
-An entry is a folder ``NAME`` (it ends in a content hash) that holds files and a manifest ``entry.json`` with the size, SHA-256 and
-modification time of each. It is filled under a temporary name while a lock on its key is held, and renamed when it is
-complete, so two builders do not collide and an interrupted one leaves nothing that looks built. A file whose size or
-time differs from the manifest is read again in full; a wrong digest means the entry is corrupt and is built again.
+An entry is a folder ``NAME`` (it ends in a content hash) that holds files and a manifest ``entry.json`` with the
+size, SHA-256 and modification time of each. It is filled under a temporary name while a lock on its key is held,
+and renamed when it is complete, so two builders do not collide and an interrupted one leaves nothing that looks
+built. A file of another size than the manifest says means the entry is corrupt and is built again; one with another
+time is read in full, and the same holds if its digest is wrong.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def obtain(cache: Path, name: str, build: Callable[[Path], None]) -> Path:
-    """The entry ``name`` under ``cache``; calls ``build(folder)`` to fill it when it is missing or corrupt."""
+    """The entry ``name`` under ``cache``; ``build(folder)`` fills it when it is missing or corrupt."""
     entry = cache / name
     if verify(entry):
         return entry
     with locked(cache / f".{name}.lock"):
         if verify(entry):  # somebody else built it while we waited
             return entry
-        for leftover in cache.glob(f".{name}.tmp*"):  # only an interrupted builder leaves one: we hold the lock
+        for leftover in cache.glob(
+            f".{name}.tmp*"
+        ):  # only an interrupted builder leaves one: we hold the lock
             shutil.rmtree(leftover)
         shutil.rmtree(entry, ignore_errors=True)
         work = cache / f".{name}.tmp{os.getpid()}"
@@ -53,7 +56,7 @@ def obtain(cache: Path, name: str, build: Callable[[Path], None]) -> Path:
 
 
 def verify(entry: Path, thorough: bool = False) -> bool:
-    """Is the entry complete and unchanged? ``thorough`` reads every byte; otherwise only files that look touched."""
+    """Is the entry complete and unchanged? ``thorough`` reads every byte, not only what looks touched."""
     try:
         manifest = json.loads((entry / MANIFEST).read_text())
         for name, want in manifest["files"].items():

@@ -11,12 +11,23 @@ from pathlib import Path
 
 from orchestrator.errors import RacklessError
 
-FOLDERS = ("bin", "dev", "proc", "lib", "lib/modules", "lower", "lower/system", "lower/agents", "upper", "root")
+FOLDERS = (
+    "bin",
+    "dev",
+    "proc",
+    "lib",
+    "lib/modules",
+    "lower",
+    "lower/system",
+    "lower/agents",
+    "upper",
+    "root",
+)
 
 
 def build(root: Path, release: str, modules: tuple[str, ...], init: Path) -> bytes:
-    """Archive with ``init`` and the given kernel modules of the image unpacked at ``root`` (kernel ``release``)."""
-    files: dict[str, tuple[int, bytes]] = {name: (stat.S_IFDIR | 0o755, b"") for name in FOLDERS}
+    """Archive with ``init`` and kernel modules of the image unpacked at ``root`` (kernel ``release``)."""
+    files: dict[str, tuple[int, bytes]] = dict.fromkeys(FOLDERS, (stat.S_IFDIR | 0o755, b""))
     files["init"] = (stat.S_IFREG | 0o755, init.read_bytes())
     files["bin/busybox"] = (stat.S_IFREG | 0o755, _busybox().read_bytes())
     for number, path in enumerate(_with_dependencies(root, release, modules)):
@@ -29,7 +40,10 @@ def build(root: Path, release: str, modules: tuple[str, ...], init: Path) -> byt
 
 
 def cpio(files: dict[str, tuple[int, bytes]]) -> bytes:
-    """A "newc" cpio archive (Linux: Documentation/driver-api/early-userspace/buffer-format.rst) of mode and content."""
+    """A "newc" cpio archive of mode and content by name.
+
+    Source: Linux, Documentation/driver-api/early-userspace/buffer-format.rst.
+    """
     out = bytearray()
     for number, (name, (mode, data)) in enumerate([*files.items(), ("TRAILER!!!", (0, b""))], start=1):
         encoded = name.encode() + b"\0"

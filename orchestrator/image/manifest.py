@@ -1,4 +1,4 @@
-"""What is in an image: a manifest of packages for people and programs, and the same as an SPDX software bill."""
+"""What is in an image: a manifest of packages for people and programs, and an SPDX bill of materials."""
 
 from __future__ import annotations
 
@@ -50,10 +50,17 @@ def _spdx(recipe: Recipe, flavour: str, packages: list[dict[str, str]]) -> dict[
         "SPDXID": "SPDXRef-DOCUMENT",
         "name": name,
         "documentNamespace": f"urn:rackless:{name}",
-        "creationInfo": {"created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "creators": ["Tool: rackless"]},
+        "creationInfo": {
+            "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "creators": ["Tool: rackless"],
+        },
         "packages": described,
         "relationships": [
-            {"spdxElementId": "SPDXRef-DOCUMENT", "relationshipType": "DESCRIBES", "relatedSpdxElement": p["SPDXID"]}
+            {
+                "spdxElementId": "SPDXRef-DOCUMENT",
+                "relationshipType": "DESCRIBES",
+                "relatedSpdxElement": p["SPDXID"],
+            }
             for p in described
         ],
     }

@@ -47,7 +47,9 @@ class Recipe(BaseModel):
         """All packages of a flavour, kernel included, sorted."""
         if flavour not in self.flavours:
             known = ", ".join(self.flavours)
-            raise RacklessError(f"image {self.name} has no flavour {flavour!r}", hint=f"choose one of: {known}")
+            raise RacklessError(
+                f"image {self.name} has no flavour {flavour!r}", hint=f"choose one of: {known}"
+            )
         return tuple(sorted({self.kernel, *self.packages, *self.flavours[flavour].packages}))
 
 
@@ -58,14 +60,16 @@ def load(name: str) -> Recipe:
         return Recipe.model_validate(yaml.safe_load(path.read_text()))
     except FileNotFoundError:
         known = ", ".join(sorted(p.parent.name for p in IMAGES.glob("*/recipe.yml")))
-        raise RacklessError(f"there is no image recipe called {name!r}", hint=f"recipes here: {known}") from None
+        raise RacklessError(
+            f"there is no image recipe called {name!r}", hint=f"recipes here: {known}"
+        ) from None
     except (ValidationError, yaml.YAMLError) as error:
         first = str(error).splitlines()
         raise RacklessError(f"{path}: not a valid recipe: {' '.join(first[1:3] or first)}") from None
 
 
 def hash_of(*parts: Any) -> str:
-    """A short content hash (16 hex digits) over strings, paths (names and bytes of a whole tree) and tuples."""
+    """A short content hash (16 hex digits) of strings, tuples, and paths (names, modes, bytes of a whole tree)."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
@@ -82,4 +86,6 @@ def hash_of(*parts: Any) -> str:
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    return [p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts and "build" not in p.parts]
+    return [
+        p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts and "build" not in p.parts
+    ]

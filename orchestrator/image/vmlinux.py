@@ -1,7 +1,7 @@
 """Take the uncompressed kernel out of a packaged vmlinuz.
 
-QEMU starts an ELF ``vmlinux`` through its PVH entry; without KVM that saves about four seconds of decompression in the
-guest on every boot.
+QEMU starts an ELF ``vmlinux`` through its PVH entry; without KVM that saves about four seconds of decompression in
+the guest on every boot.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PAYLOAD = 0x248
 
 
 def extract(image: bytes) -> bytes:
-    """The ELF kernel inside a bzImage; RacklessError when it is not a bzImage or its compression is unknown."""
+    """The ELF kernel inside a bzImage; RacklessError when it is none, damaged, or compressed in an unknown way."""
     if image[_MAGIC : _MAGIC + 4] != b"HdrS":
         raise RacklessError("the kernel is not an x86 bzImage", hint="check `kernel:` in the image recipe")
     setup = ((image[_SETUP_SECTORS] or 4) + 1) * 512

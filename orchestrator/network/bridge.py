@@ -1,4 +1,4 @@
-"""The rack's two bridges: ``mgmt`` for SSH and control, which is never faulted, and ``fabric`` for Soft-RoCE."""
+"""The rack's two bridges: ``mgmt`` for SSH and control, never faulted, and ``fabric`` for Soft-RoCE."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def ensure(rack: str, management: IPv4Network, fabric_mtu: int) -> None:
         for bridge, mtu in ((MANAGEMENT, MANAGEMENT_MTU), (FABRIC, fabric_mtu)):
             if not net.link_lookup(ifname=bridge):
                 net.link("add", ifname=bridge, kind="bridge")
-            # No spanning tree: a port forwards at once. The MTU sticks only when it is set, not taken from ports.
+            # No spanning tree: a port forwards at once. The MTU sticks only when set, not taken from ports.
             net.link("set", index=net.link_lookup(ifname=bridge)[0], mtu=mtu, state="up", br_stp_state=0)
         index = net.link_lookup(ifname=MANAGEMENT)[0]
         address = str(host_address(management))

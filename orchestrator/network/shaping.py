@@ -1,7 +1,7 @@
 """Bandwidth of a blade's fabric link, towards the blade: a token bucket on its tap.
 
 libvirt's own ``<bandwidth>`` needs sch_sfq and sch_netem, which host kernels may lack; tbf is everywhere. Latency,
-jitter, loss, and bandwidth from the blade are put in the guest's kernel (guest_agents/fabric.py), which has netem.
+jitter, loss, and bandwidth from the blade are put in the guest's kernel (guest_agents/fabric.py): it has netem.
 """
 
 from __future__ import annotations

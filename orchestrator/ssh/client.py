@@ -124,7 +124,15 @@ def run(
             "err_stream": _Listener(blade, "stderr", on_output),
         }
     try:
-        done = connection.run(line, warn=True, in_stream=False, timeout=timeout, encoding="utf-8", **streams)
+        # Fabric cannot close a command's stdin: without this, one that reads it would wait for ever.
+        done = connection.run(
+            f"exec < /dev/null\n{line}",
+            warn=True,
+            in_stream=False,
+            timeout=timeout,
+            encoding="utf-8",
+            **streams,
+        )
     except CommandTimedOut as error:
         raise RacklessError(f"`{line}` on {blade} was not done after {timeout} s") from error
     result = Result(blade, done.exited, done.stdout, done.stderr)
