@@ -1,7 +1,8 @@
 """The agent of a blade: takes the blade's identity from the host, brings the fabric up, serves its monitors.
 
 A template is saved while this program waits for an identity, with everything slow already imported, so that a
-blade restored from it is ready in seconds. After a crash it finds its identity in a file and comes up by itself.
+blade restored from it is ready in seconds. After a crash it finds its identity in a file and comes up by
+itself.
 """
 
 from __future__ import annotations
@@ -13,14 +14,12 @@ from guest_agents import agent, identity, provision
 
 
 def main() -> int:
-    logging.basicConfig(
-        force=True, stream=sys.stdout, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(force=True, stream=sys.stdout, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     agent.preload()
     known = identity.load()
     if known is not None:
         agent.Agent(known).start()
-    provision.serve(agent.take_identity)
+    provision.serve(agent.take_identity, identified=known is not None)
     return 0
 
 

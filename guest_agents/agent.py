@@ -47,9 +47,7 @@ def take_identity(request: dict[str, Any]) -> dict[str, Any]:
     agent.start()
     identity.save(mine)
     if not agent.membership.joined.wait(_READY_SECONDS):
-        raise control.ControlError(
-            f"{mine.name} did not join the manager at {mine.manager}", "is the manager up?"
-        )
+        raise control.ControlError(f"{mine.name} did not join the manager at {mine.manager}", "is the manager up?")
     return agent.status({})
 
 
@@ -60,9 +58,9 @@ class Agent:
         self.identity = mine
         self.secret = bytes.fromhex(mine.secret)
         self.started = time.monotonic()
-        about = {"name": mine.name, "kind": mine.kind, "address": mine.fabric["address"],
-                 "management": mine.management["address"]}  # fmt: skip
-        self.membership = Membership((mine.manager, control.PORT), self.secret, about)
+        self.about = {"name": mine.name, "kind": mine.kind, "address": mine.fabric["address"],
+                      "management": mine.management["address"]}  # fmt: skip
+        self.membership = Membership((mine.manager, control.PORT), self.secret, self.about)
 
     def start(self) -> None:
         """Bring the networks up, serve, join. Raises TimeoutError when a network card is missing."""
@@ -79,7 +77,7 @@ class Agent:
         node = open_node(fabric.RXE)
         handlers |= {**node.handlers(), "verbs.ping": ping_handler(node, self.secret)}
         if mine.kind == "manager":
-            handlers |= Manager().handlers()
+            handlers |= Manager(self.about).handlers()
         config = AgentConfig(
             name=mine.name,
             node=node,

@@ -14,7 +14,7 @@ _PLUG_SECONDS = 60.0
 
 
 def mount() -> None:
-    """Mount the disk at ROOT, with /vnode leading there too. Safe to repeat; TimeoutError when there is no disk."""
+    """Mount the disk at ROOT, with /vnode leading there too. Safe to repeat; TimeoutError without a disk."""
     deadline = time.monotonic() + _PLUG_SECONDS
     while not DEVICE.exists():
         if time.monotonic() > deadline:

@@ -30,7 +30,7 @@ def configure(management: dict[str, Any], fabric: dict[str, Any], deadline: floa
 
 
 def shape(link: dict[str, Any]) -> None:
-    """Delay, jitter (seconds), loss (0..1), bandwidth (bit/s) of what leaves on the fabric; nothing set lifts all."""
+    """Delay, jitter (s), loss (0..1), bandwidth (bit/s) of what leaves on the fabric; none set lifts all."""
     latency, jitter, loss = link.get("latency") or 0, link.get("jitter") or 0, link.get("loss") or 0
     options = []
     if latency or jitter:
@@ -43,10 +43,7 @@ def shape(link: dict[str, Any]) -> None:
         subprocess.run(
             ["tc", "qdisc", "replace", "dev", FABRIC, "root", "netem", "limit", "10000", *options], check=True
         )
-    elif (
-        "netem"
-        in subprocess.run(["tc", "qdisc", "show", "dev", FABRIC], capture_output=True, text=True).stdout
-    ):
+    elif "netem" in subprocess.run(["tc", "qdisc", "show", "dev", FABRIC], capture_output=True, text=True).stdout:
         subprocess.run(["tc", "qdisc", "del", "dev", FABRIC, "root"], check=True)
 
 

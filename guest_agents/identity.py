@@ -11,7 +11,7 @@ import json
 import os
 import struct
 import time
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,9 @@ class Identity:
 
     @classmethod
     def of(cls, message: dict[str, Any]) -> Identity:
-        """From an ``identify`` request; KeyError when a field is missing."""
-        return cls(**{field.name: message[field.name] for field in fields(cls)})
+        """From an ``identify`` request; KeyError when a field is missing that has no default."""
+        needed = [field.name for field in fields(cls) if field.name in message or field.default is MISSING]
+        return cls(**{name: message[name] for name in needed})
 
 
 def load() -> Identity | None:
@@ -56,9 +57,11 @@ def load() -> Identity | None:
 def save(identity: Identity) -> None:
     """Keep the identity for a restart of the agent; readable by root alone, gone with the blade."""
     FILE.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    part = FILE.with_suffix(".part")  # an agent that is killed here must find a whole file again
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
         json.dump(identity.__dict__, file)
+    part.replace(FILE)
 
 
 def reseed(entropy: bytes) -> None:

@@ -43,24 +43,27 @@ class Member:
 class Manager:
     """The list of members, on the manager blade."""
 
-    def __init__(self) -> None:
+    def __init__(self, own: Message) -> None:
+        """``own`` is this blade's join request: it is always the first member, also after a restart."""
         self._members: dict[str, Member] = {}
         self._lock = threading.Lock()
+        self.join(own)
 
     def handlers(self) -> dict[str, control.Handler]:
         """Control operations ``member.join``, ``member.beat``, ``member.list``."""
         return {"member.join": self.join, "member.beat": self.beat, "member.list": self.list}
 
     def join(self, request: Message) -> Message:
-        """A blade joins, or joins again after a restart: then it keeps its id."""
+        """A blade joins, or joins again after a restart of itself or of this manager: then it keeps its id."""
         name = request["name"]
         with self._lock:
             known = self._members.get(name)
             used = {m.node_id for m in self._members.values()}
-            node_id = known.node_id if known else next(n for n in range(1, len(used) + 2) if n not in used)
-            self._members[name] = Member(
-                node_id, name, request["kind"], request["address"], request["management"]
-            )
+            before = request.get("node_id")  # a restarted manager learns the ids it gave from their holders
+            wanted = [before] if before else []
+            free = next(n for n in (*wanted, *range(1, len(used) + 2)) if n not in used)
+            node_id = known.node_id if known else free
+            self._members[name] = Member(node_id, name, request["kind"], request["address"], request["management"])
         log.info("%s joined as node %d", name, node_id)
         return {"node_id": node_id, **self.list(request)}
 
@@ -75,9 +78,7 @@ class Manager:
     def list(self, _request: Message) -> Message:
         """All members."""
         with self._lock:
-            return {
-                "members": [m.describe() for m in sorted(self._members.values(), key=lambda m: m.node_id)]
-            }
+            return {"members": [m.describe() for m in sorted(self._members.values(), key=lambda m: m.node_id)]}
 
 
 class Membership:
@@ -113,7 +114,8 @@ class Membership:
     def _stay(self, client: control.ControlClient) -> None:
         known = False
         while True:
-            reply = client.call("member.beat" if known else "member.join", **self._about)
+            op = "member.beat" if known else "member.join"
+            reply = client.call(op, **self._about, node_id=self.node_id)
             self.members = reply["members"]
             if not known:
                 self.node_id = reply["node_id"]

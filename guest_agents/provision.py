@@ -1,7 +1,7 @@
 """The channel by which the host reaches a blade that has no address yet: a virtio port, JSON lines.
 
-Requests ``{"op": "hello"}`` and ``{"op": "identify", ...identity}``; each gets one reply, ``{"ok": true, ...}``
-or ``{"ok": false, "error", "hint"}``. Everything later goes over the control channel (control.py).
+Requests ``{"op": "hello"}`` and ``{"op": "identify", ...identity}``; each gets one reply,
+``{"ok": true, ...}`` or ``{"ok": false, "error", "hint"}``. Everything later goes over the control channel.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from typing import Any
 from guest_agents import control, version
 
 PORT_NAME = "rackless.agent"
-_POLL_FRESH = (
-    0.05  # seconds between looks at a port that nobody holds open, in a blade that waits for its identity
-)
+_POLL_FRESH = 0.05  # seconds between looks at a port that nobody holds open, in a blade that waits for its identity
 _POLL_KNOWN = 1.0
 
 
-def serve(identify: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Answer the host for ever. ``identify`` gets the identity and returns the fields of the reply."""
+def serve(identify: Callable[[dict[str, Any]], dict[str, Any]], identified: bool = False) -> None:
+    """Answer the host for ever. ``identify`` gets the identity and returns the fields of the reply.
+
+    identified -- the agent was started anew in a blade that has its identity
+    """
     port = os.open(_device(), os.O_RDWR)
-    state = {"identified": False}
+    state = {"identified": identified}
 
     def hello(_request: dict[str, Any]) -> dict[str, Any]:
         return {"version": version.VERSION, "identified": state["identified"], "uptime": time.monotonic()}
@@ -41,12 +42,14 @@ def serve(identify: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
             request = json.loads(line)
         except ValueError:
             continue  # half a line of a host that went away in the middle of it
+        if not isinstance(request, dict):
+            continue
         reply = control.dispatch(handlers, request)
         os.write(port, json.dumps({**reply, "id": request.get("id")}).encode() + b"\n")
 
 
 def _lines(port: int, pause: Callable[[], float]) -> Iterator[bytes]:
-    """Lines from the port. While no host holds it open, reads return nothing at once: look again after a pause."""
+    """Lines from the port. While no host holds it open, reads return nothing at once: look after a pause."""
     buffer = b""
     while True:
         chunk = os.read(port, 1 << 16)

@@ -62,9 +62,7 @@ def console_source(blade: str, log: Path, lines: int, follow: bool) -> Source:
     return Source(blade, ["tail", "-v", "-n", str(lines), *(["-F"] if follow else []), "--", str(log)])
 
 
-def read(
-    sources: Iterable[Source], on_line: Callable[[Line], None], on_error: Callable[[str, str], None]
-) -> int:
+def read(sources: Iterable[Source], on_line: Callable[[Line], None], on_error: Callable[[str, str], None]) -> int:
     """Read all sources at once until each has ended; return the worst exit code.
 
     `on_line` and `on_error` (blade, text) are called from several threads.

@@ -17,14 +17,10 @@ def client(paths: RackPaths, address: str, timeout: float) -> control.ControlCli
     def connect(where: tuple[str, int], seconds: float) -> Any:
         return namespace.connect(paths.name, where[0], where[1], seconds)
 
-    return control.ControlClient(
-        (address, paths.settings.control_port), ensure_secret(paths), timeout, connect
-    )
+    return control.ControlClient((address, paths.settings.control_port), ensure_secret(paths), timeout, connect)
 
 
-def call(
-    paths: RackPaths, blade: str, address: str, op: str, timeout: float, **fields: Any
-) -> dict[str, Any]:
+def call(paths: RackPaths, blade: str, address: str, op: str, timeout: float, **fields: Any) -> dict[str, Any]:
     """One request to one agent. RacklessError names the blade and says what was wrong."""
     try:
         with client(paths, address, timeout) as agent:

@@ -65,14 +65,15 @@ def ensure_template(shop: Workshop, memory: int, cpus: int) -> Path:
 def create(shop: Workshop, spec: BladeSpec, state: Path | None) -> None:
     """Make the blade: a clone of the template ``state``, or booted when None. On return its agent has joined.
 
-    The metadata says ``ready`` only at the end, so that a blade left half made by a killed `up` is seen as such.
+    The metadata says ``ready`` only at the end, so that a blade left half made by a killed `up` is seen as
+    such.
     """
     paths = shop.paths
     metadata = {"rack": paths.name, "blade": spec.name, "ready": False, "accelerator": shop.accelerator,
                 "spec": spec.to_json()}  # fmt: skip
     guest = _guest(shop, spec.name, spec.memory, spec.cpus, metadata)
-    _make_files(paths, spec)
     try:
+        _make_files(paths, spec)
         if state is None:
             with step(shop.emit, paths.name, "boot", spec.name):
                 made = _boot(shop, guest)
@@ -85,9 +86,7 @@ def create(shop: Workshop, spec: BladeSpec, state: Path | None) -> None:
             _identify(shop, spec, guest)
         domain.explain(f"limit {spec.name}", lambda: domain.limit_cpu(made, spec.cpu_quota))
         shaping.limit(paths.name, fabric_tap(spec), spec.link.bandwidth)
-        domain.explain(
-            f"mark {spec.name} ready", lambda: domain.write_metadata(made, {**metadata, "ready": True})
-        )
+        domain.explain(f"mark {spec.name} ready", lambda: domain.write_metadata(made, {**metadata, "ready": True}))
     except RacklessError as error:
         raise RacklessError(f"{spec.name} did not become ready: {error.message}", hint=error.hint,
                             log=paths.blade(spec.name).console) from error  # fmt: skip
@@ -215,19 +214,22 @@ def _make_files(paths: RackPaths, spec: BladeSpec) -> None:
     files = paths.blade(spec.name)
     files.root.mkdir(parents=True, exist_ok=True)
     files.root.chmod(0o700)
-    if spec.pmem:
-        _resize(files.pmem, spec.pmem)
-    if spec.disk and _resize(files.disk, spec.disk.size):
+    if spec.pmem and not _has_size(files.pmem, spec.pmem):
+        _make_sparse(files.pmem, spec.pmem)
+    if spec.disk and not _has_size(files.disk, spec.disk.size):
+        fresh = files.disk.with_suffix(".new")  # gets its name when it is whole: `up` may be killed here
+        _make_sparse(fresh, spec.disk.size)
         # Made here and not in the blade: a tenth of a second instead of seconds.
-        subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-E", "lazy_itable_init=1,nodiscard", files.disk],
-                       check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+        subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-E", "lazy_itable_init=1,nodiscard", fresh],
+                       check=True, capture_output=True)  # fmt: skip
+        fresh.rename(files.disk)
 
 
-def _resize(path: Path, size: int) -> bool:
-    """Make ``path`` a sparse file of ``size`` bytes unless it is one; True when it is new."""
-    if path.exists() and path.stat().st_size == size:
-        return False
+def _has_size(path: Path, size: int) -> bool:
+    return path.exists() and path.stat().st_size == size
+
+
+def _make_sparse(path: Path, size: int) -> None:
     path.unlink(missing_ok=True)
     with path.open("wb") as file:
         file.truncate(size)
-    return True

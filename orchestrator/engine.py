@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import agents, blade, lock
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, Note, step
-from orchestrator.hypervisor import daemon, probe
+from orchestrator.hypervisor import daemon, domain, probe
 from orchestrator.image import build as image_build
 from orchestrator.model import Rack, warnings
 from orchestrator.network import bridge, namespace
-from orchestrator.plan import Observed, Plan, check_capacity, make_plan
+from orchestrator.parallel import together
+from orchestrator.plan import Action, Observed, Plan, State, check_capacity, make_plan
 from orchestrator.settings import RackPaths, Settings
 from orchestrator.spec import BladeSpec
-from orchestrator.ssh import config, keys
+from orchestrator.ssh import config, keys, shared
 
 if TYPE_CHECKING:
     import libvirt
@@ -121,47 +121,16 @@ def down(settings: Settings, rack: str, emit: Emit, keep_data: bool = False) -> 
     paths = RackPaths(settings, rack)
     with lock.hold(paths), step(emit, rack, "down"):
         with daemon.connection(paths, start=_has_domains(paths)) as conn:
-            domains = _domains(conn, rack) if conn else {}
-            _together([(name, lambda d=found[0]: _destroy(d)) for name, found in domains.items()])
-        config.close_shared_connections(paths, [_spec_address(found[2]) for found in domains.values()])
+            domains = domain.owned(conn, rack) if conn else {}
+            together({name: found.domain for name, found in domains.items()}, domain.destroy)
+        addresses = [found.metadata["spec"]["mgmt_address"] for found in domains.values() if "spec" in found.metadata]
+        shared.close_shared_connections(paths, addresses)
         daemon.stop(paths)
         bridge.remove(rack)
         shutil.rmtree(settings.run_dir / rack, ignore_errors=True)
         if not keep_data:
             shutil.rmtree(paths.root, ignore_errors=True)
         return sorted(domains)
-
-
-def status(settings: Settings, rack: str) -> dict[str, Any]:
-    """The rack as `rackless status --json` prints it. ``ready``: the agent has joined and RDMA is active."""
-    paths = RackPaths(settings, rack)
-    with daemon.connection(paths) as conn:
-        found = _domains(conn, rack) if conn else {}
-    accelerators = {metadata.get("accelerator") for _, _, metadata in found.values()}
-    described: dict[str, dict[str, Any]] = {}
-
-    def describe(name: str) -> None:
-        _, state, metadata = found[name]
-        spec = BladeSpec.from_json(metadata["spec"])
-        entry = {"name": name, "kind": spec.kind, "state": state, "cpus": spec.cpus, "memory_bytes": spec.memory,
-                 "mgmt_address": spec.mgmt_address, "fabric_address": spec.fabric_address, "agents": {}}  # fmt: skip
-        described[name] = entry
-        if state != "running":
-            return
-        try:
-            health = agents.call(paths, name, spec.mgmt_address, "agent.status", settings.status_seconds)
-        except RacklessError as error:
-            entry["state"] = "starting" if not metadata.get("ready") else "silent"
-            entry["agents"] = {"error": error.message}
-            return
-        entry["agents"] = health
-        ready = health["joined"] and health["rdma"] == "ACTIVE" and metadata.get("ready")
-        entry["state"] = "ready" if ready else "starting"
-
-    names = [name for name, (_, _, metadata) in found.items() if "spec" in metadata]
-    _together([(name, lambda n=name: describe(n)) for name in names])
-    order = sorted(described.values(), key=lambda entry: _address_key(entry["mgmt_address"]))
-    return {"rack": rack, "accelerator": next(iter(accelerators - {None}), None), "blades": order}
 
 
 def _prepare(paths: RackPaths, rack: Rack, emit: Emit) -> None:
@@ -176,104 +145,72 @@ def _prepare(paths: RackPaths, rack: Rack, emit: Emit) -> None:
 
 def _carry_out(shop: blade.Workshop, todo: Plan, cold: bool) -> tuple[dict[str, float], int]:
     """Do what the plan says; seconds per blade and how many were made."""
-    rack = shop.paths.name
-    domains = _domains(shop.conn, rack)
-    leaving = todo.of("remove", "recreate")
-    _together([(a.blade, lambda n=a.blade: _destroy(domains[n][0])) for a in leaving if a.blade in domains])
+    domains = domain.owned(shop.conn, shop.paths.name)
+    leaving = {action.blade for action in todo.of("remove", "recreate")}
+    together({name: domains[name].domain for name in leaving & domains.keys()}, domain.destroy)
     for action in todo.of("remove"):
         blade.remove_files(shop.paths, action.blade)
-    making = [action.spec for action in todo.of("create", "recreate") if action.spec]
-    states: dict[tuple[int, int], Path] = {}
-    if not cold:
-        sizes = sorted({(spec.memory, spec.cpus) for spec in making})
-
-        def template(size: tuple[int, int]) -> None:
-            states[size] = blade.ensure_template(shop, *size)
-
-        _together([(f"template of {size[0] >> 20} MiB", lambda s=size: template(s)) for size in sizes],
-                  workers=max(1, os.cpu_count() or 1))  # fmt: skip
+    making = {action.blade: action.spec for action in todo.of("create", "recreate") if action.spec}
+    states = {} if cold else _templates(shop, making.values())
     seconds: dict[str, float] = {}
 
     def make(spec: BladeSpec) -> None:
         started = time.monotonic()
-        blade.create(shop, spec, None if cold else states[spec.memory, spec.cpus])
+        blade.create(shop, spec, states.get((spec.memory, spec.cpus)))
         seconds[spec.name] = time.monotonic() - started
 
-    jobs: list[tuple[str, Callable[[], None]]] = [(spec.name, lambda s=spec: make(s)) for spec in making]
-    for action in todo.of("update"):
-        assert action.spec and action.old
-        found, old, new = domains[action.blade][0], action.old, action.spec
-        jobs.append((action.blade, lambda o=old, n=new, d=found: blade.update(shop, o, n, d)))
-    _together(
-        jobs,
-        workers=shop.paths.settings.max_workers,
-        console=lambda name: blade.console_tail(shop.paths, name),
-    )
+    def change(action: Action) -> None:
+        assert action.spec is not None
+        assert action.old is not None
+        blade.update(shop, action.old, action.spec, domains[action.blade].domain)
+
+    together({action.blade: action for action in todo.of("update")}, change)
+    together(making, make, shop.paths.settings.max_workers, lambda name: blade.console_tail(shop.paths, name))
     if making:
-        _ping_all(shop, [a.spec for a in todo.actions if a.spec], {spec.name for spec in making})
+        _ping_all(shop, [action.spec for action in todo.actions if action.spec], set(making))
     return seconds, len(making)
+
+
+def _templates(shop: blade.Workshop, specs: Iterable[BladeSpec]) -> dict[tuple[int, int], Path]:
+    """The saved blade for each size (memory, cpus); as many are booted at once as the host has cores."""
+    states: dict[tuple[int, int], Path] = {}
+
+    def obtain(size: tuple[int, int]) -> None:
+        states[size] = blade.ensure_template(shop, *size)
+
+    sizes = {f"{spec.memory >> 20} MiB, {spec.cpus} CPUs": (spec.memory, spec.cpus) for spec in specs}
+    together(sizes, obtain, workers=os.cpu_count() or 1)
+    return states
 
 
 def _ping_all(shop: blade.Workshop, specs: Sequence[BladeSpec], fresh: set[str]) -> None:
     """Write and read over RDMA between every pair of blades of which one is new."""
     paths = shop.paths
 
-    def ping(position: int, spec: BladeSpec) -> None:
-        peers = [p for p in specs[position + 1 :] if p.name in fresh or spec.name in fresh]
-        for peer in peers:
-            agents.call(paths, spec.name, spec.mgmt_address, "verbs.ping", paths.settings.control_seconds,
-                        peer=peer.fabric_address)  # fmt: skip
+    def ping(spec: BladeSpec) -> None:
+        for peer in specs[specs.index(spec) + 1 :]:
+            if peer.name in fresh or spec.name in fresh:
+                agents.call(paths, spec.name, spec.mgmt_address, "verbs.ping", paths.settings.control_seconds,
+                            peer=peer.fabric_address)  # fmt: skip
 
     with step(shop.emit, paths.name, "verbs ping"):
-        _together([(spec.name, lambda i=i, s=spec: ping(i, s)) for i, spec in enumerate(specs)])
-
-
-def _together(
-    jobs: Sequence[tuple[str, Callable[[], None]]],
-    workers: int = 16,
-    console: Callable[[str], str] | None = None,
-) -> None:
-    """Run named jobs in threads; afterwards raise the first failure, with the tail of that blade's console."""
-    if not jobs:
-        return
-    failures: list[tuple[str, RacklessError]] = []
-    with ThreadPoolExecutor(max_workers=min(workers, len(jobs))) as pool:
-        running = {pool.submit(job): name for name, job in jobs}
-        for future in as_completed(running):
-            try:
-                future.result()
-            except RacklessError as error:
-                failures.append((running[future], error))
-    if failures:
-        name, error = failures[0]
-        tail = console(name) if console else ""
-        more = f" ({len(failures) - 1} more blades failed)" if len(failures) > 1 else ""
-        raise RacklessError(f"{error.message}{more}", hint=error.hint, log=error.log, detail=tail) from error
+        together({spec.name: spec for spec in specs}, ping)
 
 
 def _observe(conn: libvirt.virConnect, rack: str) -> dict[str, Observed]:
     observed = {}
-    for name, (_, state, metadata) in _domains(conn, rack).items():
+    for name, found in domain.owned(conn, rack).items():
         try:
-            spec = BladeSpec.from_json(metadata.get("spec"))
+            spec = BladeSpec.from_json(found.metadata.get("spec"))
         except ValueError:
             spec = None
-        if state == "running" and not metadata.get("ready"):
-            state = "broken"
-        observed[name] = Observed(name, state if state in ("running", "paused") else "broken", spec)
+        state: State = "broken"
+        if found.state == "paused":
+            state = "paused"
+        elif found.state == "running" and found.metadata.get("ready"):
+            state = "running"
+        observed[name] = Observed(name, state, spec)
     return observed
-
-
-def _domains(conn: libvirt.virConnect, rack: str) -> dict[str, tuple[libvirt.virDomain, str, dict[str, Any]]]:
-    from orchestrator.hypervisor import domain
-
-    return domain.owned(conn, rack)
-
-
-def _destroy(found: libvirt.virDomain) -> None:
-    from orchestrator.hypervisor import domain
-
-    domain.destroy(found)
 
 
 def _has_domains(paths: RackPaths) -> bool:
@@ -287,14 +224,6 @@ def _write_ssh_files(paths: RackPaths, specs: Sequence[BladeSpec]) -> None:
     addresses = {spec.name: spec.mgmt_address for spec in specs}
     keys.write_known_hosts(paths, addresses)
     config.write_ssh_config(paths, addresses)
-
-
-def _spec_address(metadata: dict[str, Any]) -> str:
-    return str(metadata.get("spec", {}).get("mgmt_address", ""))
-
-
-def _address_key(address: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in address.split("."))
 
 
 def _host_memory() -> int:

@@ -1,8 +1,8 @@
 """What crashed runs leave behind: found by our marks, listed first, removed only when told to.
 
-A rack with a blade that runs is in use: of it only scratch files and half-made templates are left over. Disks,
-persistent memory and keys of a rack that is down are a user's data and are never listed here; `rackless down`
-removes them.
+A rack with a blade that runs is in use: of it only scratch files and half-made templates are left over.
+Disks, persistent memory and keys of a rack that is down are a user's data and are never listed here;
+`rackless down` removes them.
 """
 
 from __future__ import annotations
@@ -71,12 +71,11 @@ def remove(settings: Settings, items: list[Leftover]) -> None:
 
 
 def _racks(settings: Settings) -> list[str]:
-    """Names of racks that have left any trace."""
-    prefix = namespace.name_of("")
-    names = {path.name.removeprefix(prefix) for path in namespace.NAMED.glob(f"{prefix}*")}
-    for folder in (settings.run_dir, settings.state_dir / "racks"):
-        names |= {path.name for path in folder.glob("*") if path.is_dir()}
-    return sorted(names)
+    """Names of racks that have left a trace in our folders. A namespace alone may be that of another RACKLESS_RUN."""
+    if settings.libvirt_uri != daemon.PRIVATE:
+        return []  # another libvirtd has the blades: what looks orphaned here is not
+    folders = (settings.run_dir, settings.state_dir / "racks")
+    return sorted({path.name for folder in folders for path in folder.glob("*") if path.is_dir()})
 
 
 def _of_rack(paths: RackPaths) -> Iterator[Leftover]:
@@ -93,7 +92,7 @@ def _of_rack(paths: RackPaths) -> Iterator[Leftover]:
         return
     if any(daemon.running(pid) for pid in daemon.Daemon.of(paths).pids.values()):
         yield Leftover("daemons", str(daemon.Daemon.of(paths).run), rack)
-    if namespace.exists(rack):
+    if namespace.exists(rack) and not _strangers(paths, orphans):
         yield Leftover("namespace", namespace.name_of(rack), rack)
     if (paths.settings.run_dir / rack).exists():
         yield Leftover("folder", str(paths.settings.run_dir / rack), rack)
@@ -115,12 +114,20 @@ def _blade_processes(paths: RackPaths) -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         command = _command(int(entry.name))
-        if (
-            f"-name\0guest={paths.name}." in command
-            and str(paths.settings.run_dir / paths.name) + "/" in command
-        ):
+        if f"-name\0guest={paths.name}." in command and str(paths.settings.run_dir / paths.name) + "/" in command:
             found.append(int(entry.name))
     return found
+
+
+def _strangers(paths: RackPaths, orphans: list[int]) -> bool:
+    """Are others than its daemons and ``orphans`` in the rack's namespace, such as a rack of another RACKLESS_RUN?"""
+    own = {daemon.running(file) for file in daemon.Daemon.of(paths).pids.values()} | set(orphans)
+    mark = (namespace.NAMED / namespace.name_of(paths.name)).stat().st_ino
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (entry / "ns/net").stat().st_ino == mark and int(entry.name) not in own:
+                return True
+    return False
 
 
 def _command(pid: int) -> str:
@@ -134,7 +141,8 @@ def _empty_cgroups(rack: str) -> list[Path]:
     found = []
     for pattern in ("machine*", "*/machine*"):
         for folder in _CGROUPS.glob(f"{pattern}/qemu-*-{rack}.*.libvirt-qemu"):
-            if not _populated(folder):
+            # A rack may be called as another one ends: t and my-t.
+            if re.match(rf"qemu-\d+-{re.escape(rack)}\.", folder.name) and not _populated(folder):
                 found.append(folder)
     return found
 

@@ -58,9 +58,9 @@ class Job:
         missing = f"rackless: {self.blade} has no {self.directory}: is its agent ready?"
         lines = [
             "trap : INT TERM HUP QUIT",
-            f"mkdir -m 700 {self.folder} && echo $$ > {self.folder}/pid || exit {EXIT_NOT_STARTED}",
             f"cd {shlex.quote(self.directory)} 2>/dev/null || "
             f"{{ echo {shlex.quote(missing)} >&2; exit {EXIT_NOT_STARTED}; }}",
+            f"mkdir -m 700 {self.folder} && echo $$ > {self.folder}/pid || exit {EXIT_NOT_STARTED}",
             shlex.join([*split, "--", *self.command]),
             "code=$?",
             *([f"rm -rf {self.folder}"] if self.stats is None else []),
@@ -102,9 +102,7 @@ def _run_through_pipes(job: Job) -> int:
         standard_input = subprocess.DEVNULL
     # In a process group of its own ssh does not see the terminal's Ctrl-C: the program must, and then ends by
     # itself. But ssh may not read from the terminal then, so what is typed is passed on.
-    process = subprocess.Popen(
-        [*job.ssh, "-T", job.blade, job.script()], stdin=standard_input, process_group=0
-    )
+    process = subprocess.Popen([*job.ssh, "-T", job.blade, job.script()], stdin=standard_input, process_group=0)
 
     def forward(number: int, frame: FrameType | None) -> None:
         if not _send_signal(job, number):

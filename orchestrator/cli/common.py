@@ -38,14 +38,10 @@ def complete_blade(ctx: typer.Context, incomplete: str) -> list[str]:
 
 RackOption = Annotated[
     str | None,
-    typer.Option(
-        "--rack", "-r", metavar="FILE|NAME", help="Rack file or rack name.  [default: racks/default.yml]"
-    ),
+    typer.Option("--rack", "-r", metavar="FILE|NAME", help="Rack file or rack name.  [default: racks/default.yml]"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-BladeArgument = Annotated[
-    str, typer.Argument(metavar="BLADE", help="Name of a blade.", autocompletion=complete_blade)
-]
+BladeArgument = Annotated[str, typer.Argument(metavar="BLADE", help="Name of a blade.", autocompletion=complete_blade)]
 
 
 @dataclass(frozen=True)
@@ -63,9 +59,7 @@ class CurrentRack:
             raise RacklessError(f"no blade {name} in rack {self.name}", hint=did_you_mean(name, self.blades))
         seen = self.blades[name]
         if seen.state != "running" or seen.spec is None:
-            raise RacklessError(
-                f"blade {name} is {seen.state}", hint="see `rackless status`; `rackless up` mends it"
-            )
+            raise RacklessError(f"blade {name} is {seen.state}", hint="see `rackless status`; `rackless up` mends it")
         return seen.spec
 
     def must_be_up(self) -> None:
@@ -76,9 +70,7 @@ class CurrentRack:
     def running(self) -> dict[str, BladeSpec]:
         """Return the descriptions of the blades that run, by name."""
         return {
-            name: seen.spec
-            for name, seen in self.blades.items()
-            if seen.state == "running" and seen.spec is not None
+            name: seen.spec for name, seen in self.blades.items() if seen.state == "running" and seen.spec is not None
         }
 
     def select(self, patterns: Iterable[str] = (), kind: str | None = None) -> dict[str, BladeSpec]:
@@ -106,9 +98,7 @@ class CurrentRack:
         """Write the ssh_config for the blades that run and return its path."""
         from orchestrator.ssh.config import write_ssh_config
 
-        return write_ssh_config(
-            self.paths, {name: spec.mgmt_address for name, spec in self.running().items()}
-        )
+        return write_ssh_config(self.paths, {name: spec.mgmt_address for name, spec in self.running().items()})
 
 
 def current_rack(rack: str | None) -> CurrentRack:
@@ -133,9 +123,7 @@ def rack_file(rack: str | None) -> Path:
     """Return the rack file that --rack means: racks/default.yml here, or the one Rackless brings."""
     if rack is not None:
         if not _is_file(rack):
-            raise RacklessError(
-                f"{rack} is not a rack file", hint=f"give its path, such as {DEFAULT_RACK_FILE}"
-            )
+            raise RacklessError(f"{rack} is not a rack file", hint=f"give its path, such as {DEFAULT_RACK_FILE}")
         return Path(rack)
     package = Path(__file__).parent.parent
     places = (DEFAULT_RACK_FILE, package.parent / DEFAULT_RACK_FILE, package / "data" / DEFAULT_RACK_FILE)

@@ -38,15 +38,9 @@ class Place:
 
 
 def cp(
-    places: Annotated[
-        list[str], typer.Argument(metavar="SRC... DST", help="Files; BLADE:PATH for those on a blade.")
-    ],
-    recursive: Annotated[
-        bool, typer.Option("--recursive", "-r", help="Copy folders with what is in them.")
-    ] = False,
-    rack: Annotated[
-        str | None, typer.Option("--rack", metavar="FILE|NAME", help="Rack file or rack name.")
-    ] = None,
+    places: Annotated[list[str], typer.Argument(metavar="SRC... DST", help="Files; BLADE:PATH for those on a blade.")],
+    recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Copy folders with what is in them.")] = False,
+    rack: Annotated[str | None, typer.Option("--rack", metavar="FILE|NAME", help="Rack file or rack name.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Copy files to blades, from blades, or from blade to blade (through this host)."""
@@ -84,18 +78,14 @@ def check(current: CurrentRack, sources: list[Place], destination: Place, recurs
         if source.blade is not None:
             continue
         if not path.exists():
-            raise RacklessError(
-                f"there is no file {path} on this host", hint="a file on a blade is BLADE:PATH"
-            )
+            raise RacklessError(f"there is no file {path} on this host", hint="a file on a blade is BLADE:PATH")
         if path.is_dir() and not recursive:
             raise RacklessError(f"{path} is a folder", hint="copy it with -r")
     if all(place.blade is None for place in [*sources, destination]):
         raise RacklessError("cp needs a blade on one side", hint=f"rackless cp {sources[0].path} pb0:/tmp/")
 
 
-def scp(
-    ssh_config: Path, sources: list[Place], destination: Place, recursive: bool, show_progress: bool
-) -> None:
+def scp(ssh_config: Path, sources: list[Place], destination: Place, recursive: bool, show_progress: bool) -> None:
     """Copy with the host's scp, with its progress on a terminal. Raises RacklessError with its complaint."""
     visible = show_progress and sys.stdout.isatty()
     options = [*(["-r"] if recursive else []), *([] if visible else ["-q"])]
@@ -107,6 +97,4 @@ def scp(
     )  # fmt: skip
     if done.returncode != 0:
         reasons = [line.removeprefix("scp: ") for line in done.stderr.splitlines() if line.strip()]
-        raise RacklessError(
-            f"not all was copied: {'; '.join(reasons) or f'scp ended with {done.returncode}'}"
-        )
+        raise RacklessError(f"not all was copied: {'; '.join(reasons) or f'scp ended with {done.returncode}'}")

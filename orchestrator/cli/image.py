@@ -34,8 +34,10 @@ def build(
     with progress("image", as_json) as emit:
         image = build_image(name, Settings.from_environment().cache_dir / "images", emit, flavour)
     if as_json:
+        # fmt: off
         answer = {"name": image.name, "flavour": image.flavour, "key": image.key, "system": str(image.system),
-                  "agents": str(image.agents), "manifest": str(image.system.with_name("manifest.json"))}  # fmt: skip
+                  "agents": str(image.agents), "manifest": str(image.system.with_name("manifest.json"))}
+        # fmt: on
         typer.echo(json.dumps(answer, indent=2))
     else:
         typer.echo(f"{image.name}/{image.flavour} {image.key}: {image.system.parent}")
@@ -49,19 +51,13 @@ def list_images(as_json: JsonOption = False) -> None:
     from orchestrator.units import format_size
 
     folder = Settings.from_environment().cache_dir
-    entries = sorted(
-        p for kind in ("images", "templates") for p in (folder / kind).glob("[!.]*-*") if p.is_dir()
-    )
+    entries = sorted(p for kind in ("images", "templates") for p in (folder / kind).glob("[!.]*-*") if p.is_dir())
     rows = []
     for entry in entries:
         size = sum(file.stat().st_size for file in entry.iterdir())
         rows.append((entry.name, size, "good" if cache.verify(entry, thorough=True) else "corrupt"))
     if as_json:
-        typer.echo(
-            json.dumps(
-                [{"name": name, "bytes": size, "state": state} for name, size, state in rows], indent=2
-            )
-        )
+        typer.echo(json.dumps([{"name": name, "bytes": size, "state": state} for name, size, state in rows], indent=2))
     else:
         table(
             ("entry", "size", "state"),
@@ -70,9 +66,7 @@ def list_images(as_json: JsonOption = False) -> None:
 
 
 def clean(
-    templates: Annotated[
-        bool, typer.Option("--templates", help="Only the saved blades, not the images.")
-    ] = False,
+    templates: Annotated[bool, typer.Option("--templates", help="Only the saved blades, not the images.")] = False,
 ) -> None:
     """Remove what the cache holds; the next `up` makes it again. Racks that run keep what they have open."""
     import shutil

@@ -23,13 +23,9 @@ def logs(
             autocompletion=complete_blade,
         ),
     ] = None,
-    follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on with new lines as they come.")
-    ] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new lines as they come.")] = False,
     agent: Annotated[str | None, typer.Option(metavar="NAME", help="Only this agent's log.")] = None,
-    lines: Annotated[
-        int, typer.Option("--lines", "-n", min=0, help="Lines to begin with, of each log.")
-    ] = 20,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Lines to begin with, of each log.")] = 20,
     console: Annotated[bool, typer.Option("--console", help="The consoles as well.")] = False,
     rack: RackOption = None,
     as_json: JsonOption = False,

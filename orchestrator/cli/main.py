@@ -7,7 +7,7 @@ import sys
 import typer
 
 from orchestrator import __version__
-from orchestrator.cli import doctor, image, rack, run, shell
+from orchestrator.cli import agents, demo, doctor, image, rack, run, shell
 from orchestrator.errors import RacklessError
 
 app = typer.Typer(
@@ -26,7 +26,7 @@ def about(version: bool = typer.Option(False, "--version", help="Print the versi
         raise typer.Exit
 
 
-for family in (rack, run, shell, image, doctor):
+for family in (rack, run, shell, agents, image, demo, doctor):
     family.register(app)
 
 

@@ -25,9 +25,7 @@ def register(app: typer.Typer) -> None:
 
 def up(
     rack: RackArgument = None,
-    cold: Annotated[
-        bool, typer.Option("--cold", help="Boot every blade instead of restoring saved ones.")
-    ] = False,
+    cold: Annotated[bool, typer.Option("--cold", help="Boot every blade instead of restoring saved ones.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Bring a rack up, or change a running one into what its file says now."""
@@ -50,9 +48,7 @@ def up(
 
 def down(
     rack: RackArgument = None,
-    keep_data: Annotated[
-        bool, typer.Option("--keep-data", help="Keep disks, persistent memory and keys.")
-    ] = False,
+    keep_data: Annotated[bool, typer.Option("--keep-data", help="Keep disks, persistent memory and keys.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Remove a rack: its blades, its network, its files, and nothing else."""
@@ -83,12 +79,12 @@ def plan(rack: RackArgument = None, as_json: JsonOption = False) -> None:
 
 def status(rack: RackArgument = None, as_json: JsonOption = False) -> None:
     """Show the blades of a rack and how they are."""
-    from orchestrator import engine
     from orchestrator.settings import Settings
+    from orchestrator.status import status as read_status
     from orchestrator.ui import table
     from orchestrator.units import format_size
 
-    state = engine.status(Settings.from_environment(), rack_name(rack))
+    state = read_status(Settings.from_environment(), rack_name(rack))
     if as_json:
         typer.echo(json.dumps(state, indent=2))
         return

@@ -22,16 +22,12 @@ def run(
     command: Annotated[list[str], typer.Argument(metavar="[--] CMD...", help="Program and its arguments.")],
     on: Annotated[
         str,
-        typer.Option(
-            "--on", metavar="BLADE", help="Processor blade to run on.", autocompletion=complete_blade
-        ),
+        typer.Option("--on", metavar="BLADE", help="Processor blade to run on.", autocompletion=complete_blade),
     ],
     excache: Annotated[
         str | None, typer.Option(metavar="SIZE", help='Local memory of the program, such as "16 MiB".')
     ] = None,
-    stats: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the run's counters here, as JSON.")
-    ] = None,
+    stats: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the run's counters here, as JSON.")] = None,
     rack: RackOption = None,
 ) -> None:
     """Run an unmodified program on a processor blade.
@@ -79,7 +75,5 @@ def processor_address(current: CurrentRack, name: str) -> str:
     if blade.kind != "processor":
         processors = sorted(spec.name for spec in current.running().values() if spec.kind == "processor")
         there = ", ".join(processors) or "this rack has none that is up"
-        raise RacklessError(
-            f"{name} is a {blade.kind} blade: it runs no programs", hint=f"processor blades: {there}"
-        )
+        raise RacklessError(f"{name} is a {blade.kind} blade: it runs no programs", hint=f"processor blades: {there}")
     return blade.mgmt_address

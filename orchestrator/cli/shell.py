@@ -75,9 +75,7 @@ def execute(
     ctx: typer.Context,
     patterns: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[PATTERN...]", help="Blades, such as pb0 or 'mb*'.", autocompletion=complete_blade
-        ),
+        typer.Argument(metavar="[PATTERN...]", help="Blades, such as pb0 or 'mb*'.", autocompletion=complete_blade),
     ] = None,
     kind: Annotated[
         str | None, typer.Option("--kind", "-k", help="Blades of this kind.", autocompletion=complete_kind)

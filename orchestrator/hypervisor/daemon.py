@@ -1,9 +1,9 @@
 """A libvirtd and a virtlogd of the rack's own, in a mount and a network namespace, with no systemd.
 
 The daemons see private folders at libvirt's usual places (/etc, /run, /var/lib, /var/log), so the host's own
-libvirt and other racks are not touched. They are entered with ``nsenter --net`` and not ``ip netns exec``, which
-mounts /sys anew and so hides the cgroups. They outlive the command that started them, and the domains outlive
-them.
+libvirt and other racks are not touched. They are entered with ``nsenter --net`` and not ``ip netns exec``,
+which mounts /sys anew and so hides the cgroups. They outlive the command that started them, and the domains
+outlive them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,9 +69,7 @@ def connection(paths: RackPaths, start: bool = False) -> Iterator[libvirt.virCon
     """A libvirt connection for the block; None when the rack's daemon does not run and ``start`` is false."""
     import libvirt
 
-    libvirt.registerErrorHandler(
-        lambda _context, _error: None, None
-    )  # or libvirt prints every error by itself
+    libvirt.registerErrorHandler(lambda _context, _error: None, None)  # or libvirt prints every error by itself
     uri = paths.settings.libvirt_uri
     if uri == PRIVATE:
         daemon = Daemon.of(paths)
@@ -83,9 +81,7 @@ def connection(paths: RackPaths, start: bool = False) -> Iterator[libvirt.virCon
     try:
         opened = libvirt.open(uri)
     except libvirt.libvirtError as error:
-        raise RacklessError(
-            f"cannot reach libvirt at {uri}: {error}", hint="check RACKLESS_LIBVIRT_URI"
-        ) from error
+        raise RacklessError(f"cannot reach libvirt at {uri}: {error}", hint="check RACKLESS_LIBVIRT_URI") from error
     try:
         yield opened
     finally:
@@ -133,11 +129,13 @@ def stop(paths: RackPaths) -> None:
         pid = running(pid_file)
         if pid is None:
             continue
-        os.kill(pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + _STOP_SECONDS
         while running(pid_file) == pid:
             if time.monotonic() > deadline:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
                 break
             time.sleep(0.01)
     for folder in (daemon.run, daemon.etc.parent):
@@ -157,8 +155,8 @@ def running(pid_file: Path) -> int | None:
 def _accounts(daemon: Daemon) -> dict[str, Path]:
     """Mounts that give the daemons the accounts they were compiled to look for.
 
-    libvirtd does not start without them, although qemu.conf names root; Debian makes them in a package that would
-    also start a libvirtd of the host's.
+    libvirtd does not start without them, although qemu.conf names root; Debian makes them in a package that
+    would also start a libvirtd of the host's.
     """
     additions = {"/etc/passwd": f"{_ACCOUNT}:x:64055:64055::/:/usr/sbin/nologin",
                  "/etc/group": f"{_ACCOUNT}:x:64055:\nkvm:x:64056:"}  # fmt: skip
@@ -175,7 +173,5 @@ def _accounts(daemon: Daemon) -> dict[str, Path]:
 def _program(name: str) -> str:
     found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
     if found is None:
-        raise RacklessError(
-            f"{name} is missing", hint="apt-get install libvirt-daemon, or run `make testbed`"
-        )
+        raise RacklessError(f"{name} is missing", hint="apt-get install libvirt-daemon, or run `make testbed`")
     return found

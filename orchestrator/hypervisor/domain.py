@@ -69,27 +69,34 @@ def domain_xml(guest: Guest, image: Image, accelerator: str, emulator: str) -> s
     )
 
 
-def owned(conn: libvirt.virConnect, rack: str) -> dict[str, tuple[libvirt.virDomain, str, dict[str, Any]]]:
-    """Domains of the rack by blade: domain, state, metadata. Domains without our mark are not ours."""
+@dataclass(frozen=True)
+class Owned:
+    """A domain that is a blade of a rack; ``state`` is running, paused, crashed or off."""
+
+    domain: libvirt.virDomain
+    state: str
+    metadata: dict[str, Any]
+
+
+def owned(conn: libvirt.virConnect, rack: str) -> dict[str, Owned]:
+    """The domains of a rack by name of blade. Domains without our mark are not ours."""
     found = {}
-    for domain in conn.listAllDomains():
+    for candidate in conn.listAllDomains():
         try:
-            text = domain.metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, NAMESPACE)
-            state = STATES.get(domain.state()[0], "off")
+            text = candidate.metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, NAMESPACE)
+            state = STATES.get(candidate.state()[0], "off")
         except libvirt.libvirtError:
             continue  # not ours, or gone since the listing
         metadata = json.loads(ElementTree.fromstring(text).text or "{}")
         if metadata.get("rack") == rack:
-            found[metadata["blade"]] = (domain, state, metadata)
+            found[metadata["blade"]] = Owned(candidate, state, metadata)
     return found
 
 
 def write_metadata(domain: libvirt.virDomain, metadata: dict[str, Any]) -> None:
     """Replace the metadata of a running domain."""
     text = f"<blade>{escape(json.dumps(metadata))}</blade>"
-    domain.setMetadata(
-        libvirt.VIR_DOMAIN_METADATA_ELEMENT, text, "rackless", NAMESPACE, libvirt.VIR_DOMAIN_AFFECT_LIVE
-    )
+    domain.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, text, "rackless", NAMESPACE, libvirt.VIR_DOMAIN_AFFECT_LIVE)
 
 
 def destroy(domain: libvirt.virDomain) -> None:

@@ -1,7 +1,7 @@
 """Templates: a blade booted once, saved while its agent waits for an identity, and restored as many clones.
 
-Under TCG a restore takes half a second where a boot takes ten. A template belongs to (image, QEMU, accelerator,
-memory, CPUs); it has no network card and no disk of its own, which clones get by hot-plug.
+Under TCG a restore takes half a second where a boot takes ten. A template belongs to (image, QEMU,
+accelerator, memory, CPUs); it has no network card and no disk of its own, which clones get by hot-plug.
 
 A libvirt save image is a header, the domain XML and a cookie padded with NULs, and QEMU's migration stream. A
 clone is the same stream behind a header whose XML has the clone's name, UUID, metadata and paths.
@@ -30,9 +30,7 @@ from orchestrator.image.recipe import hash_of
 from orchestrator.templates import template_folder
 
 _MAGIC = b"LibvirtQemudSave"
-_FIELDS = struct.Struct(
-    "<16s5I14I"
-)  # magic; version, length of data, was running, compression, cookie; unused
+_FIELDS = struct.Struct("<16s5I14I")  # magic; version, length of data, was running, compression, cookie; unused
 _SUPPORTED_VERSION = 2
 _STATE = "state.save"
 
@@ -56,7 +54,13 @@ def obtain(templates: Path, key: str, boot_and_save: Callable[[Path], None]) -> 
     def build(work: Path) -> None:
         boot_and_save(work / _STATE)
 
-    return cache.obtain(templates, f"template-{key}", build) / _STATE
+    try:
+        return cache.obtain(templates, f"template-{key}", build) / _STATE
+    except OSError as error:
+        raise RacklessError(
+            f"cannot keep a template in {templates}: {error.strerror or error}",
+            hint="free some disk, or set RACKLESS_CACHE to a folder with room",
+        ) from error
 
 
 def restore(conn: libvirt.virConnect, state: Path, guest: Guest, scratch: Path) -> libvirt.virDomain:
@@ -75,7 +79,7 @@ def restore(conn: libvirt.virConnect, state: Path, guest: Guest, scratch: Path) 
 def clone(state: Path, target: Path, guest: Guest) -> None:
     """Write to ``target`` the save image ``state`` with the identity of ``guest`` in its domain XML."""
     with state.open("rb") as source:
-        fields = list(_FIELDS.unpack(source.read(_FIELDS.size)))
+        fields = list(_FIELDS.unpack(source.read(_FIELDS.size).ljust(_FIELDS.size, b"\0")))
         magic, version, length, cookie_offset = fields[0], fields[1], fields[2], fields[5]
         if magic != _MAGIC or version != _SUPPORTED_VERSION:
             raise RacklessError(f"{state} is not a libvirt save image of version {_SUPPORTED_VERSION}")
@@ -109,9 +113,7 @@ def _own_xml(xml: str, guest: Guest) -> str:
 def _find(root: ElementTree.Element, path: str) -> ElementTree.Element:
     found = root.find(path)
     if found is None:
-        raise RacklessError(
-            f"the template's domain XML has no {path}", hint="`rackless image clean --templates`"
-        )
+        raise RacklessError(f"the template's domain XML has no {path}", hint="`rackless image clean --templates`")
     return found
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,8 @@ from orchestrator.image import cache, initramfs, manifest, vmlinux
 from orchestrator.image.recipe import AGENTS, Recipe, hash_of, load
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-FORMAT = 1  # part of every key: raise it when the steps below change what they make
-SYSTEM_SPACE_BYTES = (
-    3 << 30
-)  # an unpacked root of 0.7 GB, the packages and the squashed image, with room to spare
+FORMAT = 2  # part of every key: raise it when the steps below change what they make
+SYSTEM_SPACE_BYTES = 3 << 30  # an unpacked root of 0.7 GB, the packages and the squashed image, with room to spare
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,8 @@ class Image:
 
 def system_key(recipe: Recipe, flavour: str) -> str:
     """Content hash over what the system entry is made of."""
-    return hash_of(FORMAT, recipe.packages_of(flavour), recipe.model_dump(exclude={"packages", "flavours", "cmdline"}),
+    rest = recipe.model_dump(exclude={"packages", "flavours", "cmdline"})
+    return hash_of(FORMAT, recipe.packages_of(flavour), rest,
                    recipe.folder / "files", recipe.folder / "initramfs-init")  # fmt: skip
 
 
@@ -56,7 +56,8 @@ def image_key(name: str, flavour: str = "blade") -> str:
 def build(name: str, images: Path, emit: Emit, flavour: str = "blade") -> Image:
     """The image ``name``, built now or taken from the cache folder ``images``.
 
-    Emits one step per cache entry. Raises RacklessError when the host lacks a tool or room, or a package is missing.
+    Emits one step per cache entry. Raises RacklessError when the host lacks a tool or room, or a package is
+    missing.
     """
     recipe = load(name)
     system_hash = system_key(recipe, flavour)
@@ -84,16 +85,33 @@ def _entry(emit: Emit, what: str, images: Path, name: str, make: Callable[[Path,
 
     try:
         return cache.obtain(images, name, build_entry)
+    except FileNotFoundError as error:
+        raise RacklessError(
+            f"cannot build the {what}: there is no {error.filename}", hint="run `make setup`"
+        ) from error
+    except subprocess.CalledProcessError as error:
+        command = " ".join(map(str, error.cmd))
+        raise RacklessError(f"cannot build the {what}: `{command}` ended with code {error.returncode}",
+                            hint=_last_line(error.stderr) or "is the disk full?") from error  # fmt: skip
     except OSError as error:
-        raise RacklessError(f"cannot build the {what} in {images}: {error.strerror or error}",
-                            hint="free some disk, or set RACKLESS_CACHE to a folder with 4 GB free") from error  # fmt: skip
+        raise RacklessError(
+            f"cannot build the {what} in {images}: {error.strerror or error}",
+            hint="free some disk, or set RACKLESS_CACHE to a folder with 4 GB free",
+        ) from error
+
+
+def _last_line(output: str | bytes | None) -> str:
+    text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 def _build_system(recipe: Recipe, flavour: str, work: Path, report: Report) -> None:
-    if shutil.disk_usage(work).free < SYSTEM_SPACE_BYTES:
-        free = shutil.disk_usage(work).free >> 20
-        raise RacklessError(f"only {free} MiB are free in {work.parent}; an image needs {SYSTEM_SPACE_BYTES >> 20} MiB",
-                            hint="free some disk, or set RACKLESS_CACHE to a folder with room")  # fmt: skip
+    free = shutil.disk_usage(work).free
+    if free < SYSTEM_SPACE_BYTES:
+        raise RacklessError(
+            f"only {free >> 20} MiB are free in {work.parent}; an image needs {SYSTEM_SPACE_BYTES >> 20} MiB",
+            hint="free some disk, or set RACKLESS_CACHE to a folder with room",
+        )
     root = work / "root"
     _debootstrap(recipe, flavour, root, work.parent / f"build-{recipe.name}.log", report)
     report(0.88, "kernel")
@@ -126,9 +144,7 @@ def _debootstrap(recipe: Recipe, flavour: str, root: Path, log: Path, report: Re
         process = subprocess.Popen([*command, recipe.suite, root], stdin=subprocess.DEVNULL,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
     except FileNotFoundError:
-        raise RacklessError(
-            "mmdebstrap is missing", hint="apt-get install mmdebstrap, or run `make testbed`"
-        ) from None
+        raise RacklessError("mmdebstrap is missing", hint="apt-get install mmdebstrap, or run `make testbed`") from None
     with process, log.open("w") as record:
         assert process.stderr is not None
         for line in process.stderr:
@@ -153,7 +169,7 @@ def _customise(recipe: Recipe, root: Path, release: str) -> None:
         path.unlink()
     shutil.copytree(recipe.folder / "files", root, dirs_exist_ok=True)
     (root / "etc/rackless/modules").write_text("\n".join(recipe.modules) + "\n")
-    subprocess.run(["chroot", root, "depmod", release], check=True)
+    subprocess.run(["chroot", root, "depmod", release], check=True, capture_output=True)
     for name in ("etc/machine-id", "etc/hostname", "etc/resolv.conf"):
         (root / name).write_text("")  # a blade gets its own when it gets its identity
     for key in (root / "etc/ssh").glob("ssh_host_*"):
@@ -161,10 +177,10 @@ def _customise(recipe: Recipe, root: Path, release: str) -> None:
 
 
 def _build_agents(system: Path, key: str, work: Path) -> None:
-    """Compile the agents' native parts and byte code with the image's own compiler and Python; squash them."""
+    """Compile the agents' native parts and byte code with the image's compiler and Python; squash them."""
     root, layer = work / "root", work / "layer"
     subprocess.run(["unsquashfs", "-quiet", "-no-progress", "-no-xattrs", "-d", root, system / "system.sqfs"],
-                   check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+                   check=True, capture_output=True)  # fmt: skip
     inside = root / "opt/rackless/guest_agents"
     shutil.copytree(AGENTS, inside, ignore=shutil.ignore_patterns("__pycache__", "build"))
     (inside / "VERSION").write_text(key + "\n")
@@ -182,13 +198,15 @@ def _build_agents(system: Path, key: str, work: Path) -> None:
         if program.suffix == "":
             (bin_folder / program.name).symlink_to(f"/opt/rackless/guest_agents/native/build/{program.name}")
     _squash(layer, work / "agents.sqfs")
+    with tarfile.open(work / "agents.tar", "w") as archive:  # the same, for blades that run already
+        archive.add(layer, arcname=".")
     shutil.rmtree(root)
     shutil.rmtree(layer)
 
 
 def _squash(folder: Path, image: Path) -> None:
-    subprocess.run(["mksquashfs", folder, image, "-comp", "zstd", "-Xcompression-level", "3", "-noappend", "-quiet",
-                    "-no-progress", "-no-xattrs"], check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+    subprocess.run(["mksquashfs", folder, image, "-comp", "zstd", "-Xcompression-level", "3", "-noappend",
+                    "-quiet", "-no-progress", "-no-xattrs"], check=True, capture_output=True)  # fmt: skip
 
 
 def _braces(pattern: str) -> list[str]:

@@ -1,10 +1,10 @@
 """A content-addressed store of built things: whole entries appear at once, or not at all.
 
-An entry is a folder ``NAME`` (it ends in a content hash) that holds files and a manifest ``entry.json`` with the
-size, SHA-256 and modification time of each. It is filled under a temporary name while a lock on its key is held,
-and renamed when it is complete, so two builders do not collide and an interrupted one leaves nothing that looks
-built. A file of another size than the manifest says means the entry is corrupt and is built again; one with another
-time is read in full, and the same holds if its digest is wrong.
+An entry is a folder ``NAME`` (it ends in a content hash) that holds files and a manifest ``entry.json`` with
+the size, SHA-256 and modification time of each. It is filled under a temporary name while a lock on its key
+is held, and renamed when it is complete, so two builders do not collide and an interrupted one leaves nothing
+that looks built. A file of another size than the manifest says means the entry is corrupt and is built again;
+one with another time is read in full, and the same holds if its digest is wrong.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ def obtain(cache: Path, name: str, build: Callable[[Path], None]) -> Path:
     with locked(cache / f".{name}.lock"):
         if verify(entry):  # somebody else built it while we waited
             return entry
-        for leftover in cache.glob(
-            f".{name}.tmp*"
-        ):  # only an interrupted builder leaves one: we hold the lock
+        for leftover in cache.glob(f".{name}.tmp*"):  # only an interrupted builder leaves one: we hold the lock
             shutil.rmtree(leftover)
         shutil.rmtree(entry, ignore_errors=True)
         work = cache / f".{name}.tmp{os.getpid()}"

@@ -12,8 +12,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from orchestrator.errors import RacklessError
 
 PROJECT = Path(__file__).resolve().parents[2]
-IMAGES = PROJECT / "images"
+_INSTALLED = PROJECT / "orchestrator/data/images"
+IMAGES = _INSTALLED if _INSTALLED.is_dir() else PROJECT / "images"
 AGENTS = PROJECT / "guest_agents"
+_MADE = {"__pycache__", "build"}  # folders of made things, which belong to no content hash
 
 
 class Flavour(BaseModel):
@@ -47,9 +49,7 @@ class Recipe(BaseModel):
         """All packages of a flavour, kernel included, sorted."""
         if flavour not in self.flavours:
             known = ", ".join(self.flavours)
-            raise RacklessError(
-                f"image {self.name} has no flavour {flavour!r}", hint=f"choose one of: {known}"
-            )
+            raise RacklessError(f"image {self.name} has no flavour {flavour!r}", hint=f"choose one of: {known}")
         return tuple(sorted({self.kernel, *self.packages, *self.flavours[flavour].packages}))
 
 
@@ -58,18 +58,16 @@ def load(name: str) -> Recipe:
     path = IMAGES / name / "recipe.yml"
     try:
         return Recipe.model_validate(yaml.safe_load(path.read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         known = ", ".join(sorted(p.parent.name for p in IMAGES.glob("*/recipe.yml")))
-        raise RacklessError(
-            f"there is no image recipe called {name!r}", hint=f"recipes here: {known}"
-        ) from None
-    except (ValidationError, yaml.YAMLError) as error:
+        raise RacklessError(f"there is no image recipe called {name!r}", hint=f"recipes here: {known}") from None
+    except (ValidationError, UnicodeDecodeError, yaml.YAMLError) as error:
         first = str(error).splitlines()
         raise RacklessError(f"{path}: not a valid recipe: {' '.join(first[1:3] or first)}") from None
 
 
 def hash_of(*parts: Any) -> str:
-    """A short content hash (16 hex digits) of strings, tuples, and paths (names, modes, bytes of a whole tree)."""
+    """A short content hash (16 hex digits) of values and paths (names, modes and bytes of a whole tree)."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
@@ -86,6 +84,5 @@ def hash_of(*parts: Any) -> str:
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    return [
-        p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts and "build" not in p.parts
-    ]
+    # Relative parts: the tree itself may well lie in a folder called build.
+    return [p for p in path.rglob("*") if p.is_file() and not _MADE & set(p.relative_to(path).parts)]

@@ -19,6 +19,7 @@ def ensure(rack: str, management: IPv4Network, fabric_mtu: int) -> None:
     """Make the namespace and both bridges, or complete what is there."""
     name = namespace.name_of(rack)
     if not namespace.exists(rack):
+        (namespace.NAMED / name).unlink(missing_ok=True)
         netns.create(name)
     with NetNS(name) as net:
         net.link("set", index=net.link_lookup(ifname="lo")[0], state="up")
@@ -28,12 +29,12 @@ def ensure(rack: str, management: IPv4Network, fabric_mtu: int) -> None:
             # No spanning tree: a port forwards at once. The MTU sticks only when set, not taken from ports.
             net.link("set", index=net.link_lookup(ifname=bridge)[0], mtu=mtu, state="up", br_stp_state=0)
         index = net.link_lookup(ifname=MANAGEMENT)[0]
-        address = str(host_address(management))
-        present = {a.get_attr("IFA_ADDRESS") for a in net.get_addr(index=index, family=2)}
-        if address not in present:
-            for old in present:
-                net.addr("delete", index=index, address=old, prefixlen=management.prefixlen)
-            net.addr("add", index=index, address=address, prefixlen=management.prefixlen)
+        wanted = (str(host_address(management)), management.prefixlen)
+        present = {(a.get_attr("IFA_ADDRESS"), a["prefixlen"]) for a in net.get_addr(index=index, family=2)}
+        for address, prefix in present - {wanted}:
+            net.addr("delete", index=index, address=address, prefixlen=prefix)
+        if wanted not in present:
+            net.addr("add", index=index, address=wanted[0], prefixlen=wanted[1])
 
 
 def taps(rack: str) -> set[str]:
@@ -48,3 +49,4 @@ def remove(rack: str) -> None:
     """Remove the namespace and with it all that is in it; nothing when there is none."""
     if namespace.exists(rack):
         netns.remove(namespace.name_of(rack))
+    (namespace.NAMED / namespace.name_of(rack)).unlink(missing_ok=True)

@@ -24,14 +24,15 @@ def name_of(rack: str) -> str:
 
 def exists(rack: str) -> bool:
     """Is there a namespace for this rack?"""
-    return (NAMED / name_of(rack)).exists()
+    # A file that is no mount was left by a command that was killed between making the two.
+    return os.path.ismount(NAMED / name_of(rack))
 
 
 def inside(rack: str, action: Callable[[], T]) -> T:
     """Run ``action`` in a thread that has entered the rack's namespace, and return its result.
 
-    Sockets made there stay in the namespace when used from other threads. Raises RacklessError when the rack has
-    no namespace, and whatever ``action`` raises.
+    Sockets made there stay in the namespace when used from other threads. Raises RacklessError when the rack
+    has no namespace, and whatever ``action`` raises.
     """
     outcome: list[T] = []
     failure: list[BaseException] = []
@@ -58,17 +59,13 @@ def enter(rack: str) -> None:
     except FileNotFoundError:
         raise RacklessError(f"rack {rack} has no network", hint="run `rackless up`") from None
     try:
-        if ctypes.CDLL(None, use_errno=True).setns(
-            fd, _CLONE_NEWNET
-        ):  # os.setns is there from Python 3.12 on
+        if ctypes.CDLL(None, use_errno=True).setns(fd, _CLONE_NEWNET):  # os.setns is there from Python 3.12 on
             error = ctypes.get_errno()
-            raise RacklessError(
-                f"cannot enter the network of rack {rack}: {os.strerror(error)}", hint="run as root"
-            )
+            raise RacklessError(f"cannot enter the network of rack {rack}: {os.strerror(error)}", hint="run as root")
     finally:
         os.close(fd)
 
 
 def connect(rack: str, address: str, port: int, timeout: float) -> socket.socket:
-    """A TCP connection to ``address:port`` inside the rack; OSError when none is made in ``timeout`` seconds."""
+    """A TCP connection to ``address:port`` inside the rack; OSError when ``timeout`` seconds pass without."""
     return inside(rack, lambda: socket.create_connection((address, port), timeout=timeout))

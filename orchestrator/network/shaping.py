@@ -1,10 +1,13 @@
 """Bandwidth of a blade's fabric link, towards the blade: a token bucket on its tap.
 
-libvirt's own ``<bandwidth>`` needs sch_sfq and sch_netem, which host kernels may lack; tbf is everywhere. Latency,
-jitter, loss, and bandwidth from the blade are put in the guest's kernel (guest_agents/fabric.py): it has netem.
+libvirt's own ``<bandwidth>`` needs sch_sfq and sch_netem, which host kernels may lack; tbf is everywhere.
+Latency, jitter, loss, and bandwidth from the blade are put in the guest's kernel (guest_agents/fabric.py): it
+has netem.
 """
 
 from __future__ import annotations
+
+import os
 
 from pyroute2 import NetNS
 
@@ -17,7 +20,9 @@ _QUEUE_BYTES = 4 << 20
 
 def limit(rack: str, tap: str, bandwidth: int | None) -> None:
     """Limit what ``tap`` carries to its blade to ``bandwidth`` bit/s; None lifts the limit."""
-    with NetNS(namespace.name_of(rack)) as net:
+    if not namespace.exists(rack):
+        return
+    with NetNS(namespace.name_of(rack), flags=os.O_RDONLY) as net:  # or it would make one
         found = net.link_lookup(ifname=tap)
         if not found:
             return  # the blade died meanwhile; its next `up` sets the limit

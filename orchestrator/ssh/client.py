@@ -154,9 +154,12 @@ def run_on_all(
     A blade that cannot be reached does not stop the others: its result has exit code 255, stderr says why.
     """
 
+    opened: list[Connection] = []
+
     def one(blade: str) -> Result:
         try:
             with connect(paths, blade, blades[blade], open_socket) as connection:
+                opened.append(connection)
                 return run(connection, command, check=False, on_output=on_output)
         except RacklessError as error:
             if on_output is not None:
@@ -164,7 +167,12 @@ def run_on_all(
             return Result(blade, EXIT_NO_SESSION, "", f"{error}\n")
 
     with ThreadPoolExecutor(max_workers=max(1, len(blades)), thread_name_prefix="ssh") as pool:
-        return list(pool.map(one, blades))
+        try:
+            return list(pool.map(one, blades))
+        except KeyboardInterrupt:
+            for connection in opened:
+                connection.close()  # ends the wait for its command, and so its thread
+            raise
 
 
 def worst_exit_code(results: Sequence[Result]) -> int:

@@ -28,9 +28,7 @@ def can_share(paths: RackPaths) -> bool:
     return len(os.fsencode(control_path(paths, _LONGEST_ADDRESS))) <= _LONGEST_PATH_BYTES
 
 
-def open_shared_connection(
-    paths: RackPaths, ssh_config: Path, blade: str, address: IPv4Address | str
-) -> None:
+def open_shared_connection(paths: RackPaths, ssh_config: Path, blade: str, address: IPv4Address | str) -> None:
     """Have a shared connection to a blade in the background, ready for ssh -F; it ends after an idle minute.
 
     Raises RacklessError if the blade does not let us in. So a later ssh's exit code 255 is the program's own,

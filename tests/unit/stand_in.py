@@ -103,9 +103,7 @@ def stand_in_rack(folder: Path, names: Sequence[str] = ("gm0", "pb0", "mb0", "mb
 
 
 @contextmanager
-def _sshd(
-    rack: StandInRack, blade: str, folder: Path, authorized_keys: Path
-) -> Iterator[subprocess.Popen[bytes]]:
+def _sshd(rack: StandInRack, blade: str, folder: Path, authorized_keys: Path) -> Iterator[subprocess.Popen[bytes]]:
     assert SSHD is not None
     Path("/run/sshd").mkdir(exist_ok=True)  # sshd insists on it; without systemd it may be missing
     config = folder / f"sshd_config.{blade}"
@@ -115,7 +113,7 @@ def _sshd(
         f"AuthorizedKeysFile {authorized_keys}\n"
         "PidFile none\nStrictModes no\nPermitRootLogin prohibit-password\nPasswordAuthentication no\n"
         "UsePAM no\nUseDNS no\nMaxSessions 64\n"
-        f"SetEnv PATH={rack.bin}:/usr/sbin:/usr/bin:/sbin:/bin BLADE={blade}\n"
+        f"SetEnv PATH={rack.bin}:/usr/sbin:/usr/bin:/sbin:/bin BLADE={blade} SHLVL=2\n"  # SHLVL: no ~/.bashrc
         "Subsystem sftp internal-sftp\n"
     )
     command = ["nsenter", f"--net=/run/netns/rackless-{rack.paths.name}", SSHD, "-D", "-e", "-f", str(config)]

@@ -72,9 +72,7 @@ def test_ssh_by_name_qualified_name_and_address(stand_in_rack: StandInRack) -> N
 @pytest.mark.netns
 def test_ssh_refuses_a_blade_with_another_host_key(stand_in_rack: StandInRack, tmp_path: Path) -> None:
     other = tmp_path / "known_hosts"
-    other.write_text(
-        f"pb0,{stand_in_rack.blades['pb0']} {keys.ensure_host_key(stand_in_rack.paths, 'mb0')[1]}\n"
-    )
+    other.write_text(f"pb0,{stand_in_rack.blades['pb0']} {keys.ensure_host_key(stand_in_rack.paths, 'mb0')[1]}\n")
     done = ssh(stand_in_rack, "-S", "none", "-o", f"UserKnownHostsFile={other}", "pb0", "true")
     assert done.returncode == 255
     assert "Host key verification failed" in done.stderr
@@ -85,12 +83,13 @@ def test_scp_and_rsync_both_ways(stand_in_rack: StandInRack, tmp_path: Path) -> 
     config = stand_in_rack.ssh_config
     data = os.urandom(300_000)
     (tmp_path / "a file").write_bytes(data)
-    for command in (
+    commands: list[list[str | Path]] = [
         ["scp", "-q", "-F", config, tmp_path / "a file", f"pb0:{tmp_path}/there"],
         ["scp", "-q", "-F", config, f"pb0:{tmp_path}/there", tmp_path / "back"],
         ["rsync", "-a", "-e", f"ssh -F {config}", tmp_path / "back", f"mb0:{tmp_path}/there2"],
         ["rsync", "-a", "-e", f"ssh -F {config}", f"mb0:{tmp_path}/there2", tmp_path / "back2"],
-    ):
+    ]
+    for command in commands:
         subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
     assert (tmp_path / "back2").read_bytes() == data
 

@@ -36,9 +36,7 @@ def test_the_rack_key_is_made_once_and_is_private(paths: RackPaths) -> None:
 
 def test_openssh_agrees_on_the_public_key(paths: RackPaths) -> None:
     made = keys.ensure_rack_keys(paths)
-    said = subprocess.run(
-        ["ssh-keygen", "-y", "-f", made.private_key], capture_output=True, text=True, check=True
-    )
+    said = subprocess.run(["ssh-keygen", "-y", "-f", made.private_key], capture_output=True, text=True, check=True)
     assert said.stdout.split()[:2] == made.public_key_line.split()[:2]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,12 @@ from guest_agents import control
 from guest_agents.config import AgentConfig
 from guest_agents.splitkernel.process.desk import Desk
 from guest_agents.splitkernel.process.memory import Lender
+from guest_agents.splitkernel.process.vnode import Vnode
+from guest_agents.verbs.rpc import Client
 
 SOCKET = Path("/run/rackless/split.sock")
 JOBS = Path("/run/rackless/jobs")
+log = logging.getLogger("rackless.process")
 
 
 def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control.Handler]:
@@ -19,13 +24,34 @@ def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control
 
     port -- where other agents' control servers listen
     """
+    SOCKET.parent.mkdir(parents=True, exist_ok=True)
+    vnode = Vnode(Client(config.node, "storage", lambda: _first_storage(config, port)))
+    threading.Thread(target=_serve, args=(vnode, config.vnode), name="vnode", daemon=True).start()
+
+    def storage() -> dict[str, Any]:
+        names = sorted(config.peers("storage"))[:1]
+        return {name: dict(vnode.counts) for name in names}
+
     lender = Lender(config.name, config.secret, lambda: config.peers("memory"), port)
-    storage: dict[str, Any] = {}
-    desk = Desk(SOCKET, JOBS, config.excache, lender, lambda: storage)
+    desk = Desk(SOCKET, JOBS, config.excache, lender, storage)
     desk.start()
 
     def stats(request: control.Message) -> control.Message:
         del request
-        return {"programs": desk.programs, "storage": storage}
+        return {"programs": desk.programs, "storage": storage()}
 
     return {"process.stats": stats}
+
+
+def _first_storage(config: AgentConfig, port: int) -> control.ControlClient:
+    blades = config.peers("storage")
+    if not blades:
+        raise control.ControlError("the rack has no storage blade", "add one to have files under /vnode")
+    return control.ControlClient((blades[min(blades)], port), config.secret)
+
+
+def _serve(vnode: Vnode, where: Path) -> None:
+    try:
+        vnode.serve(where)
+    except OSError:
+        log.exception("no %s on this blade", where)

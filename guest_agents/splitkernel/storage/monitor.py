@@ -1,1 +1,27 @@
-def handlers(config): return {}
+"""The storage monitor: a file service over RDMA, stateless, below one directory of the blade's disk."""
+
+from __future__ import annotations
+
+from guest_agents import control
+from guest_agents.config import AgentConfig
+from guest_agents.splitkernel.storage.files import Files
+from guest_agents.verbs import rpc
+
+SERVICE = "storage"
+
+
+def handlers(config: AgentConfig) -> dict[str, control.Handler]:
+    """Start the storage monitor of this blade; what it adds to the agent's control server."""
+    files = Files(config.storage_root)
+    rpc.offer(config.node, SERVICE, files.handle)
+
+    def stats(request: control.Message) -> control.Message:
+        del request
+        disk = files.statfs()
+        return {
+            **files.counts,
+            "bytes_total": disk.f_blocks * disk.f_frsize,
+            "bytes_free": disk.f_bavail * disk.f_frsize,
+        }
+
+    return {"storage.stats": stats}

@@ -1,0 +1,71 @@
+"""Load edited agents into blades that run: for people who change guest_agents/ and want to see it in seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from orchestrator import agents, lock
+from orchestrator.parallel import together
+from orchestrator.errors import RacklessError
+from orchestrator.events import Emit, step
+from orchestrator.hypervisor import daemon, domain
+from orchestrator.image import build
+from orchestrator.settings import RackPaths
+from orchestrator.spec import BladeSpec
+from orchestrator.ssh import client
+
+_REMOTE = "/run/rackless/agents.tar"
+_RESTART = (
+    f"tar -xf {_REMOTE} -C / --no-same-owner && rm {_REMOTE} && sv -w 30 restart /etc/rackless/services/agent"
+)
+_POLL_SECONDS = 0.2
+
+
+def push(paths: RackPaths, blades: Mapping[str, BladeSpec], image: str, emit: Emit) -> str:
+    """Build the agents as they are in the tree now and restart them in ``blades``; returns their version.
+
+    Programs that run on the blades lose the agents they talk to.
+    RacklessError when an agent does not come back.
+    """
+    with lock.hold(paths):
+        built = build.build(image, paths.settings.cache_dir / "images", emit)
+        archive = built.agents.with_name("agents.tar")
+        together(dict(blades), lambda spec: _push_one(paths, spec, archive, built.key, emit))
+        with daemon.connection(paths) as conn:
+            running = domain.owned(conn, paths.name) if conn else {}
+            for (
+                name,
+                spec,
+            ) in blades.items():  # now the blade is as the tree says, and `plan` has nothing to do
+                owned = running[name]
+                described = replace(spec, image=built.key).to_json()
+                domain.write_metadata(owned.domain, {**owned.metadata, "spec": described})
+        return built.key
+
+
+def _push_one(paths: RackPaths, spec: BladeSpec, archive: Path, version: str, emit: Emit) -> None:
+    with step(emit, paths.name, "push", spec.name):
+        with client.connect(paths, spec.name, spec.mgmt_address) as connection:
+            connection.put(str(archive), _REMOTE)
+            client.run(connection, _RESTART)
+    with step(emit, paths.name, "restart", spec.name):
+        deadline = time.monotonic() + paths.settings.ready_seconds
+        while not _is_back(paths, spec, version):
+            if time.monotonic() > deadline:
+                raise RacklessError(
+                    f"the agent of {spec.name} did not come back", hint=f"see `rackless logs {spec.name}`"
+                )
+            time.sleep(_POLL_SECONDS)
+
+
+def _is_back(paths: RackPaths, spec: BladeSpec, version: str) -> bool:
+    try:
+        status = agents.call(
+            paths, spec.name, spec.mgmt_address, "agent.status", paths.settings.status_seconds
+        )
+    except RacklessError:
+        return False  # it is starting
+    return bool(status["version"] == version and status["joined"])
