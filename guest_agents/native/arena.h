@@ -14,7 +14,7 @@ enum { PAGE_SHIFT = 12, PAGE_SIZE = 1 << PAGE_SHIFT };
 
 #define NO_PAGE ((size_t)-1)
 
-enum page_use { PAGE_FREE, PAGE_SPAN, PAGE_LARGE, PAGE_MAPPED };
+enum page_use { PAGE_FREE, PAGE_SPAN, PAGE_LARGE_SPAN, PAGE_LARGE, PAGE_MAPPED };
 
 struct arena {
     char *base;

@@ -31,7 +31,7 @@ int heap_init(struct heap *heap, size_t pages)
     int error = arena_init(&heap->arena, pages);
     if (error)
         return error;
-    heap->spans = raw_memory(heap->arena.pages / SPAN_PAGES * sizeof *heap->spans);
+    heap->spans = raw_memory(heap->arena.pages * sizeof *heap->spans);
     return heap->spans ? 0 : ENOMEM;
 }
 
@@ -41,7 +41,6 @@ static void list_add(struct heap *heap, uint32_t number)
     uint32_t *head = &heap->with_room[span->class_index];
     span->prev = 0;
     span->next = *head;
-    span->listed = 1;
     if (*head)
         heap->spans[*head - 1].prev = number;
     *head = number;
@@ -56,25 +55,40 @@ static void list_remove(struct heap *heap, uint32_t number)
         heap->with_room[span->class_index] = span->next;
     if (span->next)
         heap->spans[span->next - 1].prev = span->prev;
-    span->listed = 0;
+}
+
+static size_t span_pages(unsigned class_index)
+{
+    return class_bytes[class_index] <= LARGEST_IN_PAGE ? 1 : LARGE_SPAN_PAGES;
+}
+
+/* First page of the span that `page` belongs to. */
+static size_t span_start(const struct heap *heap, size_t page)
+{
+    return heap->arena.use[page] == PAGE_SPAN ? page : page / LARGE_SPAN_PAGES * LARGE_SPAN_PAGES;
+}
+
+static bool in_span(const struct heap *heap, size_t page)
+{
+    return heap->arena.use[page] == PAGE_SPAN || heap->arena.use[page] == PAGE_LARGE_SPAN;
 }
 
 static uint32_t new_span(struct heap *heap, unsigned class_index)
 {
-    size_t page = arena_take(&heap->arena, SPAN_PAGES, SPAN_PAGES, PAGE_SPAN, false);
+    size_t pages = span_pages(class_index);
+    size_t page = arena_take(&heap->arena, pages, pages, pages == 1 ? PAGE_SPAN : PAGE_LARGE_SPAN, false);
     if (page == NO_PAGE)
         return 0;
-    uint32_t number = (uint32_t)(page / SPAN_PAGES) + 1;
-    struct span *span = &heap->spans[number - 1];
+    struct span *span = &heap->spans[page];
     span->class_index = (uint16_t)class_index;
-    span->blocks = span->free = (uint16_t)(SPAN_BYTES / class_bytes[class_index]);
+    span->blocks = span->free = (uint16_t)((pages << PAGE_SHIFT) / class_bytes[class_index]);
     memset(span->room, 0, sizeof span->room);
     size_t whole = span->blocks / 64;
     memset(span->room, 0xff, whole * sizeof *span->room);
     if (span->blocks % 64)
         span->room[whole] = (1ull << span->blocks % 64) - 1;
-    list_add(heap, number);
-    return number;
+    list_add(heap, (uint32_t)page + 1);
+    return (uint32_t)page + 1;
 }
 
 static void *take_small(struct heap *heap, unsigned class_index)
@@ -87,14 +101,14 @@ static void *take_small(struct heap *heap, unsigned class_index)
     bit_clear(span->room, block);
     if (--span->free == 0)
         list_remove(heap, number);
-    return arena_address(&heap->arena, (number - 1) * (size_t)SPAN_PAGES) + block * class_bytes[class_index];
+    return arena_address(&heap->arena, number - 1) + block * class_bytes[class_index];
 }
 
 static void give_small(struct heap *heap, size_t page, const void *p)
 {
-    uint32_t number = (uint32_t)(page / SPAN_PAGES) + 1;
+    uint32_t number = (uint32_t)span_start(heap, page) + 1;
     struct span *span = &heap->spans[number - 1];
-    size_t offset = (size_t)((const char *)p - arena_address(&heap->arena, (number - 1) * (size_t)SPAN_PAGES));
+    size_t offset = (size_t)((const char *)p - arena_address(&heap->arena, number - 1));
     size_t block = offset / class_bytes[span->class_index];
     if (bit_test(span->room, block))
         abort(); /* double free: going on would hand one block to two owners */
@@ -104,7 +118,7 @@ static void give_small(struct heap *heap, size_t page, const void *p)
     bool alone = heap->with_room[span->class_index] == number && !span->next;
     if (span->free == span->blocks && !alone) {
         list_remove(heap, number);
-        arena_give(&heap->arena, page / SPAN_PAGES * SPAN_PAGES, SPAN_PAGES, false);
+        arena_give(&heap->arena, number - 1, span_pages(span->class_index), false);
     }
 }
 
@@ -143,6 +157,7 @@ void heap_give(struct heap *heap, void *block)
     pthread_mutex_lock(&heap->lock);
     switch ((enum page_use)heap->arena.use[page]) {
     case PAGE_SPAN:
+    case PAGE_LARGE_SPAN:
         give_small(heap, page, block);
         break;
     case PAGE_LARGE:
@@ -159,8 +174,8 @@ void heap_give(struct heap *heap, void *block)
 size_t heap_size(const struct heap *heap, const void *block)
 {
     size_t page = arena_page(&heap->arena, block);
-    if (heap->arena.use[page] == PAGE_SPAN)
-        return class_bytes[heap->spans[page / SPAN_PAGES].class_index];
+    if (in_span(heap, page))
+        return class_bytes[heap->spans[span_start(heap, page)].class_index];
     return (size_t)heap->arena.length[page] << PAGE_SHIFT;
 }
 

@@ -1,5 +1,7 @@
-/* A malloc over an arena: size classes in 64 KiB spans, larger blocks in runs of pages.
+/* A malloc over an arena: size classes in spans of one page (larger classes: four), bigger blocks in runs of pages.
  *
+ * Spans are small so that blocks of different sizes that are allocated one after the other lie close together: a
+ * program that uses them together then finds them in neighbouring pages, and one READ brings several.
  * No header, no free list inside the blocks: `free` touches bookkeeping only, so that freeing memory which lives on
  * a memory blade costs no round trip. One lock per heap; fork takes it (heap_lock, heap_unlock).
  */
@@ -11,27 +13,26 @@
 #include <pthread.h>
 
 enum {
-    SPAN_PAGES = 16,
-    SPAN_BYTES = SPAN_PAGES * PAGE_SIZE,
+    LARGE_SPAN_PAGES = 4,
     SMALLEST_BLOCK = 16,
+    LARGEST_IN_PAGE = 1024, /* classes up to this have spans of one page */
     LARGEST_SMALL = 8192,
     CLASSES = 32,
 };
 
 struct span {
-    uint32_t next, prev;    /* span numbers + 1 in the class's list of spans with room; 0 ends it */
+    uint32_t next, prev;    /* first pages + 1 in the class's list of spans with room; 0 ends it */
     uint16_t class_index;
     uint16_t free;          /* free blocks */
     uint16_t blocks;
-    uint16_t listed;
-    uint64_t room[SPAN_BYTES / SMALLEST_BLOCK / 64]; /* bit: block is free */
+    uint64_t room[PAGE_SIZE / SMALLEST_BLOCK / 64]; /* bit: block is free */
 };
 
 struct heap {
     pthread_mutex_t lock;
     struct arena arena;
-    struct span *spans;             /* one per 16 pages of the arena */
-    uint32_t with_room[CLASSES];    /* span number + 1 */
+    struct span *spans;             /* by first page */
+    uint32_t with_room[CLASSES];
 };
 
 /* Make a heap over `pages` pages of address space; heap->arena.grow and .drop must be set. 0, or an errno. */

@@ -11,15 +11,17 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 enum {
-    BUFFER_SHARE = 4,       /* the line buffer is a quarter of the ExCache */
     EVICT_PAGES = 32,       /* evicted at a time */
     FLUSH_WITH_READ = 16,   /* dirty pages of a blade worth sending along with a READ to it */
     BATCHES_PER_LINK = 3,   /* 3 x 64 work requests stay below FABRIC_DEPTH */
     SGES = 16,
 };
+static size_t LINE_PAGES = 1;
+
 enum { ID_MISS = 1, ID_PEEK = 2, ID_BATCH = 16 };
 
 static const char zeros[RUN_PAGES * PAGE_SIZE] __attribute__((aligned(PAGE_SIZE)));
@@ -37,6 +39,13 @@ _Noreturn void lines_die(const char *format, ...)
     }
     syscall(SYS_exit_group, 70); /* EX_SOFTWARE: with no exit handlers, which might touch lost memory */
     __builtin_unreachable();
+}
+
+static uint64_t nanoseconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
 static size_t slot_of_hand(struct lines *l)
@@ -248,7 +257,7 @@ static size_t take_slot(struct lines *l, size_t page, bool dirty)
         size_t index = slot_of_hand(l);
         struct slot *slot = &l->slots[index];
         if (slot->state == SLOT_CLEAN)
-            set_state(l, slot->page, REMOTE | STORED);
+            set_state(l, slot->page, REMOTE | (l->state[slot->page] & ~STATE_MASK));
         else if (slot->state != SLOT_FREE)
             continue;
         *slot = (struct slot){.page = (uint32_t)page, .state = dirty ? SLOT_DIRTY : SLOT_CLEAN};
@@ -334,7 +343,7 @@ static void shelve(struct lines *l, size_t page)
     }
     size_t slot = take_slot(l, page, flags & DIRTY);
     memcpy(slot_data(l, slot), data, PAGE_SIZE);
-    set_state(l, page, BUFFERED | (flags & STORED));
+    set_state(l, page, BUFFERED | (flags & STORED) | (flags & DIRTY ? WRITTEN : 0));
     l->where[page] = (uint32_t)slot;
 }
 
@@ -422,41 +431,74 @@ static struct ibv_send_wr read_request(struct lines *l, size_t page, size_t coun
     };
 }
 
+/* Pages around a missed one that one READ can bring too: [first, end) within its line, all of them REMOTE. */
+static size_t line_around(const struct lines *l, size_t page, size_t *end)
+{
+    size_t first = page, start = page / LINE_PAGES * LINE_PAGES;
+    while (first > start && (l->state[first - 1] & STATE_MASK) == REMOTE)
+        first--;
+    for (*end = page + 1; *end < start + LINE_PAGES && (l->state[*end] & STATE_MASK) == REMOTE;)
+        ++*end;
+    return first;
+}
+
+/* Keep what came along with a miss in the buffer, where a touch finds it. */
+static void keep(struct lines *l, size_t page, const char *data)
+{
+    if ((l->state[page] & STATE_MASK) != REMOTE)
+        return;
+    size_t slot = take_slot(l, page, false);
+    memcpy(slot_data(l, slot), data, PAGE_SIZE);
+    set_state(l, page, BUFFERED | (l->state[page] & ~STATE_MASK));
+    l->where[page] = (uint32_t)slot;
+    l->count->prefetches++;
+}
+
 static void fetch(struct lines *l, size_t page, bool write)
 {
     size_t want = next_run(page, &l->next_fetch, &l->fetch_run, RUN_PAGES), run = 1;
     while (run < want && (page + run) % REGION_PAGES && (l->state[page + run] & STATE_MASK) == REMOTE)
         run++;
     l->next_fetch = page + run;
+    size_t first = page, end = page + run;
+    if (want == 1)
+        first = line_around(l, page, &end);
     uint32_t link = region_of(l, page)->link;
     struct ibv_sge sge;
-    struct ibv_send_wr read = read_request(l, page, run, &sge, l->landing, ID_MISS);
+    struct ibv_send_wr read = read_request(l, first, end - first, &sge, l->landing, ID_MISS);
     post(l, link, &read, l->dirty_on[link] >= FLUSH_WITH_READ);
     l->count->misses++;
     l->count->blade[link].misses++;
     make_room(l, run); /* while the data is on its way */
+    uint64_t start = nanoseconds();
     while (!l->landed[ID_MISS])
         reap(l, true);
-    int error = lines_install(l, l->uffd, page, l->landing, 1, !write);
+    l->count->wait_nanoseconds += nanoseconds() - start;
+    write |= (l->state[page] & WRITTEN) != 0;
+    const char *data = l->landing + ((page - first) << PAGE_SHIFT);
+    int error = lines_install(l, l->uffd, page, data, 1, !write);
     if (!error && run > 1)
-        error = lines_install(l, l->uffd, page + 1, l->landing + PAGE_SIZE, run - 1, true);
+        error = lines_install(l, l->uffd, page + 1, data + PAGE_SIZE, run - 1, true);
     if (error)
         lines_die("installing fetched memory failed: %s", strerror(error));
     for (size_t i = 0; i < run; i++) {
         map(l, page + i, STORED | (write && i == 0 ? DIRTY : 0));
-        l->on_arrival(l, page + i, l->landing + (i << PAGE_SHIFT));
+        l->on_arrival(l, page + i, data + (i << PAGE_SHIFT));
     }
+    for (size_t p = first; p < end; p++)
+        if (p < page || p >= page + run)
+            keep(l, p, l->landing + ((p - first) << PAGE_SHIFT));
 }
 
 static void take_back(struct lines *l, size_t page, bool write)
 {
     make_room(l, 1); /* may recycle the very slot */
     if ((l->state[page] & STATE_MASK) != BUFFERED) {
-        lines_miss(l, page, write);
+        fetch(l, page, write);
         return;
     }
     size_t slot = l->where[page];
-    bool dirty = write || l->slots[slot].state == SLOT_DIRTY;
+    bool dirty = write || l->slots[slot].state == SLOT_DIRTY || (l->state[page] & WRITTEN);
     int error = lines_install(l, l->uffd, page, slot_data(l, slot), 1, !dirty);
     if (error)
         lines_die("installing buffered memory failed: %s", strerror(error));
@@ -467,7 +509,7 @@ static void take_back(struct lines *l, size_t page, bool write)
     l->count->buffer_hits++;
 }
 
-void lines_miss(struct lines *l, size_t page, bool write)
+static void miss(struct lines *l, size_t page, bool write)
 {
     switch (l->state[page] & STATE_MASK) {
     case UNTOUCHED:
@@ -486,6 +528,13 @@ void lines_miss(struct lines *l, size_t page, bool write)
         else
             l->state[page] |= DIRTY;
     }
+}
+
+void lines_miss(struct lines *l, size_t page, bool write)
+{
+    uint64_t start = nanoseconds();
+    miss(l, page, write);
+    l->count->busy_nanoseconds += nanoseconds() - start;
 }
 
 void lines_write(struct lines *l, size_t page)
@@ -530,6 +579,9 @@ const char *lines_peek(struct lines *l, size_t page)
 int lines_init(struct lines *l, struct arena *arena, size_t excache_pages)
 {
     size_t extra = RUN_PAGES + 1, capacity = 1;
+    if (getenv("RL")) LINE_PAGES = (size_t)atoi(getenv("RL"));
+    size_t BUFFER_SHARE = 4; if (getenv("RB")) BUFFER_SHARE = (size_t)atoi(getenv("RB"));
+    if (getenv("RS")) fabric_spin = atoi(getenv("RS"));
     l->arena = arena;
     l->nslots = excache_pages / BUFFER_SHARE;
     l->max_mapped = excache_pages - l->nslots - extra;

@@ -32,6 +32,7 @@ enum page_state {
     STATE_MASK = 3,
     DIRTY = 4,                  /* differs from the copy at the memory blade */
     STORED = 8,                 /* the memory blade has a copy (perhaps old) */
+    WRITTEN = 16,               /* was changed when it was last mapped: expect it to be changed again */
 };
 
 enum slot_state { SLOT_FREE, SLOT_CLEAN, SLOT_DIRTY, SLOT_FLUSHING };

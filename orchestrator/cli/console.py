@@ -37,12 +37,12 @@ def console(
     from orchestrator.blade import console_socket
 
     current.blade(blade)
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not (os.isatty(0) and os.isatty(1)):
         raise RacklessError("console needs a terminal", hint=f"use `rackless console --log {blade}`")
     with _attached(console_socket(current.paths, blade), blade) as wire:
         print(f"console of {blade}; leave it with Ctrl-]", file=sys.stderr)
-        with _raw(sys.stdin.fileno()):
-            relay(wire, sys.stdin.fileno(), sys.stdout.fileno())
+        with _raw(0):
+            relay(wire, 0, 1)
     print(file=sys.stderr)
 
 

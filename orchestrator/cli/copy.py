@@ -38,7 +38,10 @@ class Place:
 
 
 def cp(
-    places: Annotated[list[str], typer.Argument(metavar="SRC... DST", help="Files; BLADE:PATH for those on a blade.")],
+    places: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE", help="Sources, then destination; BLADE:PATH on a blade."),
+    ],
     recursive: Annotated[bool, typer.Option("--recursive", "-r", help="Copy folders with what is in them.")] = False,
     rack: Annotated[str | None, typer.Option("--rack", metavar="FILE|NAME", help="Rack file or rack name.")] = None,
     as_json: JsonOption = False,

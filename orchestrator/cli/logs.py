@@ -18,7 +18,7 @@ def logs(
     blades: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[BLADE...]",
+            metavar="BLADE",
             help="Blades, such as pb0 or 'mb*'; all of them by default.",
             autocompletion=complete_blade,
         ),

@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
-    command: Annotated[list[str], typer.Argument(metavar="[--] CMD...", help="Program and its arguments.")],
+    command: Annotated[list[str], typer.Argument(metavar="CMD", help="Program and its arguments.")],
     on: Annotated[
         str,
         typer.Option("--on", metavar="BLADE", help="Processor blade to run on.", autocompletion=complete_blade),

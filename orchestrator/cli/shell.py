@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import sys
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -53,9 +52,7 @@ def register(app: typer.Typer) -> None:
 
 def ssh(
     blade: BladeArgument,
-    command: Annotated[
-        list[str] | None, typer.Argument(metavar="[--] [CMD...]", help="Command; without one, a shell.")
-    ] = None,
+    command: Annotated[list[str] | None, typer.Argument(metavar="CMD", help="Command; without one, a shell.")] = None,
     rack: RackOption = None,
 ) -> None:
     """Open a shell on a blade, or run a command there. The exit code is the command's."""
@@ -66,7 +63,7 @@ def ssh(
     ssh_config = current.ssh_config()
     open_shared_connection(current.paths, ssh_config, blade, address)
     words = command[1:] if command and command[0] == "--" else command or []
-    terminal = ["-t"] if sys.stdin.isatty() and sys.stdout.isatty() else []
+    terminal = ["-t"] if os.isatty(0) and os.isatty(1) else []
     line = [shell_line(words)] if words else []
     os.execvp("ssh", ["ssh", "-F", str(ssh_config), *terminal, blade, *line])
 
@@ -75,7 +72,7 @@ def execute(
     ctx: typer.Context,
     patterns: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PATTERN...]", help="Blades, such as pb0 or 'mb*'.", autocompletion=complete_blade),
+        typer.Argument(metavar="PATTERN", help="Blades, such as pb0 or 'mb*'.", autocompletion=complete_blade),
     ] = None,
     kind: Annotated[
         str | None, typer.Option("--kind", "-k", help="Blades of this kind.", autocompletion=complete_kind)

@@ -61,9 +61,9 @@ def build(name: str, images: Path, emit: Emit, flavour: str = "blade") -> Image:
     """
     recipe = load(name)
     system_hash = system_key(recipe, flavour)
-    key = image_key(name, flavour)
     system = _entry(emit, "system image", images, f"system-{system_hash}",
                     lambda work, report: _build_system(recipe, flavour, work, report))  # fmt: skip
+    key = image_key(name, flavour)  # now: the agents may have been edited while the system was built
     agents = _entry(emit, "agents", images, f"agents-{key}",
                     lambda work, _report: _build_agents(system, key, work))  # fmt: skip
     return Image(

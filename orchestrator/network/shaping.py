@@ -16,6 +16,7 @@ from orchestrator.network import namespace
 _ROOT = 0xFFFFFFFF  # TC_H_ROOT
 _BURST_BYTES = 128 << 10  # at least a few 9000-byte frames, or the bucket itself would cut the rate
 _QUEUE_BYTES = 4 << 20
+_LARGEST_RATE = (1 << 32) - 1  # bytes/s in a field of 32 bits: 34 Gbit/s, which no link made of software reaches
 
 
 def limit(rack: str, tap: str, bandwidth: int | None) -> None:
@@ -30,5 +31,5 @@ def limit(rack: str, tap: str, bandwidth: int | None) -> None:
             if any(q.get_attr("TCA_KIND") == "tbf" for q in net.get_qdiscs(index=found[0])):
                 net.tc("del", index=found[0], parent=_ROOT)
             return
-        net.tc("replace", "tbf", index=found[0], parent=_ROOT, rate=bandwidth // 8,
+        net.tc("replace", "tbf", index=found[0], parent=_ROOT, rate=min(bandwidth // 8, _LARGEST_RATE),
                burst=_BURST_BYTES, limit=_QUEUE_BYTES)  # fmt: skip

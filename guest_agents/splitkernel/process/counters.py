@@ -25,6 +25,9 @@ FIELDS = (
     "pages_touched",
     "forks",
     "regions",
+    "prefetches",
+    "wait_nanoseconds",
+    "busy_nanoseconds",
 )
 BLADE_FIELDS = ("misses", "flushes", "bytes_in", "bytes_out")
 BLADES = 16

@@ -1,0 +1,99 @@
+"""What the rack file says of a blade holds, seen from the blade and from the host."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.rack.conftest import Rack
+
+pytestmark = pytest.mark.rack
+
+
+def test_cpus_and_memory_as_the_blade_sees_them(rack: Rack) -> None:
+    for blade, mebibytes in (("pb0", 512), ("gm0", 256)):
+        assert rack.on(blade, "nproc").strip() == "1"
+        kilobytes = int(re.search(r"MemTotal:\s+(\d+)", rack.on(blade, "cat /proc/meminfo"))[1])  # type: ignore[index]
+        assert 0.75 * mebibytes < kilobytes / 1024 < mebibytes
+
+
+def test_cpu_quota_is_in_the_blades_cgroup(rack: Rack) -> None:
+    assert _quota(rack, "mb0") == pytest.approx(0.5)
+    assert _quota(rack, "mb1") is None
+
+
+def test_cpu_quota_slows_the_blade(rack: Rack) -> None:
+    """A busy second of the limited blade takes about twice as long on the wall as of its CPU."""
+    script = ("from time import *; wall=time(); cpu=process_time()\n"
+              "while process_time()-cpu < 2: pass\nprint(time()-wall)")  # fmt: skip
+    assert float(rack.on("mb0", f"python3 -c '{script}'")) > 3.0
+
+
+def test_disk_size_and_limits(rack: Rack) -> None:
+    assert int(rack.on("sb0", "cat /sys/block/vdc/size")) * 512 == 2 << 30
+    assert "/srv/vnode ext4" in rack.on("sb0", "cat /proc/mounts")
+    throttle = _virsh(rack, "blkdeviotune", f"{rack.name}.sb0", "vdc")
+    assert re.search(r"total_iops_sec\s*: 2000", throttle)
+    assert re.search(rf"total_bytes_sec\s*: {100 << 20}", throttle)
+    # 2000 requests of 4 KiB past any cache take a second or more; without the limit a tenth.
+    seconds = rack.on("sb0", "cd /srv/vnode && dd if=/dev/zero of=x bs=4k count=4000 oflag=direct 2>&1; rm x")
+    assert float(re.search(r"([\d.]+) s,", seconds)[1]) > 1.5  # type: ignore[index]
+
+
+def test_link_bandwidth_on_the_tap_and_latency_in_the_blade(rack: Rack) -> None:
+    index = int(rack.bench.status(rack.name)["mb1"]["fabric_address"].rsplit(".", 1)[1]) - 10
+    shown = _in_namespace(rack, "tc", "qdisc", "show", "dev", f"fabric{index}")
+    assert "tbf" in shown
+    assert "1Gbit" in shown
+    inside = rack.on("mb1", "tc qdisc show dev fabric")
+    assert "netem" in inside
+    assert "delay 50us" in inside
+    assert "rate 1Gbit" in inside
+
+
+def test_jumbo_frames_on_the_fabric_only(rack: Rack) -> None:
+    assert rack.on("pb0", "cat /sys/class/net/fabric/mtu /sys/class/net/mgmt/mtu").split() == ["9000", "1500"]
+    assert re.search(r"active_mtu:\s+4096", rack.on("pb0", "ibv_devinfo"))
+
+
+def test_fabric_addresses_do_not_meet_the_hosts(rack: Rack) -> None:
+    address = rack.bench.status(rack.name)["pb0"]["fabric_address"]
+    assert address not in subprocess.run(["ip", "-4", "route"], capture_output=True, text=True, check=True).stdout
+
+
+def test_pmem_survives_a_power_kill(rack: Rack) -> None:
+    device = rack.on("mb1", "ls /dev/pmem0").strip()
+    assert int(rack.on("mb1", "cat /sys/block/pmem0/size")) * 512 == 128 << 20
+    rack.on("mb1", f"printf survivor | dd of={device} bs=512 conv=sync,fsync oflag=direct 2>/dev/null")
+    _virsh(rack, "destroy", f"{rack.name}.mb1")
+    assert "mb1" not in rack.bench.status(rack.name)
+    result = json.loads(rack.bench.rackless("up", str(rack.file), "--json").stdout)
+    assert result["changed"] == ["mb1"]
+    assert rack.on("mb1", f"head -c 8 {device}") == "survivor"
+
+
+def _quota(rack: Rack, blade: str) -> float | None:
+    """Share of a CPU that the blade's virtual CPU may use, read from the host's cgroups (version 1 or 2)."""
+    name = f"qemu-*-{rack.name}.{blade}.libvirt-qemu"
+    for file in Path("/sys/fs/cgroup").glob(f"cpu*/machine*/{name}/**/vcpu0/cpu.cfs_quota_us"):
+        quota = int(file.read_text())
+        return None if quota < 0 else quota / int(file.with_name("cpu.cfs_period_us").read_text())
+    for file in Path("/sys/fs/cgroup").glob(f"machine*/{name}/**/vcpu0/cpu.max"):
+        quota_text, period = file.read_text().split()
+        return None if quota_text == "max" else int(quota_text) / int(period)
+    raise AssertionError(f"no cgroup of {blade}")
+
+
+def _virsh(rack: Rack, *words: str) -> str:
+    socket = rack.bench.run / rack.name / "libvirt/libvirt-sock"
+    return subprocess.run(["virsh", "-c", f"qemu:///system?socket={socket}", *words], capture_output=True, text=True,
+                          check=True).stdout  # fmt: skip
+
+
+def _in_namespace(rack: Rack, *words: str) -> str:
+    return subprocess.run(["nsenter", f"--net=/run/netns/rackless-{rack.name}", *words], capture_output=True, text=True,
+                          check=True).stdout  # fmt: skip

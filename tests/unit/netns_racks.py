@@ -1,0 +1,33 @@
+"""Racks for tests that make network namespaces: names and folders of their own, removed whatever happens."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from orchestrator.hypervisor import daemon
+from orchestrator.network import bridge
+from orchestrator.settings import RackPaths, Settings
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make a network namespace")
+
+
+@contextmanager
+def scratch_rack() -> Iterator[RackPaths]:
+    """A rack of which nothing exists yet. In a short folder: a socket's path has at most 107 bytes."""
+    folder = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
+    environment = {f"RACKLESS_{name}": str(folder / name.lower()) for name in ("CACHE", "STATE", "RUN")}
+    paths = RackPaths(Settings.from_environment({**environment, "HOME": str(folder)}), f"t{secrets.token_hex(4)}")
+    try:
+        yield paths
+    finally:
+        daemon.stop(paths)
+        bridge.remove(paths.name)
+        shutil.rmtree(folder)
