@@ -220,8 +220,10 @@ def _make_files(paths: RackPaths, spec: BladeSpec) -> None:
         fresh = files.disk.with_suffix(".new")  # gets its name when it is whole: `up` may be killed here
         _make_sparse(fresh, spec.disk.size)
         # Made here and not in the blade: a tenth of a second instead of seconds.
-        subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-E", "lazy_itable_init=1,nodiscard", fresh],
-                       check=True, capture_output=True)  # fmt: skip
+        done = subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-E", "lazy_itable_init=1,nodiscard", fresh],
+                              capture_output=True, text=True, check=False)  # fmt: skip
+        if done.returncode:
+            raise RacklessError(f"cannot make the disk of {spec.name}: {done.stderr.strip()}", hint="is the disk full?")
         fresh.rename(files.disk)
 
 

@@ -17,7 +17,7 @@ _NAME = "english.txt"
 
 
 def english(settings: Settings) -> Path:
-    """Path of the text, some 40 MB; fetched with apt at the first call. RacklessError when the package is not to be had."""
+    """Path of the text, some 40 MB; fetched with apt at the first call. RacklessError when it is not to be had."""
 
     def fetch(work: Path) -> None:
         # apt drops to its own user to download, who may not write into our cache.

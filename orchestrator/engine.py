@@ -19,7 +19,7 @@ from orchestrator.events import Emit, Note, step
 from orchestrator.hypervisor import daemon, domain, probe
 from orchestrator.image import build as image_build
 from orchestrator.model import Rack, warnings
-from orchestrator.network import bridge, namespace
+from orchestrator.network import bridge
 from orchestrator.parallel import together
 from orchestrator.plan import Action, Observed, Plan, State, check_capacity, make_plan
 from orchestrator.settings import RackPaths, Settings
@@ -56,7 +56,7 @@ class UpResult:
 
 
 def observe(settings: Settings, rack: str) -> dict[str, Observed]:
-    """The blades of a rack that libvirt has, by name. Empty when the rack is not up. Starts nothing."""
+    """The blades of a rack that libvirt has, by name. Empty when the rack is not up."""
     paths = RackPaths(settings, rack)
     with daemon.connection(paths) as conn:
         return {} if conn is None else _observe(conn, rack)
@@ -120,7 +120,7 @@ def down(settings: Settings, rack: str, emit: Emit, keep_data: bool = False) -> 
     """
     paths = RackPaths(settings, rack)
     with lock.hold(paths), step(emit, rack, "down"):
-        with daemon.connection(paths, start=_has_domains(paths)) as conn:
+        with daemon.connection(paths) as conn:
             domains = domain.owned(conn, rack) if conn else {}
             together({name: found.domain for name, found in domains.items()}, domain.destroy)
         addresses = [found.metadata["spec"]["mgmt_address"] for found in domains.values() if "spec" in found.metadata]
@@ -205,19 +205,10 @@ def _observe(conn: libvirt.virConnect, rack: str) -> dict[str, Observed]:
         except ValueError:
             spec = None
         state: State = "broken"
-        if found.state == "paused":
-            state = "paused"
-        elif found.state == "running" and found.metadata.get("ready"):
-            state = "running"
+        if found.metadata.get("ready"):  # a blade killed in the middle of its restore is paused, and half made
+            state = "paused" if found.state == "paused" else "running" if found.state == "running" else "broken"
         observed[name] = Observed(name, state, spec)
     return observed
-
-
-def _has_domains(paths: RackPaths) -> bool:
-    """May blades still run although the private libvirtd does not? Then it must be started to stop them."""
-    if paths.settings.libvirt_uri != daemon.PRIVATE:
-        return True
-    return namespace.exists(paths.name) and any(daemon.Daemon.of(paths).run.glob("qemu/*.xml"))
 
 
 def _write_ssh_files(paths: RackPaths, specs: Sequence[BladeSpec]) -> None:

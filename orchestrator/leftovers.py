@@ -121,11 +121,13 @@ def _blade_processes(paths: RackPaths) -> list[int]:
 
 def _strangers(paths: RackPaths, orphans: list[int]) -> bool:
     """Are others than its daemons and ``orphans`` in the rack's namespace, such as a rack of another RACKLESS_RUN?"""
-    own = {daemon.running(file) for file in daemon.Daemon.of(paths).pids.values()} | set(orphans)
+    daemons = filter(None, map(daemon.running, daemon.Daemon.of(paths).pids.values()))
+    own = {os.readlink(f"/proc/{pid}/ns/mnt") for pid in daemons}  # what a daemon starts shares its mounts
     mark = (namespace.NAMED / namespace.name_of(paths.name)).stat().st_ino
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if (entry / "ns/net").stat().st_ino == mark and int(entry.name) not in own:
+            inside = (entry / "ns/net").stat().st_ino == mark and int(entry.name) not in orphans
+            if inside and os.readlink(entry / "ns/mnt") not in own:
                 return True
     return False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 from orchestrator.errors import RacklessError
@@ -24,17 +24,21 @@ def together(
     if not items:
         return
     failures: list[tuple[str, RacklessError]] = []
-    with ThreadPoolExecutor(max_workers=min(workers, len(items))) as pool:
-        running = {pool.submit(work, item): name for name, item in items.items()}
-        for future in as_completed(running):
-            try:
-                future.result()
-            except RacklessError as error:
-                failures.append((running[future], error))
+    pool = ThreadPoolExecutor(max_workers=min(workers, len(items)))
+    running = {pool.submit(work, item): name for name, item in items.items()}
+    try:
+        wait(running)
+    except KeyboardInterrupt:  # do not wait for blades now: cli/main.py ends the process with its threads at work
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+    for future, name in running.items():
+        try:
+            future.result()
+        except RacklessError as error:
+            failures.append((name, error))
     if failures:
         name, first = failures[0]
         more = f" ({len(failures) - 1} more failed)" if len(failures) > 1 else ""
         detail = evidence(name) if evidence else first.detail
-        raise RacklessError(
-            f"{first.message}{more}", hint=first.hint, log=first.log, detail=detail
-        ) from first
+        raise RacklessError(f"{first.message}{more}", hint=first.hint, log=first.log, detail=detail) from first

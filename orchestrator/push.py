@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from orchestrator import agents, lock
-from orchestrator.parallel import together
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, step
 from orchestrator.hypervisor import daemon, domain
 from orchestrator.image import build
+from orchestrator.parallel import together
 from orchestrator.settings import RackPaths
 from orchestrator.spec import BladeSpec
 from orchestrator.ssh import client
@@ -47,10 +47,12 @@ def push(paths: RackPaths, blades: Mapping[str, BladeSpec], image: str, emit: Em
 
 
 def _push_one(paths: RackPaths, spec: BladeSpec, archive: Path, version: str, emit: Emit) -> None:
-    with step(emit, paths.name, "push", spec.name):
-        with client.connect(paths, spec.name, spec.mgmt_address) as connection:
-            connection.put(str(archive), _REMOTE)
-            client.run(connection, _RESTART)
+    with (
+        step(emit, paths.name, "push", spec.name),
+        client.connect(paths, spec.name, spec.mgmt_address) as connection,
+    ):
+        connection.put(str(archive), _REMOTE)
+        client.run(connection, _RESTART)
     with step(emit, paths.name, "restart", spec.name):
         deadline = time.monotonic() + paths.settings.ready_seconds
         while not _is_back(paths, spec, version):

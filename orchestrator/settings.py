@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from orchestrator.errors import RacklessError
 
@@ -50,7 +50,10 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Read RACKLESS_CACHE, _STATE, _RUN, _LIBVIRT_URI and _ACCEL. Raises RacklessError on a bad value."""
+        """Read RACKLESS_CACHE, _STATE, _RUN, _LIBVIRT_URI and _ACCEL, and any time as in RACKLESS_READY_SECONDS.
+
+        Raises RacklessError on a bad value.
+        """
         env = os.environ if environ is None else environ
         root = os.geteuid() == 0
         home = Path(env.get("HOME") or Path.home())
@@ -62,6 +65,7 @@ class Settings:
             run_dir=_folder(env, "RACKLESS_RUN", Path("/run/rackless")),
             libvirt_uri=env.get("RACKLESS_LIBVIRT_URI") or "private",
             accelerator=_accelerator(env.get("RACKLESS_ACCEL") or "auto"),
+            **_times(env),
         )
 
     def scaled(self, accelerator: str) -> Settings:
@@ -133,6 +137,18 @@ class RackPaths:
 def _folder(env: Mapping[str, str], variable: str, default: Path) -> Path:
     # Absolute: libvirtd and QEMU run with another working directory.
     return Path(env.get(variable) or default).expanduser().absolute()
+
+
+def _times(env: Mapping[str, str]) -> dict[str, Any]:
+    times = {}
+    for name in (field.name for field in fields(Settings) if field.name.endswith("_seconds")):
+        text = env.get(f"RACKLESS_{name.upper()}")
+        if text:
+            try:
+                times[name] = float(text)
+            except ValueError:
+                raise RacklessError(f'RACKLESS_{name.upper()}="{text}" is not a number of seconds') from None
+    return times
 
 
 def _accelerator(text: str) -> Accelerator:

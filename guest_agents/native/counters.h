@@ -29,7 +29,6 @@ struct counters {
     uint64_t pages_touched;     /* peak of pages with contents: the working set */
     uint64_t forks;
     uint64_t regions;           /* vRegions held */
-    uint64_t prefetches;        /* pages that came along with a miss and went into the buffer */
     uint64_t wait_nanoseconds;  /* spent waiting for misses' READs */
     uint64_t busy_nanoseconds;  /* spent answering faults, waiting included */
     uint64_t blades;

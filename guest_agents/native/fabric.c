@@ -8,7 +8,7 @@
 #include <sys/random.h>
 #include <unistd.h>
 
-int fabric_spin = 0;
+int fabric_spin = 30; /* about as long as the fastest round trip between two emulated blades */
 
 enum {
     READS_IN_FLIGHT = 16,   /* RDMA READs one queue pair may have outstanding (rxe allows 128) */

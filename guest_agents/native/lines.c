@@ -15,12 +15,11 @@
 #include <unistd.h>
 
 enum {
+    BUFFER_SHARE = 8,       /* the line buffer is an eighth of the ExCache */
     EVICT_PAGES = 32,       /* evicted at a time */
-    FLUSH_WITH_READ = 16,   /* dirty pages of a blade worth sending along with a READ to it */
     BATCHES_PER_LINK = 3,   /* 3 x 64 work requests stay below FABRIC_DEPTH */
     SGES = 16,
 };
-static size_t LINE_PAGES = 1;
 
 enum { ID_MISS = 1, ID_PEEK = 2, ID_BATCH = 16 };
 
@@ -216,6 +215,13 @@ static uint32_t post(struct lines *l, uint32_t link, struct ibv_send_wr *read, b
     return n;
 }
 
+/* Dirty pages of one blade that may wait in the buffer before they are flushed: those of a hot page's owner should
+ * have the time to be touched again. With a READ to the same blade under way, half as many are sent along. */
+static size_t fair_share(const struct lines *l, size_t divisor)
+{
+    return l->nslots * 3 / 4 / l->monitor.blades / divisor;
+}
+
 static void flush(struct lines *l, size_t at_least)
 {
     for (uint32_t link = 0; link < l->monitor.blades; link++)
@@ -376,7 +382,7 @@ static void evict(struct lines *l, size_t want)
         i += k;
     }
     l->count->evictions += n;
-    flush(l, l->nslots / 2 / l->monitor.blades);
+    flush(l, fair_share(l, 1));
 }
 
 static void make_room(struct lines *l, size_t pages)
@@ -431,42 +437,16 @@ static struct ibv_send_wr read_request(struct lines *l, size_t page, size_t coun
     };
 }
 
-/* Pages around a missed one that one READ can bring too: [first, end) within its line, all of them REMOTE. */
-static size_t line_around(const struct lines *l, size_t page, size_t *end)
-{
-    size_t first = page, start = page / LINE_PAGES * LINE_PAGES;
-    while (first > start && (l->state[first - 1] & STATE_MASK) == REMOTE)
-        first--;
-    for (*end = page + 1; *end < start + LINE_PAGES && (l->state[*end] & STATE_MASK) == REMOTE;)
-        ++*end;
-    return first;
-}
-
-/* Keep what came along with a miss in the buffer, where a touch finds it. */
-static void keep(struct lines *l, size_t page, const char *data)
-{
-    if ((l->state[page] & STATE_MASK) != REMOTE)
-        return;
-    size_t slot = take_slot(l, page, false);
-    memcpy(slot_data(l, slot), data, PAGE_SIZE);
-    set_state(l, page, BUFFERED | (l->state[page] & ~STATE_MASK));
-    l->where[page] = (uint32_t)slot;
-    l->count->prefetches++;
-}
-
 static void fetch(struct lines *l, size_t page, bool write)
 {
     size_t want = next_run(page, &l->next_fetch, &l->fetch_run, RUN_PAGES), run = 1;
     while (run < want && (page + run) % REGION_PAGES && (l->state[page + run] & STATE_MASK) == REMOTE)
         run++;
     l->next_fetch = page + run;
-    size_t first = page, end = page + run;
-    if (want == 1)
-        first = line_around(l, page, &end);
     uint32_t link = region_of(l, page)->link;
     struct ibv_sge sge;
-    struct ibv_send_wr read = read_request(l, first, end - first, &sge, l->landing, ID_MISS);
-    post(l, link, &read, l->dirty_on[link] >= FLUSH_WITH_READ);
+    struct ibv_send_wr read = read_request(l, page, run, &sge, l->landing, ID_MISS);
+    post(l, link, &read, l->dirty_on[link] >= fair_share(l, 2));
     l->count->misses++;
     l->count->blade[link].misses++;
     make_room(l, run); /* while the data is on its way */
@@ -475,7 +455,7 @@ static void fetch(struct lines *l, size_t page, bool write)
         reap(l, true);
     l->count->wait_nanoseconds += nanoseconds() - start;
     write |= (l->state[page] & WRITTEN) != 0;
-    const char *data = l->landing + ((page - first) << PAGE_SHIFT);
+    const char *data = l->landing;
     int error = lines_install(l, l->uffd, page, data, 1, !write);
     if (!error && run > 1)
         error = lines_install(l, l->uffd, page + 1, data + PAGE_SIZE, run - 1, true);
@@ -485,9 +465,6 @@ static void fetch(struct lines *l, size_t page, bool write)
         map(l, page + i, STORED | (write && i == 0 ? DIRTY : 0));
         l->on_arrival(l, page + i, data + (i << PAGE_SHIFT));
     }
-    for (size_t p = first; p < end; p++)
-        if (p < page || p >= page + run)
-            keep(l, p, l->landing + ((p - first) << PAGE_SHIFT));
 }
 
 static void take_back(struct lines *l, size_t page, bool write)
@@ -579,9 +556,6 @@ const char *lines_peek(struct lines *l, size_t page)
 int lines_init(struct lines *l, struct arena *arena, size_t excache_pages)
 {
     size_t extra = RUN_PAGES + 1, capacity = 1;
-    if (getenv("RL")) LINE_PAGES = (size_t)atoi(getenv("RL"));
-    size_t BUFFER_SHARE = 4; if (getenv("RB")) BUFFER_SHARE = (size_t)atoi(getenv("RB"));
-    if (getenv("RS")) fabric_spin = atoi(getenv("RS"));
     l->arena = arena;
     l->nslots = excache_pages / BUFFER_SHARE;
     l->max_mapped = excache_pages - l->nslots - extra;

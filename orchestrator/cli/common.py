@@ -113,10 +113,23 @@ def current_rack(rack: str | None) -> CurrentRack:
 def rack_name(rack: str | None) -> str:
     """Return the name of the rack that --rack means."""
     if rack is not None and not _is_file(rack):
-        return rack
+        return _checked_name(rack)
     from orchestrator.rackfile import load
 
     return load(rack_file(rack)).name
+
+
+def _checked_name(name: str) -> str:
+    # It becomes part of paths that `down` removes: with "." for a name, those of all racks.
+    from pydantic import TypeAdapter, ValidationError
+
+    from orchestrator.fields import RackName
+
+    try:
+        return TypeAdapter(RackName).validate_python(name)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise RacklessError(message, hint=f"or give a rack file, such as {DEFAULT_RACK_FILE}") from None
 
 
 def rack_file(rack: str | None) -> Path:

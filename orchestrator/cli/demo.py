@@ -30,7 +30,10 @@ def demo(
     rack: RackOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Count the words of an English text: gawk on a processor blade, its memory on memory blades, the file on a storage blade."""
+    """Count the words of an English text on the rack.
+
+    gawk runs on a processor blade, its memory is on memory blades, the file on a storage blade.
+    """
     from orchestrator.corpus import english
     from orchestrator.errors import RacklessError
     from orchestrator.events import step

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
+import traceback
+from pathlib import Path
 
 import typer
 
 from orchestrator import __version__
 from orchestrator.cli import agents, demo, doctor, image, rack, run, shell
 from orchestrator.errors import RacklessError
+
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="rackless",
@@ -39,10 +45,36 @@ def main() -> int:
 
         print_error(error)
         return error.exit_code
-    except KeyboardInterrupt:
+    except OSError as error:  # such as a full disk, or a folder that only root may write
+        from orchestrator.ui import print_error
+
+        print_error(RacklessError(f"{error.filename}: {error.strerror}" if error.filename else str(error)))
+        return 1
+    except Exception as error:  # a defect of ours: its traceback goes to a file, its user gets a line as always
+        from orchestrator.ui import print_error
+
+        print_error(RacklessError(f"internal error: {type(error).__name__}: {error}", log=_keep_traceback()))
+        return 1
+    except SystemExit as end:
+        if not _was_interrupted(end):
+            raise
         print("interrupted; `rackless up` goes on from here, `rackless down` cleans up", file=sys.stderr)
-        return 130
+        # Threads that wait for blades would hold up an orderly end by minutes, and `up` survives worse than this.
+        sys.stderr.flush()
+        os._exit(_INTERRUPTED)
     return 0
+
+
+def _keep_traceback() -> Path:
+    """Write the traceback of the exception being handled to a file of its own; its path."""
+    with tempfile.NamedTemporaryFile("w", prefix="rackless-error-", suffix=".log", delete=False) as file:
+        file.write(f"{' '.join(sys.argv)}\n{traceback.format_exc()}")
+    return Path(file.name)
+
+
+def _was_interrupted(end: SystemExit) -> bool:
+    """Typer makes an exit code of Ctrl-C, as a program in a blade may do: only the cause tells them apart."""
+    return end.code == _INTERRUPTED and isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt)
 
 
 if __name__ == "__main__":

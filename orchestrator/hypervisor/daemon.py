@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import RacklessError
+from orchestrator.image.cache import locked
 from orchestrator.network import namespace
 from orchestrator.settings import RackPaths
 from orchestrator.templates import render
@@ -66,14 +67,18 @@ class Daemon:
 
 @contextmanager
 def connection(paths: RackPaths, start: bool = False) -> Iterator[libvirt.virConnect | None]:
-    """A libvirt connection for the block; None when the rack's daemon does not run and ``start`` is false."""
+    """A libvirt connection for the block; None when ``start`` is false and the rack has neither daemon nor blades.
+
+    Blades outlive a libvirtd that was killed: then it is started again, and finds them.
+    """
     import libvirt
 
     libvirt.registerErrorHandler(lambda _context, _error: None, None)  # or libvirt prints every error by itself
     uri = paths.settings.libvirt_uri
     if uri == PRIVATE:
         daemon = Daemon.of(paths)
-        if not running(daemon.pids["libvirtd"]) and not start:
+        blades = namespace.exists(paths.name) and any(daemon.run.glob("qemu/*.xml"))
+        if not (start or blades or running(daemon.pids["libvirtd"])):
             yield None
             return
         ensure(paths)
@@ -91,8 +96,18 @@ def connection(paths: RackPaths, start: bool = False) -> Iterator[libvirt.virCon
 def ensure(paths: RackPaths) -> None:
     """Start the rack's daemons unless they run. The rack's namespace must be there."""
     daemon = Daemon.of(paths)
-    if running(daemon.pids["libvirtd"]) and running(daemon.pids["virtlogd"]) and daemon.socket.exists():
+    if _complete(daemon):
         return
+    with locked(daemon.run.parent / "start.lock"):  # `status` may come while `up` starts them
+        if not _complete(daemon):
+            _start(daemon, paths)
+
+
+def _complete(daemon: Daemon) -> bool:
+    return all(running(file) for file in daemon.pids.values()) and daemon.socket.exists()
+
+
+def _start(daemon: Daemon, paths: RackPaths) -> None:
     for folder in (daemon.run, daemon.lib, daemon.log, daemon.etc, daemon.cache):
         folder.mkdir(parents=True, exist_ok=True)
     log = daemon.log / "libvirtd.log"
@@ -132,7 +147,7 @@ def stop(paths: RackPaths) -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + _STOP_SECONDS
-        while running(pid_file) == pid:
+        while _is(pid, pid_file):  # not `running`: libvirtd removes its pid file long before it has ended
             if time.monotonic() > deadline:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -146,10 +161,17 @@ def running(pid_file: Path) -> int | None:
     """The process a pid file names if it lives and is that daemon (pids are used again), else None."""
     try:
         pid = int(pid_file.read_text())
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except (OSError, ValueError):
         return None
-    return pid if pid_file.stem.encode() in command and os.fsencode(pid_file) in command else None
+    return pid if _is(pid, pid_file) else None
+
+
+def _is(pid: int, pid_file: Path) -> bool:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return pid_file.stem.encode() in command and os.fsencode(pid_file) in command
 
 
 def _accounts(daemon: Daemon) -> dict[str, Path]:

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ def scratch_rack() -> Iterator[RackPaths]:
     """A rack of which nothing exists yet. In a short folder: a socket's path has at most 107 bytes."""
     folder = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
     environment = {f"RACKLESS_{name}": str(folder / name.lower()) for name in ("CACHE", "STATE", "RUN")}
-    paths = RackPaths(Settings.from_environment({**environment, "HOME": str(folder)}), f"t{secrets.token_hex(4)}")
+    settings = replace(Settings.from_environment({**environment, "HOME": str(folder)}), lock_seconds=0.2)
+    paths = RackPaths(settings, f"t{secrets.token_hex(4)}")
     try:
         yield paths
     finally:

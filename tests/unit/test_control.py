@@ -19,6 +19,11 @@ def _boom(request: dict[str, Any]) -> dict[str, Any]:
     raise ValueError("two\nlines")
 
 
+def _slow(request: dict[str, Any]) -> dict[str, Any]:
+    time.sleep(2)
+    return {}
+
+
 def _refuse(request: dict[str, Any]) -> dict[str, Any]:
     raise control.ControlError("no", "try less")
 
@@ -44,7 +49,7 @@ def server(gone: Gone) -> Iterator[control.Server]:
         "echo": lambda request: {"text": request["text"]},
         "boom": _boom,
         "refuse": _refuse,
-        "slow": lambda request: time.sleep(2) or {},
+        "slow": _slow,
         "watch": gone.watch,
     }
     with control.Server(("127.0.0.1", 0), SECRET, handlers).start() as running:
@@ -111,7 +116,9 @@ def test_a_dead_client_is_noticed(server: control.Server, gone: Gone) -> None:
     assert gone.wait(5)
 
 
-@pytest.mark.parametrize("junk", [b"", b"\x00", b"\xff" * 64, b"\x7f\xff\xff\xff" + b"a" * 100, b"GET / HTTP/1.1\r\n\r\n"])
+@pytest.mark.parametrize(
+    "junk", [b"", b"\x00", b"\xff" * 64, b"\x7f\xff\xff\xff" + b"a" * 100, b"GET / HTTP/1.1\r\n\r\n"]
+)
 def test_junk_is_survived(server: control.Server, junk: bytes) -> None:
     with socket.create_connection(server.address) as client:
         client.sendall(junk)

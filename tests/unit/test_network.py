@@ -144,10 +144,10 @@ def test_racks_with_the_same_subnet_do_not_meet(rack: str) -> None:
 def test_a_connection_into_the_rack_works_from_outside(rack: str) -> None:
     before = os.readlink("/proc/thread-self/ns/net")
     bridge.ensure(rack, SUBNET, 9000)
-    with namespace.inside(rack, lambda: socket.create_server((HOST, 7070))) as server:
-        with namespace.connect(rack, HOST, 7070, 2) as client, server.accept()[0] as accepted:
-            client.sendall(b"hello")
-            assert accepted.recv(10) == b"hello"
+    server = namespace.inside(rack, lambda: socket.create_server((HOST, 7070)))
+    with server, namespace.connect(rack, HOST, 7070, 2) as client, server.accept()[0] as accepted:
+        client.sendall(b"hello")
+        assert accepted.recv(10) == b"hello"
     assert os.readlink("/proc/thread-self/ns/net") == before  # this thread itself is where it was
 
 

@@ -25,7 +25,6 @@ FIELDS = (
     "pages_touched",
     "forks",
     "regions",
-    "prefetches",
     "wait_nanoseconds",
     "busy_nanoseconds",
 )
