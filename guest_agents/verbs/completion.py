@@ -69,7 +69,7 @@ class Completions:
                 return []
             try:
                 self._channel.get_cq_event(self.cq)  # non-blocking: pyverbs would hold the GIL while waiting
-            except Exception:  # noqa: S112 - no event after all (another thread took it, or a spurious wake-up)
+            except Exception:  # no event after all (another thread took it, or a spurious wake-up)
                 continue
             self.cq.ack_events(1)
 

@@ -35,7 +35,7 @@ MESSAGE = 64 << 10
 log = logging.getLogger("rackless.process")
 
 
-class Refused(Exception):
+class RefusalError(Exception):
     """A request that cannot be met: an errno and one line."""
 
     def __init__(self, number: int, text: str) -> None:
@@ -102,19 +102,20 @@ class Visit:
 
     def answer(self, message: str) -> str:
         """The reply to one request; never raises."""
-        word, *args = message.split()
-        handler = {
+        word, *args = message.split() or [""]
+        handlers: dict[str, Callable[..., list[str]]] = {
             "job": self._new_job,
             "report": self._report,
             "attach": self._attach,
             "connect": self._connect,
             "region": self._region,
-        }.get(word)
+        }
+        handler = handlers.get(word)
         try:
             if handler is None:
-                raise Refused(errno.EINVAL, f"unknown request {word!r}")
+                raise RefusalError(errno.EINVAL, f"unknown request {word!r}")
             return " ".join(["ok", *handler(*args)])
-        except Refused as refusal:
+        except RefusalError as refusal:
             return f"error {refusal.number} {refusal}"
         except control.ControlError as failure:
             return f"error {errno.EHOSTUNREACH} {failure.error}"
@@ -137,7 +138,7 @@ class Visit:
 
     def _report(self, job: str, seconds: str, code: str) -> list[str]:
         if self._job is None or str(self._job) != job:
-            raise Refused(errno.EINVAL, "a report of another job")
+            raise RefusalError(errno.EINVAL, "a report of another job")
         result = counters.total(self._job)
         result["wall_seconds"] = float(seconds)
         result["exit_code"] = int(code)
@@ -148,7 +149,7 @@ class Visit:
     def _attach(self, pid: str, job: str) -> list[str]:
         del job
         if self._loan is not None:
-            raise Refused(errno.EALREADY, "attached already")
+            raise RefusalError(errno.EALREADY, "attached already")
         self._loan = self._lender.open(int(pid))
         return self._loan.blades
 
@@ -159,12 +160,12 @@ class Visit:
     def _region(self, size: str) -> list[str]:
         granted = self._holding().region(int(size))
         if granted is None:
-            raise Refused(errno.ENOMEM, "the memory blades are full")
+            raise RefusalError(errno.ENOMEM, "the memory blades are full")
         return [str(granted.blade), str(granted.address), str(granted.rkey)]
 
     def _holding(self) -> Loan:
         if self._loan is None:
-            raise Refused(errno.ENOTCONN, "attach first")
+            raise RefusalError(errno.ENOTCONN, "attach first")
         return self._loan
 
 

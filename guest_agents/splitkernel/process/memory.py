@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from guest_agents import control
 from guest_agents.verbs.connection import Address, address_of
@@ -44,7 +45,7 @@ class Lender:
         """A loan for the program `pid`, on the blades there are now."""
         return Loan(self, pid, sorted(self._peers()))
 
-    def call(self, blade: str, op: str, **fields: object) -> control.Message:
+    def call(self, blade: str, op: str, **fields: Any) -> control.Message:
         """A request to a memory blade, over a connection that is made again once if it has broken."""
         with self._lock:
             client = self._clients.get(blade)

@@ -117,8 +117,10 @@ class Vnode:
         request = wire.encode(path, second, a, b, c, flags)
         return bytes(self._storage.call(op, request, into=lambda first, data: bytes(first) + bytes(data)))
 
-    def _attributes(self, op: Op, path: str, second: str = "", *numbers: int, flags: int = 0) -> Attributes:
-        return wire.unpack_attributes(self._ask(op, path, second, *numbers, flags=flags))
+    def _attributes(
+        self, op: Op, path: str, second: str = "", a: int = 0, b: int = 0, c: int = 0, flags: int = 0
+    ) -> Attributes:
+        return wire.unpack_attributes(self._ask(op, path, second, a, b, c, flags))
 
     def _entry(self, parent: int, name: str, found: Attributes) -> bytes:
         return fuse.entry(self._nodes.looked_up(parent, name), found)
