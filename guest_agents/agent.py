@@ -73,6 +73,7 @@ class Agent:
         handlers: dict[str, control.Handler] = {
             "agent.status": self.status,
             "agent.update": self._update,
+            "agent.hosts": self._hosts,
         }
         node = open_node(fabric.RXE)
         handlers |= {**node.handlers(), "verbs.ping": ping_handler(node, self.secret)}
@@ -103,6 +104,13 @@ class Agent:
             "uptime_seconds": round(time.monotonic() - self.started, 1),
             "monitors": [module.split(".")[-2] for module in MONITORS[self.identity.kind]],
         }
+
+    def _hosts(self, request: control.Message) -> control.Message:
+        """Blades came or went: their names mean something here too."""
+        self.identity = replace(self.identity, hosts=request["hosts"])
+        identity.write_hosts(self.identity.hosts)
+        identity.save(self.identity)
+        return {}
 
     def _update(self, request: control.Message) -> control.Message:
         """The host changed what can change while the blade runs."""

@@ -81,10 +81,15 @@ def write_files(identity: Identity) -> None:
     Path("/proc/sys/kernel/hostname").write_text(identity.name)
     Path("/etc/hostname").write_text(identity.name + "\n")
     Path("/etc/machine-id").write_text(identity.machine_id + "\n")
-    hosts = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in identity.hosts.items())]
-    Path("/etc/hosts").write_text("\n".join(hosts) + "\n")
+    write_hosts(identity.hosts)
     _private("/root/.ssh/authorized_keys", identity.authorized_key + "\n")
     _private("/etc/ssh/ssh_host_ed25519_key", identity.host_key)
+
+
+def write_hosts(hosts: dict[str, str]) -> None:
+    """Let the names of all blades mean their management addresses."""
+    lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in hosts.items())]
+    Path("/etc/hosts").write_text("\n".join(lines) + "\n")
 
 
 def _private(path: str, text: str) -> None:

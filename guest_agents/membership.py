@@ -1,7 +1,7 @@
 """Who is in the rack: the manager blade keeps the list, every agent joins it over the fabric and beats.
 
 LITE's cluster manager hands out ids but knows no heartbeat (lite-and-hotpot.md, 1.2); here a silent member is
-shown as ``silent`` after three missed beats. The control channel's handshake keeps strangers out.
+shown as ``silent`` after five missed beats. The control channel's handshake keeps strangers out.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from guest_agents import control
 from guest_agents.control import Message
 
 HEARTBEAT_SECONDS = 2.0
-SILENT_AFTER_SECONDS = 3 * HEARTBEAT_SECONDS
+SILENT_AFTER_SECONDS = 5 * HEARTBEAT_SECONDS  # a blade without KVM may well be busy for some seconds
 _RETRY_SECONDS = 0.2
 
 log = logging.getLogger("rackless.membership")
@@ -91,19 +92,25 @@ class Membership:
         self.joined = threading.Event()
         self.node_id: int | None = None
         self.members: list[Message] = []
+        self._client: control.ControlClient | None = None
 
     def start(self) -> None:
         """Join and keep joined in a thread of its own."""
         threading.Thread(target=self._run, name="membership", daemon=True).start()
 
     def of_kind(self, kind: str) -> list[Message]:
-        """The members of a kind that are alive, by node id."""
+        """The members of a kind that are alive, by node id: as the manager says now, or last said if it is silent."""
+        client = self._client
+        if client is not None:
+            with suppress(control.ControlError):
+                self.members = client.call("member.list", SILENT_AFTER_SECONDS)["members"]
         return [m for m in self.members if m["kind"] == kind and m["state"] == "alive"]
 
     def _run(self) -> None:
         while True:
             try:
-                with control.ControlClient(self._manager, self._secret) as client:
+                with control.ControlClient(self._manager, self._secret, SILENT_AFTER_SECONDS) as client:
+                    self._client = client
                     self._stay(client)
             except control.ControlError as error:
                 if self.joined.is_set():

@@ -138,6 +138,7 @@ def _prepare(paths: RackPaths, rack: Rack, emit: Emit) -> None:
         for folder in (paths.blades, paths.logs, paths.settings.run_dir / rack.name):
             folder.mkdir(parents=True, exist_ok=True)
         paths.root.chmod(0o700)
+        bridge.require_taps()
         bridge.ensure(rack.name, rack.management.subnet, rack.fabric.mtu)
         keys.ensure_secret(paths)
         keys.ensure_rack_keys(paths)
@@ -166,9 +167,17 @@ def _carry_out(shop: blade.Workshop, todo: Plan, cold: bool) -> tuple[dict[str, 
 
     together({action.blade: action for action in todo.of("update")}, change)
     together(making, make, shop.paths.settings.max_workers, lambda name: blade.console_tail(shop.paths, name))
+    if making or todo.of("remove"):
+        staying = {action.blade: action.spec for action in todo.of("keep", "update") if action.spec}
+        together(staying, lambda spec: _tell_hosts(shop, spec))
     if making:
         _ping_all(shop, [action.spec for action in todo.actions if action.spec], set(making))
     return seconds, len(making)
+
+
+def _tell_hosts(shop: blade.Workshop, spec: BladeSpec) -> None:
+    seconds = shop.paths.settings.control_seconds
+    agents.call(shop.paths, spec.name, spec.mgmt_address, "agent.hosts", seconds, hosts=shop.hosts)
 
 
 def _templates(shop: blade.Workshop, specs: Iterable[BladeSpec]) -> dict[tuple[int, int], Path]:

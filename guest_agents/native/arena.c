@@ -75,6 +75,7 @@ int arena_init(struct arena *arena, size_t pages)
         .length = raw_memory(pages * sizeof *arena->length),
         .grow = arena->grow,
         .drop = arena->drop,
+        .settle = arena->settle,
     };
     bool complete = arena->used && arena->stale && arena->sealed && arena->unreadable && arena->use && arena->length;
     /* A huge page would defeat both the budget and page-wise eviction. */

@@ -35,6 +35,8 @@ struct arena {
     int (*grow)(struct arena *arena, size_t top);
     /* Forget the contents of a run: it reads as zeros afterwards. */
     void (*drop)(struct arena *arena, size_t page, size_t count);
+    /* Returns when nobody is reading pages that have just been marked unreadable. */
+    void (*settle)(struct arena *arena);
 };
 
 /* Reserve address space for `pages` pages, or as many as the process may have. 0, or an errno. */

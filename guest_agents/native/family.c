@@ -12,12 +12,10 @@
 
 static const char zero_page[PAGE_SIZE] __attribute__((aligned(PAGE_SIZE)));
 
-static void bury(struct child *child)
+static void bury(struct family *f, struct child *child)
 {
-    if (child->uffd >= 0)
-        close(child->uffd);
-    if (child->channel >= 0)
-        close(child->channel);
+    f->close(child->uffd);
+    f->close(child->channel);
     if (child->needs)
         munmap(child->needs, child->words * 8);
     *child = (struct child){.uffd = -1, .channel = -1};
@@ -96,6 +94,7 @@ void family_add(struct family *f, struct child *parent, int uffd)
         lines_die("more than %d forked children that have not called exec", FAMILY_CHILDREN);
     lines_flush_all(l); /* now everything not mapped is clean: at its blade, or a copy of that in the buffer */
     struct child *child = &f->child[f->count++];
+    f->guard(uffd);
     *child = (struct child){.uffd = uffd, .channel = -1, .words = (l->arena->top + 63) / 64};
     child->needs = raw_memory(child->words * 8);
     if (!child->needs)
@@ -168,7 +167,7 @@ void family_bury(struct family *f)
         }
         if (f->child[i].uffd <= -2)
             f->child[i].uffd = -2 - f->child[i].uffd;
-        bury(&f->child[i]);
+        bury(f, &f->child[i]);
         f->child[i] = f->child[--f->count];
     }
 }
@@ -196,6 +195,10 @@ void family_before_fork(struct family *f)
 {
     f->taken = false;
     f->forking = socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, f->channel) == 0;
+    if (f->forking) {
+        f->guard(f->channel[0]);
+        f->guard(f->channel[1]);
+    }
 }
 
 void family_after_fork_parent(struct family *f)
@@ -203,15 +206,16 @@ void family_after_fork_parent(struct family *f)
     if (!f->forking)
         return;
     f->forking = false;
-    close(f->channel[1]);
+    f->close(f->channel[1]);
     if (!f->taken) /* fork failed */
-        close(f->channel[0]);
+        f->close(f->channel[0]);
 }
 
 void family_after_fork_child(struct family *f)
 {
     if (!f->forking)
         return;
-    close(f->channel[0]);
-    f->lifeline = receive_descriptor(f->channel[1]); /* both descriptors stay open until exec or exit */
+    f->close(f->channel[0]);
+    f->lifeline = receive_descriptor(f->channel[1]);
+    f->guard(f->lifeline); /* both descriptors stay open until exec or exit */
 }

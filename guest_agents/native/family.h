@@ -25,6 +25,8 @@ struct child {
 
 struct family {
     struct lines *lines;
+    void (*guard)(int file);    /* of pager_config */
+    void (*close)(int file);
     struct child child[FAMILY_CHILDREN];
     size_t count;
     int channel[2];             /* for the fork under way: parent's end, child's end */

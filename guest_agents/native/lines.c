@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <linux/userfaultfd.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -17,6 +18,7 @@
 enum {
     BUFFER_SHARE = 8,       /* the line buffer is an eighth of the ExCache */
     EVICT_PAGES = 32,       /* evicted at a time */
+    EVICT_AHEAD = 4,        /* evicted while a READ is on its way */
     BATCHES_PER_LINK = 3,   /* 3 x 64 work requests stay below FABRIC_DEPTH */
     SGES = 16,
 };
@@ -449,7 +451,10 @@ static void fetch(struct lines *l, size_t page, bool write)
     post(l, link, &read, l->dirty_on[link] >= fair_share(l, 2));
     l->count->misses++;
     l->count->blade[link].misses++;
-    make_room(l, run); /* while the data is on its way */
+    if (!getenv("NOY")) sched_yield(); /* rxe sends in a kernel thread, which needs this CPU before our evictions do */
+    make_room(l, run);
+    if (!getenv("NOA") && l->mapped + run + 2 * EVICT_PAGES > l->max_mapped)
+        evict(l, run > 1 ? EVICT_PAGES : EVICT_AHEAD); /* free time: later faults then need not evict */
     uint64_t start = nanoseconds();
     while (!l->landed[ID_MISS])
         reap(l, true);

@@ -155,6 +155,7 @@ int mprotect(void *address, size_t bytes, int prot)
         pthread_mutex_lock(&heap->lock);
         for (; page < end && page < heap->arena.pages; page++)
             (prot & PROT_READ ? bit_clear : bit_set)(heap->arena.unreadable, page);
+        heap->arena.settle(&heap->arena);
         pthread_mutex_unlock(&heap->lock);
     }
     return (int)syscall(SYS_mprotect, address, bytes, prot);

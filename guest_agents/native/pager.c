@@ -145,6 +145,12 @@ static void drop(struct arena *arena, size_t page, size_t count)
     pthread_mutex_unlock(&lock);
 }
 
+static void settle(void)
+{
+    pthread_mutex_lock(&lock);
+    pthread_mutex_unlock(&lock);
+}
+
 static void before_fork(void)
 {
     family_before_fork(&family);
@@ -160,8 +166,8 @@ static void after_fork_parent(void)
 static void after_fork_child(void)
 {
     family_after_fork_child(&family);
-    close(lines.uffd);
-    close(lines.monitor.socket);
+    config->close(lines.uffd);
+    config->close(lines.monitor.socket);
 }
 
 static void before_exit(void)
@@ -208,6 +214,8 @@ static const char *start(struct arena *arena, size_t *excache_pages)
     lines.on_busy = on_busy;
     lines.on_arrival = on_arrival;
     family.lines = &lines;
+    family.guard = config->guard;
+    family.close = config->close;
     if (!lines.count || monitor_attach(&lines.monitor, config->job))
         return lines.monitor.error;
     int error = lines_init(&lines, arena, *excache_pages);
@@ -242,6 +250,10 @@ static const char *start(struct arena *arena, size_t *excache_pages)
         close(uffd);
         return why;
     }
+    const int ours[] = {uffd, lines.monitor.socket, lines.fabric.channel->fd, lines.fabric.context->cmd_fd,
+                        lines.fabric.context->async_fd};
+    for (size_t i = 0; i < sizeof ours / sizeof *ours; i++)
+        config->guard(ours[i]);
     lines_adopt(&lines, uffd);
     return NULL;
 }
@@ -249,6 +261,7 @@ static const char *start(struct arena *arena, size_t *excache_pages)
 static const struct pager pager = {
     .reserve = reserve,
     .drop = drop,
+    .settle = settle,
     .before_fork = before_fork,
     .after_fork_parent = after_fork_parent,
     .after_fork_child = after_fork_child,

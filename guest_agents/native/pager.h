@@ -13,6 +13,8 @@ struct pager_config {
     size_t excache_pages;
     const char *job;                /* directory for the counters of this program */
     void (*enter_thread)(void);     /* to be called first in a thread that must not use managed memory */
+    void (*guard)(int file);        /* keep a descriptor open whatever the program closes */
+    void (*close)(int file);        /* close a guarded descriptor */
 };
 
 struct pager {
@@ -20,6 +22,8 @@ struct pager {
     int (*reserve)(struct arena *arena, size_t top);
     /* The program no longer needs the contents of these pages. */
     void (*drop)(struct arena *arena, size_t page, size_t count);
+    /* Returns when no eviction that began before is under way. */
+    void (*settle)(void);
     /* Around fork: `before` in the parent, then one of the others. The child's pages are served by its parent. */
     void (*before_fork)(void);
     void (*after_fork_parent)(void);

@@ -46,7 +46,8 @@ bool shim_is_local(void)
 
 static void load_pager(void)
 {
-    static const struct pager_config config_template = {.enter_thread = enter_thread};
+    static const struct pager_config config_template = {
+        .enter_thread = enter_thread, .guard = shim_guard, .close = shim_close};
     static struct pager_config config;
     config = config_template;
     config.excache_pages = excache_pages;
@@ -91,6 +92,12 @@ static void drop(struct arena *arena, size_t page, size_t count)
         syscall(SYS_madvise, address, count << PAGE_SHIFT, MADV_DONTNEED);
 }
 
+static void settle(struct arena *arena)
+{
+    if (pager && !is_child && arena == &managed.arena)
+        pager->settle();
+}
+
 static int no_growth(struct arena *arena, size_t top)
 {
     (void)arena, (void)top;
@@ -102,6 +109,7 @@ static void start(void)
     managed.arena.grow = grow;
     managed.arena.drop = local.arena.drop = drop;
     local.arena.grow = no_growth;
+    managed.arena.settle = local.arena.settle = settle;
     if (heap_init(&managed, MANAGED_PAGES) || heap_init(&local, LOCAL_PAGES)) {
         static const char text[] = "rackless: no address space (is there an ulimit -v?)\n";
         if (write(STDERR_FILENO, text, sizeof text - 1) < 0) {

@@ -13,6 +13,10 @@ struct heap *shim_owner(const void *block);
 /* The program's heap if `address` lies in it and it exists, else NULL. */
 struct heap *shim_managed(const void *address);
 
+/* Keep a descriptor of the pager open whatever the program closes; close one that was kept. */
+void shim_guard(int file);
+void shim_close(int file);
+
 /* True while this thread must not use managed memory. */
 bool shim_is_local(void);
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import select
+import threading
 from typing import Any
 
 from pyverbs.cq import CQ, CompChannel
 
 from guest_agents.verbs.device import Device, VerbsError
 from guest_agents.verbs.enums import E
+
+_making = threading.Lock()  # descriptors are told apart by what is new: one channel at a time may come or go
 
 
 def _channel_files() -> set[int]:
@@ -24,14 +27,15 @@ def _channel_files() -> set[int]:
 
 def _channel(device: Device) -> tuple[Any, int]:
     """A completion channel and its descriptor, which pyverbs shows only since version 57."""
-    before = _channel_files()
-    channel = CompChannel(device.context)
-    fd = getattr(channel, "fd", None)
-    if fd is None:
-        new = list(_channel_files() - before)
-        if len(new) != 1:
-            raise VerbsError("cannot tell the completion channel's descriptor", "start one monitor at a time")
-        fd = new[0]
+    with _making:
+        before = _channel_files()
+        channel = CompChannel(device.context)
+        fd = getattr(channel, "fd", None)
+        if fd is None:
+            new = list(_channel_files() - before)
+            if len(new) != 1:
+                raise VerbsError("cannot tell the completion channel's descriptor", "close no channel meanwhile")
+            fd = new[0]
     os.set_blocking(fd, False)
     return channel, fd
 
@@ -75,8 +79,9 @@ class Completions:
 
     def close(self) -> None:
         """Close the queue, then its channel."""
-        self.cq.close()
-        self._channel.close()
+        with _making:
+            self.cq.close()
+            self._channel.close()
 
 
 _STATUS = {int(getattr(E, name)): name for name in dir(E) if name.startswith("IBV_WC_") and "ERR" in name}

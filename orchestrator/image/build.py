@@ -20,6 +20,7 @@ from pathlib import Path
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, Report, step
 from orchestrator.image import cache, initramfs, manifest, vmlinux
+from orchestrator.image.mortal import mortal, plain
 from orchestrator.image.recipe import AGENTS, Recipe, hash_of, load
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -42,15 +43,19 @@ class Image:
 
 
 def system_key(recipe: Recipe, flavour: str) -> str:
-    """Content hash over what the system entry is made of."""
+    """Content hash over what the system entry is made of: not the command line, which is only said at boot."""
     rest = recipe.model_dump(exclude={"packages", "flavours", "cmdline"})
     return hash_of(FORMAT, recipe.packages_of(flavour), rest,
                    recipe.folder / "files", recipe.folder / "initramfs-init")  # fmt: skip
 
 
 def image_key(name: str, flavour: str = "blade") -> str:
-    """The key that the image ``name`` has when it is built from what is in the tree now."""
-    return hash_of(system_key(load(name), flavour), AGENTS)
+    """The key that the image ``name`` has when it is built from what is in the tree now.
+
+    The kernel's command line counts: blades must be made anew when it changes, although the system is the same.
+    """
+    recipe = load(name)
+    return hash_of(system_key(recipe, flavour), _words(recipe.cmdline), AGENTS)
 
 
 def build(name: str, images: Path, emit: Emit, flavour: str = "blade") -> Image:
@@ -74,8 +79,12 @@ def build(name: str, images: Path, emit: Emit, flavour: str = "blade") -> Image:
         agents=agents / "agents.sqfs",
         kernel=system / "vmlinux",
         initramfs=system / "initramfs",
-        cmdline=" ".join(recipe.cmdline.split()),
+        cmdline=_words(recipe.cmdline),
     )
+
+
+def _words(cmdline: str) -> str:
+    return " ".join(cmdline.split())
 
 
 def _entry(emit: Emit, what: str, images: Path, name: str, make: Callable[[Path, Report], None]) -> Path:
@@ -90,8 +99,7 @@ def _entry(emit: Emit, what: str, images: Path, name: str, make: Callable[[Path,
             f"cannot build the {what}: there is no {error.filename}", hint="run `make setup`"
         ) from error
     except subprocess.CalledProcessError as error:
-        command = " ".join(map(str, error.cmd))
-        raise RacklessError(f"cannot build the {what}: `{command}` ended with code {error.returncode}",
+        raise RacklessError(f"cannot build the {what}: `{plain(error.cmd)}` ended with code {error.returncode}",
                             hint=_last_line(error.stderr) or "is the disk full?") from error  # fmt: skip
     except OSError as error:
         raise RacklessError(
@@ -141,7 +149,7 @@ def _debootstrap(recipe: Recipe, flavour: str, root: Path, log: Path, report: Re
     shares = {"apt update": 0.05, "installing essential": 0.3, "installing remaining": 0.4, "cleaning": 0.85}
     tail: list[str] = []
     try:
-        process = subprocess.Popen([*command, recipe.suite, root], stdin=subprocess.DEVNULL,
+        process = subprocess.Popen(mortal([*command, recipe.suite, root]), stdin=subprocess.DEVNULL,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
     except FileNotFoundError:
         raise RacklessError("mmdebstrap is missing", hint="apt-get install mmdebstrap, or run `make testbed`") from None
@@ -169,7 +177,7 @@ def _customise(recipe: Recipe, root: Path, release: str) -> None:
         path.unlink()
     shutil.copytree(recipe.folder / "files", root, dirs_exist_ok=True)
     (root / "etc/rackless/modules").write_text("\n".join(recipe.modules) + "\n")
-    subprocess.run(["chroot", root, "depmod", release], check=True, capture_output=True)
+    subprocess.run(mortal(["chroot", root, "depmod", release]), check=True, capture_output=True)
     for name in ("etc/machine-id", "etc/hostname", "etc/resolv.conf"):
         (root / name).write_text("")  # a blade gets its own when it gets its identity
     for key in (root / "etc/ssh").glob("ssh_host_*"):
@@ -179,7 +187,7 @@ def _customise(recipe: Recipe, root: Path, release: str) -> None:
 def _build_agents(system: Path, key: str, work: Path) -> None:
     """Compile the agents' native parts and byte code with the image's compiler and Python; squash them."""
     root, layer = work / "root", work / "layer"
-    subprocess.run(["unsquashfs", "-quiet", "-no-progress", "-no-xattrs", "-d", root, system / "system.sqfs"],
+    subprocess.run(mortal(["unsquashfs", "-quiet", "-no-progress", "-no-xattrs", "-d", root, system / "system.sqfs"]),
                    check=True, capture_output=True)  # fmt: skip
     inside = root / "opt/rackless/guest_agents"
     shutil.copytree(AGENTS, inside, ignore=shutil.ignore_patterns("__pycache__", "build"))
@@ -188,7 +196,7 @@ def _build_agents(system: Path, key: str, work: Path) -> None:
     with log.open("w") as record:
         for command in (["make", "-C", "/opt/rackless/guest_agents/native"],
                         ["python3", "-m", "compileall", "-q", "/opt/rackless"]):  # fmt: skip
-            done = subprocess.run(["chroot", root, *command], stdout=record, stderr=record, check=False)
+            done = subprocess.run(mortal(["chroot", root, *command]), stdout=record, stderr=record, check=False)
             if done.returncode:
                 raise RacklessError(f"building the agents failed: {' '.join(command)}", log=log)
     shutil.copytree(inside, layer / "opt/rackless/guest_agents")
@@ -205,8 +213,8 @@ def _build_agents(system: Path, key: str, work: Path) -> None:
 
 
 def _squash(folder: Path, image: Path) -> None:
-    subprocess.run(["mksquashfs", folder, image, "-comp", "zstd", "-Xcompression-level", "3", "-noappend",
-                    "-quiet", "-no-progress", "-no-xattrs"], check=True, capture_output=True)  # fmt: skip
+    subprocess.run(mortal(["mksquashfs", folder, image, "-comp", "zstd", "-Xcompression-level", "3", "-noappend",
+                           "-quiet", "-no-progress", "-no-xattrs"]), check=True, capture_output=True)  # fmt: skip
 
 
 def _braces(pattern: str) -> list[str]:

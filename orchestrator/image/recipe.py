@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,21 @@ def load(name: str) -> Recipe:
 def hash_of(*parts: Any) -> str:
     """A short content hash (16 hex digits) of values and paths (names, modes and bytes of a whole tree)."""
     digest = hashlib.sha256()
+
+    def add(*fields: bytes) -> None:
+        for field in fields:  # each after its length: two trees that only divide the same bytes otherwise differ
+            digest.update(b"%d:" % len(field))
+            digest.update(field)
+
     for part in parts:
         if isinstance(part, Path):
-            for file in sorted(_files(part)):
-                mode = "x" if file.stat().st_mode & 0o100 else "-"
-                digest.update(f"{file.relative_to(part)}\0{mode}\0".encode())
-                digest.update(file.read_bytes())
+            files = sorted(_files(part))
+            add(b"tree", b"%d" % len(files))
+            for file in files:
+                mode = b"x" if file.stat().st_mode & 0o100 else b"-"
+                add(os.fsencode(file.relative_to(part)), mode, file.read_bytes())
         else:
-            digest.update(repr(part).encode())
-        digest.update(b"\0\0")
+            add(b"value", repr(part).encode())
     return digest.hexdigest()[:16]
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import os
+import fcntl
 from ipaddress import IPv4Network
+from pathlib import Path
 
 from pyroute2 import NetNS, netns
 
+from orchestrator.errors import RacklessError
 from orchestrator.network import namespace
 from orchestrator.spec import host_address
 
 MANAGEMENT = "mgmt"
 FABRIC = "fabric"
 MANAGEMENT_MTU = 1500
+TUN = Path("/dev/net/tun")
+_TUNGETFEATURES = 0x800454CF  # linux/if_tun.h
 
 
 def ensure(rack: str, management: IPv4Network, fabric_mtu: int) -> None:
@@ -37,12 +41,15 @@ def ensure(rack: str, management: IPv4Network, fabric_mtu: int) -> None:
             net.addr("add", index=index, address=wanted[0], prefixlen=wanted[1])
 
 
-def taps(rack: str) -> set[str]:
-    """Names of the interfaces in the rack's namespace."""
-    if not namespace.exists(rack):
-        return set()
-    with NetNS(namespace.name_of(rack), flags=os.O_RDONLY) as net:
-        return {str(link.get_attr("IFLA_IFNAME")) for link in net.get_links()}
+def require_taps() -> None:
+    """Raise RacklessError when this host cannot make the interfaces that blades plug into."""
+    try:
+        # Asking for the features tells the real device from something else that opens.
+        with TUN.open("rb") as device:
+            fcntl.ioctl(device, _TUNGETFEATURES, bytes(4))
+    except OSError as error:
+        raise RacklessError(f"{TUN} does not work: {error.strerror}",
+                            hint="`modprobe tun`; in a container, hand the device in") from error  # fmt: skip
 
 
 def remove(rack: str) -> None:

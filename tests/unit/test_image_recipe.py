@@ -126,6 +126,17 @@ def test_the_hash_of_a_tree_does_not_depend_on_where_it_is(tree: Path, tmp_path:
     assert recipe.hash_of(moved) != before
 
 
+def test_a_file_does_not_pass_for_two(tmp_path: Path) -> None:
+    """Names, modes and bytes are told apart by their lengths, not by marks that a file may hold as well."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    (one / "a").write_bytes(b"1b\0-\0002")
+    (two / "a").write_bytes(b"1")
+    (two / "b").write_bytes(b"2")
+    assert recipe.hash_of(one) != recipe.hash_of(two)
+
+
 def test_hashes_tell_parts_apart() -> None:
     hashes = [recipe.hash_of(*parts) for parts in ((), ("a",), ("a", "b"), ("ab",), ("b", "a"), (("a", "b"),), (1,))]
     assert len(set(hashes)) == len(hashes)
@@ -139,7 +150,7 @@ def test_system_keys_follow_what_the_image_is_made_of(images: Path) -> None:
     plain = key()
     assert key("lab") != plain
     (images / "small/recipe.yml").write_text(GOOD.replace("console=ttyS0", "quiet"))
-    assert key() == plain  # the command line is no part of the root: nothing to build
+    assert key() == plain  # the command line is no part of the root: minutes of building saved
     (images / "small/recipe.yml").write_text(GOOD.replace("packages: [gdb]", "packages: [gdb, strace]"))
     assert key() == plain  # another flavour's packages
     for file in ("recipe.yml", "files/etc/motd", "initramfs-init"):
@@ -149,6 +160,15 @@ def test_system_keys_follow_what_the_image_is_made_of(images: Path) -> None:
         assert key() != plain, file
         path.write_text(before)
     assert key() == plain
+
+
+def test_an_image_with_another_command_line_is_another_image(images: Path) -> None:
+    """Or `plan` would have nothing to do after such a change."""
+    before = build.image_key("small")
+    (images / "small/recipe.yml").write_text(GOOD.replace("console=ttyS0", "console=ttyS0   # the same"))
+    assert build.image_key("small") == before
+    (images / "small/recipe.yml").write_text(GOOD.replace("console=ttyS0", "console=ttyS0 quiet"))
+    assert build.image_key("small") != before
 
 
 @pytest.mark.parametrize(

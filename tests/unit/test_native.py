@@ -33,7 +33,7 @@ def test_heap(stress: Path, seed: int) -> None:
 @pytest.fixture(scope="session")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = tmp_path_factory.mktemp("shim") / "excache_shim.so"
-    sources = [NATIVE / name for name in ("shim.c", "malloc.c", "mappings.c", "heap.c", "arena.c")]
+    sources = [NATIVE / name for name in ("shim.c", "malloc.c", "mappings.c", "descriptors.c", "heap.c", "arena.c")]
     builtin = [f"-fno-builtin-{name}" for name in ("malloc", "calloc", "realloc", "free")]
     subprocess.run(["cc", *FLAGS, "-Werror", *builtin, "-fPIC", "-shared", "-o", library, *sources], check=True)
     return library

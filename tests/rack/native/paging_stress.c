@@ -158,6 +158,7 @@ static void forks(size_t pages, int rounds, uint64_t seed)
                 if (fresh[i])
                     wrong("child, calloc", (size_t)i / PAGE, 1, 0);
             free(fresh);
+            closefrom(3); /* as daemons do, and children before exec */
             for (size_t p = 0; p < pages; p++)
                 check("child, late", block, p, version[p]);
             _exit(42);
