@@ -38,11 +38,10 @@ testbed: setup ## fresh machine -> a running default rack, a demo job on it, and
 	  make down                                # take the rack down again
 	EOF
 
-test: setup ## fresh machine -> every test: unit first, then on real blades
-	@$(PYTEST) tests/unit tests/rack $(ARGS)
+test: test-unit test-rack ## fresh machine -> every test: unit first, then on real blades
 
 test-unit: setup ## the tests that need no blade (under a minute)
-	@$(PYTEST) tests/unit $(ARGS)
+	@$(PYTEST) tests/unit -n logical --dist loadfile $(ARGS)
 
 test-rack: setup ## the tests on real blades (minutes; root)
 	@$(PYTEST) tests/rack $(ARGS)

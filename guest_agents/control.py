@@ -14,12 +14,13 @@ Messages known today (`?` marks an optional field, sizes are bytes, GIDs are str
 
     op              fields                                        reply
     verbs.accept    service, qpn, psn, gid, client?               qpn, psn, gid, connection, + what the service offers
-                    (service "ping": addr, rkey, size; "memory": addr, rkey, size; "storage": slots, slot_size)
+                    (service "ping": addr, rkey, size; "storage": slots, slot_size)
     verbs.release   connection                                    -
     verbs.ping      peer (address of the other agent), size?      seconds, bytes, peer
     memory.allocate connection, pid, size                         region, addr, rkey, size
     memory.free     connection, region                            -
-    memory.stats    -                                             regions, bytes_allocated, bytes_total, connections
+    memory.stats    -                                             regions, bytes_allocated, bytes_registered,
+                                                                  bytes_total, connections
     storage.stats   -                                             requests, bytes_in, bytes_out, bytes_total, bytes_free
     process.stats   -                                             programs, connections, memory, storage
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from guest_agents import control
 from orchestrator.errors import RacklessError
-from orchestrator.network import namespace
+from orchestrator.network import place
 from orchestrator.settings import RackPaths
 from orchestrator.ssh.keys import ensure_secret
 
@@ -15,7 +15,7 @@ def client(paths: RackPaths, address: str, timeout: float) -> control.ControlCli
     """An open control connection to the agent at a management address; ControlError when there is none."""
 
     def connect(where: tuple[str, int], seconds: float) -> Any:
-        return namespace.connect(paths.name, where[0], where[1], seconds)
+        return place.of(paths).connect(where[0], where[1], seconds)
 
     return control.ControlClient((address, paths.settings.control_port), ensure_secret(paths), timeout, connect)
 

@@ -19,7 +19,7 @@ from orchestrator.events import Emit, step
 from orchestrator.hypervisor import domain, template
 from orchestrator.hypervisor.domain import Guest
 from orchestrator.image.build import Image
-from orchestrator.network import bridge, shaping
+from orchestrator.network import bridge, place, shaping
 from orchestrator.settings import RackPaths
 from orchestrator.spec import BladeSpec
 from orchestrator.ssh import keys
@@ -41,15 +41,11 @@ class Workshop:
     emit: Emit
 
 
-def fabric_tap(spec: BladeSpec) -> str:
-    """Name of the blade's fabric interface in the rack's namespace."""
-    return f"fabric{spec.index}"
-
-
 def ensure_template(shop: Workshop, memory: int, cpus: int) -> Path:
     """The save image that blades of this size are restored from; booted and saved when there is none yet."""
-    key = template.template_key(shop.image, shop.accelerator, shop.emulator, memory, cpus)
-    name = f"template-{key[:8]}"
+    kind = template.Kind(shop.image.key, shop.accelerator, memory, cpus)
+    key = template.template_key(kind, shop.emulator)
+    name = f"{domain.TEMPLATE}{key[:8]}"
 
     def boot_and_save(target: Path) -> None:
         guest = _guest(shop, name, memory, cpus, {"rack": shop.paths.name, "blade": name, "ready": False})
@@ -59,7 +55,7 @@ def ensure_template(shop: Workshop, memory: int, cpus: int) -> Path:
             domain.explain(f"save {name}", lambda: booted.save(str(target)))
         remove_files(shop.paths, name)
 
-    return template.obtain(shop.paths.settings.cache_dir / "templates", key, boot_and_save)
+    return template.obtain(shop.paths.settings.cache_dir / "templates", kind, key, boot_and_save)
 
 
 def create(shop: Workshop, spec: BladeSpec, state: Path | None) -> None:
@@ -85,7 +81,7 @@ def create(shop: Workshop, spec: BladeSpec, state: Path | None) -> None:
         with step(shop.emit, paths.name, "join", spec.name):
             _identify(shop, spec, guest)
         domain.explain(f"limit {spec.name}", lambda: domain.limit_cpu(made, spec.cpu_quota))
-        shaping.limit(paths.name, fabric_tap(spec), spec.link.bandwidth)
+        shaping.limit(place.of(paths), spec.index, spec.link.bandwidth)
         domain.explain(f"mark {spec.name} ready", lambda: domain.write_metadata(made, {**metadata, "ready": True}))
     except RacklessError as error:
         raise RacklessError(f"{spec.name} did not become ready: {error.message}", hint=error.hint,
@@ -98,7 +94,7 @@ def update(shop: Workshop, old: BladeSpec, spec: BladeSpec, running: libvirt.vir
 
     paths = shop.paths
     with step(shop.emit, paths.name, "update", spec.name):
-        if running.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
+        if domain.explain(f"look at {spec.name}", running.state)[0] == libvirt.VIR_DOMAIN_PAUSED:
             domain.explain(f"resume {spec.name}", running.resume)
         if spec.cpu_quota != old.cpu_quota:
             domain.explain(f"limit {spec.name}", lambda: domain.limit_cpu(running, spec.cpu_quota))
@@ -107,7 +103,7 @@ def update(shop: Workshop, old: BladeSpec, spec: BladeSpec, running: libvirt.vir
             domain.explain(f"limit the disk of {spec.name}",
                            lambda: domain.limit_disk(running, disk.iops, disk.bandwidth))  # fmt: skip
         if spec.link != old.link or spec.excache != old.excache:
-            shaping.limit(paths.name, fabric_tap(spec), spec.link.bandwidth)
+            shaping.limit(place.of(paths), spec.index, spec.link.bandwidth)
             agents.call(paths, spec.name, spec.mgmt_address, "agent.update", paths.settings.control_seconds,
                         link=link_fields(spec), excache=spec.excache)  # fmt: skip
         metadata = {"rack": paths.name, "blade": spec.name, "ready": True, "accelerator": shop.accelerator,
@@ -172,8 +168,10 @@ def _boot(shop: Workshop, guest: Guest) -> libvirt.virDomain:
 
 
 def _plug(made: libvirt.virDomain, paths: RackPaths, spec: BladeSpec) -> None:
-    domain.attach_nic(made, spec.mgmt_mac, bridge.MANAGEMENT, f"mgmt{spec.index}", bridge.MANAGEMENT_MTU)
-    domain.attach_nic(made, spec.fabric_mac, bridge.FABRIC, fabric_tap(spec), spec.fabric_mtu)
+    where = place.of(paths)
+    cards = ((place.MANAGEMENT, spec.mgmt_mac, bridge.MANAGEMENT_MTU), (place.FABRIC, spec.fabric_mac, spec.fabric_mtu))
+    for network, mac, mtu in cards:
+        domain.attach_nic(made, mac, where.bridge(network), where.tap(network, spec.index), mtu)
     if spec.disk:
         domain.attach_disk(made, paths.blade(spec.name).disk, spec.disk.iops, spec.disk.bandwidth)
     if spec.pmem:

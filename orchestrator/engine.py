@@ -19,7 +19,7 @@ from orchestrator.events import Emit, Note, step
 from orchestrator.hypervisor import daemon, domain, probe
 from orchestrator.image import build as image_build
 from orchestrator.model import Rack, warnings
-from orchestrator.network import bridge
+from orchestrator.network import bridge, place
 from orchestrator.parallel import together
 from orchestrator.plan import Action, Observed, Plan, State, check_capacity, make_plan
 from orchestrator.settings import RackPaths, Settings
@@ -123,10 +123,11 @@ def down(settings: Settings, rack: str, emit: Emit, keep_data: bool = False) -> 
         with daemon.connection(paths) as conn:
             domains = domain.owned(conn, rack) if conn else {}
             together({name: found.domain for name, found in domains.items()}, domain.destroy)
-        addresses = [found.metadata["spec"]["mgmt_address"] for found in domains.values() if "spec" in found.metadata]
+        known = [seen.spec for seen in _observed(domains).values() if seen.spec]
+        addresses = [spec.mgmt_address for spec in known]
         shared.close_shared_connections(paths, addresses)
         daemon.stop(paths)
-        bridge.remove(rack)
+        place.of(paths).remove()
         shutil.rmtree(settings.run_dir / rack, ignore_errors=True)
         if not keep_data:
             shutil.rmtree(paths.root, ignore_errors=True)
@@ -138,8 +139,9 @@ def _prepare(paths: RackPaths, rack: Rack, emit: Emit) -> None:
         for folder in (paths.blades, paths.logs, paths.settings.run_dir / rack.name):
             folder.mkdir(parents=True, exist_ok=True)
         paths.root.chmod(0o700)
+        daemon.check(paths)
         bridge.require_taps()
-        bridge.ensure(rack.name, rack.management.subnet, rack.fabric.mtu)
+        bridge.ensure(place.of(paths), rack.management.subnet, rack.fabric.subnet, rack.fabric.mtu)
         keys.ensure_secret(paths)
         keys.ensure_rack_keys(paths)
 
@@ -207,8 +209,12 @@ def _ping_all(shop: blade.Workshop, specs: Sequence[BladeSpec], fresh: set[str])
 
 
 def _observe(conn: libvirt.virConnect, rack: str) -> dict[str, Observed]:
+    return _observed(domain.owned(conn, rack))
+
+
+def _observed(domains: dict[str, domain.Owned]) -> dict[str, Observed]:
     observed = {}
-    for name, found in domain.owned(conn, rack).items():
+    for name, found in domains.items():
         try:
             spec = BladeSpec.from_json(found.metadata.get("spec"))
         except ValueError:

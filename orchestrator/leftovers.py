@@ -19,18 +19,17 @@ from pathlib import Path
 
 from orchestrator import lock
 from orchestrator.errors import RacklessError
-from orchestrator.hypervisor import daemon
-from orchestrator.network import bridge, namespace
+from orchestrator.hypervisor import daemon, remains
+from orchestrator.network import place
 from orchestrator.settings import RackPaths, Settings
 
-_CGROUPS = Path("/sys/fs/cgroup")
 _BUILD = re.compile(r"^\..+\.tmp(\d+)$")
 _STOP_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """One thing nobody uses: ``process``, ``daemons``, ``namespace``, ``folder``, ``file``, ``cgroup``."""
+    """One thing nobody uses: ``process``, ``daemons``, ``namespace``, ``bridges``, ``folder``, ``file``, ``cgroup``."""
 
     kind: str
     name: str
@@ -72,88 +71,30 @@ def remove(settings: Settings, items: list[Leftover]) -> None:
 
 def _racks(settings: Settings) -> list[str]:
     """Names of racks that have left a trace in our folders. A namespace alone may be that of another RACKLESS_RUN."""
-    if settings.libvirt_uri != daemon.PRIVATE:
-        return []  # another libvirtd has the blades: what looks orphaned here is not
     folders = (settings.run_dir, settings.state_dir / "racks")
-    return sorted({path.name for folder in folders for path in folder.glob("*") if path.is_dir()})
+    names = {path.name for folder in folders for path in folder.glob("*") if path.is_dir()}
+    # Another libvirtd has the blades of some: what looks left over of those here is not.
+    return sorted(name for name in names if daemon.is_here(RackPaths(settings, name)))
 
 
 def _of_rack(paths: RackPaths) -> Iterator[Leftover]:
-    rack = paths.name
-    known = _known_processes(paths)
-    orphans = [pid for pid in _blade_processes(paths) if pid not in known.values()]
+    rack, where = paths.name, place.of(paths)
+    known = remains.known_blades(paths)
+    orphans = remains.orphans(paths, known.values())
     yield from (Leftover("process", str(pid), rack) for pid in orphans)
     yield from (Leftover("file", str(file), rack) for file in paths.blades.glob("*/clone.save"))
     for folder in paths.blades.glob("template-*"):
         if f"{rack}.{folder.name}" not in known:
             yield Leftover("folder", str(folder), rack)
-    yield from (Leftover("cgroup", str(folder), rack) for folder in _empty_cgroups(rack))
+    yield from (Leftover("cgroup", str(folder), rack) for folder in remains.empty_cgroups(paths))
     if known:
         return
-    if any(daemon.running(pid) for pid in daemon.Daemon.of(paths).pids.values()):
+    if remains.daemons(paths):
         yield Leftover("daemons", str(daemon.Daemon.of(paths).run), rack)
-    if namespace.exists(rack) and not _strangers(paths, orphans):
-        yield Leftover("namespace", namespace.name_of(rack), rack)
+    if where.exists() and not where.strangers(remains.own_processes(paths, orphans)):
+        yield Leftover(where.kind, where.name, rack)
     if (paths.settings.run_dir / rack).exists():
         yield Leftover("folder", str(paths.settings.run_dir / rack), rack)
-
-
-def _known_processes(paths: RackPaths) -> dict[str, int]:
-    """Blades that run and that the rack's libvirtd knows, or will know when it is started: name and pid."""
-    known = {}
-    for file in daemon.Daemon.of(paths).run.glob("qemu/*.pid"):
-        with suppress(OSError, ValueError):
-            pid = int(file.read_text())
-            if file.with_suffix(".xml").exists() and f"guest={file.stem}," in _command(pid):
-                known[file.stem] = pid
-    return known
-
-
-def _blade_processes(paths: RackPaths) -> list[int]:
-    """QEMU processes whose blade is of this rack and whose files are in this rack's folders."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        command = _command(int(entry.name))
-        if f"-name\0guest={paths.name}." in command and str(paths.settings.run_dir / paths.name) + "/" in command:
-            found.append(int(entry.name))
-    return found
-
-
-def _strangers(paths: RackPaths, orphans: list[int]) -> bool:
-    """Are others than its daemons and ``orphans`` in the rack's namespace, such as a rack of another RACKLESS_RUN?"""
-    daemons = filter(None, map(daemon.running, daemon.Daemon.of(paths).pids.values()))
-    own = {os.readlink(f"/proc/{pid}/ns/mnt") for pid in daemons}  # what a daemon starts shares its mounts
-    mark = (namespace.NAMED / namespace.name_of(paths.name)).stat().st_ino
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            inside = (entry / "ns/net").stat().st_ino == mark and int(entry.name) not in orphans
-            if inside and os.readlink(entry / "ns/mnt") not in own:
-                return True
-    return False
-
-
-def _command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
-    except OSError:
-        return ""
-
-
-def _empty_cgroups(rack: str) -> list[Path]:
-    found = []
-    for pattern in ("machine*", "*/machine*"):
-        for folder in _CGROUPS.glob(f"{pattern}/qemu-*-{rack}.*.libvirt-qemu"):
-            # A rack may be called as another one ends: t and my-t.
-            if re.match(rf"qemu-\d+-{re.escape(rack)}\.", folder.name) and not _populated(folder):
-                found.append(folder)
-    return found
-
-
-def _populated(cgroup: Path) -> bool:
-    events = cgroup / "cgroup.events"
-    if events.exists():  # version 2; there cgroup.procs of a threaded group cannot be read
-        return "populated 1" in events.read_text()
-    return any(file.read_text().strip() for file in cgroup.rglob("cgroup.procs"))
 
 
 def _remove(settings: Settings, item: Leftover) -> None:
@@ -161,8 +102,8 @@ def _remove(settings: Settings, item: Leftover) -> None:
         _kill(int(item.name))
     elif item.kind == "daemons" and item.rack:
         daemon.stop(RackPaths(settings, item.rack))
-    elif item.kind == "namespace" and item.rack:
-        bridge.remove(item.rack)
+    elif item.kind in ("namespace", "bridges") and item.rack:
+        place.of(RackPaths(settings, item.rack)).remove()
     elif item.kind == "folder":
         shutil.rmtree(item.name, ignore_errors=True)
     elif item.kind == "file":
@@ -178,7 +119,7 @@ def _kill(pid: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + _STOP_SECONDS
-        while Path(f"/proc/{pid}").exists() and _command(pid):
+        while Path(f"/proc/{pid}").exists() and remains.command_of(pid):
             if time.monotonic() > deadline:
                 raise RacklessError(f"process {pid} does not end")
             time.sleep(0.01)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from orchestrator import agents, lock
@@ -36,13 +37,12 @@ def push(paths: RackPaths, blades: Mapping[str, BladeSpec], image: str, emit: Em
         together(dict(blades), lambda spec: _push_one(paths, spec, archive, built.key, emit))
         with daemon.connection(paths) as conn:
             running = domain.owned(conn, paths.name) if conn else {}
-            for (
-                name,
-                spec,
-            ) in blades.items():  # now the blade is as the tree says, and `plan` has nothing to do
+            for name, spec in blades.items():  # now it is as the tree says, and `plan` has nothing to do
+                if name not in running:
+                    raise RacklessError(f"{name} ended meanwhile", hint="`rackless up` makes it anew")
                 owned = running[name]
-                described = replace(spec, image=built.key).to_json()
-                domain.write_metadata(owned.domain, {**owned.metadata, "spec": described})
+                metadata = {**owned.metadata, "spec": replace(spec, image=built.key).to_json()}
+                domain.explain(f"mark {name}", partial(domain.write_metadata, owned.domain, metadata))
         return built.key
 
 

@@ -12,6 +12,8 @@ from orchestrator.errors import RacklessError
 
 Accelerator = Literal["auto", "kvm", "tcg"]
 
+PRIVATE_LIBVIRT = "private"
+
 TCG_FACTOR = 6.0
 """TCG runs guest code some 5 to 10 times slower than KVM; restores and libvirt calls hardly slow down."""
 
@@ -26,7 +28,7 @@ class Settings:
     """One folder per rack: keys, secret, logs, disks."""
     run_dir: Path
     """Sockets and pid files: gone after a reboot."""
-    libvirt_uri: str = "private"
+    libvirt_uri: str = PRIVATE_LIBVIRT
     """ "private" is a libvirtd of our own; anything else is a libvirt URI such as qemu:///system."""
     accelerator: Accelerator = "auto"
     boot_seconds: float = 30.0
@@ -63,7 +65,7 @@ class Settings:
             cache_dir=_folder(env, "RACKLESS_CACHE", cache),
             state_dir=_folder(env, "RACKLESS_STATE", state),
             run_dir=_folder(env, "RACKLESS_RUN", Path("/run/rackless")),
-            libvirt_uri=env.get("RACKLESS_LIBVIRT_URI") or "private",
+            libvirt_uri=env.get("RACKLESS_LIBVIRT_URI") or PRIVATE_LIBVIRT,
             accelerator=_accelerator(env.get("RACKLESS_ACCEL") or "auto"),
             **_times(env),
         )

@@ -13,22 +13,32 @@ from orchestrator.parallel import together
 from orchestrator.settings import RackPaths, Settings
 from orchestrator.spec import BladeSpec
 
+_FIELDS = ("name", "kind", "state", "cpus", "memory_bytes", "mgmt_address", "fabric_address", "agents")
+
 
 def status(settings: Settings, rack: str) -> dict[str, Any]:
     """The rack as `rackless status --json` prints it.
 
     A blade is ``ready`` when it was made completely, its agent has joined and its RDMA link is active; ``starting``
-    before that; ``silent`` when its agent does not answer; else as libvirt says: ``paused``, ``crashed``.
+    before that; ``silent`` when its agent does not answer; ``broken`` when another version of Rackless made it, so
+    that nothing is known of it; else as libvirt says: ``paused``, ``crashed``.
     """
     paths = RackPaths(settings, rack)
     described: dict[str, dict[str, Any]] = {}
     with daemon.connection(paths) as conn:
-        blades = {n: o for n, o in domain.owned(conn, rack).items() if "spec" in o.metadata} if conn else {}
+        found = domain.owned(conn, rack) if conn else {}
+        blades = {name: owned for name, owned in found.items() if not domain.is_template(owned)}
 
     def describe(owned: Owned) -> None:
-        spec = BladeSpec.from_json(owned.metadata["spec"])
+        name = str(owned.metadata["blade"])
+        try:
+            spec = BladeSpec.from_json(owned.metadata.get("spec"))
+        except ValueError as error:
+            known = {"name": name, "state": "broken", "agents": {"error": str(error)}}
+            described[name] = dict.fromkeys(_FIELDS) | known
+            return
         state, health = _health(paths, spec, owned)
-        described[spec.name] = {
+        described[name] = {
             "name": spec.name,
             "kind": spec.kind,
             "state": state,
@@ -44,8 +54,13 @@ def status(settings: Settings, rack: str) -> dict[str, Any]:
     return {
         "rack": rack,
         "accelerator": next(iter(accelerators), None),
-        "blades": sorted(described.values(), key=lambda blade: IPv4Address(blade["mgmt_address"])),
+        "blades": sorted(described.values(), key=_place),
     }
+
+
+def _place(blade: dict[str, Any]) -> tuple[IPv4Address, str]:
+    """In the order of addresses, then those that have none."""
+    return IPv4Address(blade["mgmt_address"] or "255.255.255.255"), blade["name"]
 
 
 def _health(paths: RackPaths, spec: BladeSpec, owned: Owned) -> tuple[str, dict[str, Any]]:
@@ -58,5 +73,5 @@ def _health(paths: RackPaths, spec: BladeSpec, owned: Owned) -> tuple[str, dict[
         )
     except RacklessError as error:
         return "silent" if complete else "starting", {"error": error.message}
-    ready = complete and health["joined"] and health["rdma"] == "ACTIVE"
+    ready = complete and health.get("joined") and health.get("rdma") == "ACTIVE"
     return "ready" if ready else "starting", health

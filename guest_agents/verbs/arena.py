@@ -18,6 +18,7 @@ from guest_agents.verbs.enums import E
 
 LOCAL = int(E.IBV_ACCESS_LOCAL_WRITE)
 REMOTE = LOCAL | int(E.IBV_ACCESS_REMOTE_READ) | int(E.IBV_ACCESS_REMOTE_WRITE)
+_HUGE = 2 << 20
 ATOMIC = REMOTE | int(E.IBV_ACCESS_REMOTE_ATOMIC)
 
 
@@ -69,6 +70,8 @@ class Arena:
     def __init__(self, device: Device, size: int, access: int = REMOTE) -> None:
         self.size = size
         self._memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if size >= _HUGE:  # pinned page by page a slab takes seconds without KVM
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._anchor = (ctypes.c_char * size).from_buffer(self._memory)
         self.address = ctypes.addressof(self._anchor)
         self.view = memoryview(self._memory)

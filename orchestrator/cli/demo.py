@@ -17,7 +17,8 @@ import typer
 from orchestrator.cli.common import JsonOption, RackOption, current_rack
 
 TEXT_BYTES = 20 << 20
-COUNT_WORDS = "{ for (i = 1; i <= NF; i++) count[$i]++ } END { for (word in count) print count[word], word }"
+COUNT_WORDS = """{ $0 = tolower($0); gsub(/[^a-z]+/, " "); for (i = 1; i <= NF; i++) count[$i]++ }
+END { for (word in count) print count[word], word }"""
 
 
 def register(app: typer.Typer) -> None:
@@ -89,7 +90,7 @@ def demo(
 
 
 def _count_here(text: bytes) -> Counter[bytes]:
-    return Counter(word for word in re.split(rb"[ \t\n]+", text) if word)
+    return Counter(re.findall(rb"[a-z]+", text.lower()))
 
 
 def _counts(path: Path) -> Counter[bytes]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from orchestrator.cli.common import JsonOption
+
+if TYPE_CHECKING:
+    from orchestrator.prune import Entry
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Recipe in images/.")]
 
@@ -17,6 +20,7 @@ def register(app: typer.Typer) -> None:
     images = typer.Typer(help="Build and check blade images.", no_args_is_help=True)
     images.command()(build)
     images.command("list")(list_images)
+    images.command()(prune)
     images.command()(clean)
     app.add_typer(images, name="image")
 
@@ -67,12 +71,33 @@ def list_images(as_json: JsonOption = False) -> None:
 
 def clean(
     templates: Annotated[bool, typer.Option("--templates", help="Only the saved blades, not the images.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Remove what the cache holds; the next `up` makes it again. Racks that run keep what they have open."""
-    import shutil
-
+    from orchestrator import prune as pruning
     from orchestrator.settings import Settings
 
-    folder = Settings.from_environment().cache_dir
-    for kind in ("templates",) if templates else ("templates", "images"):
-        shutil.rmtree(folder / kind, ignore_errors=True)
+    found = pruning.everything(Settings.from_environment(), ("templates",) if templates else pruning.KINDS)
+    _show_removed(pruning.remove(found), as_json)
+
+
+def prune(as_json: JsonOption = False) -> None:
+    """Remove from the cache what neither the recipes and agents as they are now nor any running blade uses."""
+    from orchestrator import prune as pruning
+    from orchestrator.settings import Settings
+
+    _show_removed(pruning.remove(pruning.stale(Settings.from_environment())), as_json)
+
+
+def _show_removed(entries: list[Entry], as_json: bool) -> None:
+    from orchestrator.units import format_size
+
+    if as_json:
+        answer = [{"name": entry.folder.name, "bytes": entry.size, "kept": entry.kept} for entry in entries]
+        typer.echo(json.dumps(answer, indent=2))
+        return
+    for entry in entries:
+        done = f"kept, {entry.kept}" if entry.kept else "removed"
+        typer.echo(f"{done}: {entry.folder.name} ({format_size(entry.size >> 20 << 20)})")
+    if not entries:
+        typer.echo("nothing to remove")

@@ -82,7 +82,6 @@ def status(rack: RackArgument = None, as_json: JsonOption = False) -> None:
     from orchestrator.settings import Settings
     from orchestrator.status import status as read_status
     from orchestrator.ui import table
-    from orchestrator.units import format_size
 
     state = read_status(Settings.from_environment(), rack_name(rack))
     if as_json:
@@ -94,11 +93,17 @@ def status(rack: RackArgument = None, as_json: JsonOption = False) -> None:
     table(
         ("blade", "kind", "state", "cpus", "memory", "management", "fabric", "rdma", "monitors"),
         [
-            (b["name"], b["kind"], b["state"], b["cpus"], format_size(b["memory_bytes"]), b["mgmt_address"],
+            (b["name"], b["kind"], b["state"], b["cpus"], _size(b["memory_bytes"]), b["mgmt_address"],
              b["fabric_address"], b["agents"].get("rdma"), ", ".join(b["agents"].get("monitors", [])) or None)
             for b in state["blades"]
         ],
     )  # fmt: skip
+
+
+def _size(size: int | None) -> str | None:
+    from orchestrator.units import format_size
+
+    return None if size is None else format_size(size)
 
 
 def gc(

@@ -18,17 +18,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from orchestrator.errors import RacklessError
 from orchestrator.image.cache import locked
 from orchestrator.network import namespace
-from orchestrator.settings import RackPaths
+from orchestrator.settings import PRIVATE_LIBVIRT, RackPaths
 from orchestrator.templates import render
 
 if TYPE_CHECKING:
     import libvirt
 
-PRIVATE = "private"
 _ACCOUNT = "libvirt-qemu"
 _START_SECONDS = 60.0  # the first start on a host probes every QEMU binary: 8 to 12 s
 _STOP_SECONDS = 10.0
@@ -65,6 +65,50 @@ class Daemon:
         return {"virtlogd": self.run / "virtlogd.pid", "libvirtd": self.run / "libvirtd.pid"}
 
 
+def check(paths: RackPaths) -> None:
+    """RacklessError when the rack has blades in another libvirt than that of the settings, or this one will not do."""
+    _must_be_here(paths)
+    uri = paths.settings.libvirt_uri
+    parts = urlsplit(uri)
+    ours = parts.scheme in ("qemu", "qemu+unix") and not parts.netloc and parts.path == "/system"
+    if uri != PRIVATE_LIBVIRT and not ours:
+        raise RacklessError(f"blades cannot live in libvirt at {uri}: it must be this host's, and run as root",
+                            hint="set RACKLESS_LIBVIRT_URI to qemu:///system, or unset it")  # fmt: skip
+
+
+def claim(paths: RackPaths) -> None:
+    """Note that the rack's blades are in the libvirt of the settings; of one of its own the folder says so."""
+    if paths.settings.libvirt_uri != PRIVATE_LIBVIRT:
+        _claim(paths).parent.mkdir(parents=True, exist_ok=True)
+        _claim(paths).write_text(paths.settings.libvirt_uri + "\n")
+
+
+def is_here(paths: RackPaths) -> bool:
+    """Are the rack's blades, if it has any, in the libvirt of the settings?
+
+    Under another RACKLESS_LIBVIRT_URI they would look gone, and `down` or `gc` take the files from under them.
+    """
+    return _home(paths) in (None, paths.settings.libvirt_uri)
+
+
+def _must_be_here(paths: RackPaths) -> None:
+    home = _home(paths)
+    if home not in (None, paths.settings.libvirt_uri):
+        mend = "unset RACKLESS_LIBVIRT_URI" if home == PRIVATE_LIBVIRT else f"set RACKLESS_LIBVIRT_URI={home}"
+        raise RacklessError(f"rack {paths.name} is in another libvirt than RACKLESS_LIBVIRT_URI says", hint=mend)
+
+
+def _home(paths: RackPaths) -> str | None:
+    try:
+        return _claim(paths).read_text().strip()
+    except OSError:
+        return PRIVATE_LIBVIRT if Daemon.of(paths).run.is_dir() else None
+
+
+def _claim(paths: RackPaths) -> Path:
+    return paths.settings.run_dir / paths.name / "libvirt-uri"
+
+
 @contextmanager
 def connection(paths: RackPaths, start: bool = False) -> Iterator[libvirt.virConnect | None]:
     """A libvirt connection for the block; None when ``start`` is false and the rack has neither daemon nor blades.
@@ -74,8 +118,9 @@ def connection(paths: RackPaths, start: bool = False) -> Iterator[libvirt.virCon
     import libvirt
 
     libvirt.registerErrorHandler(lambda _context, _error: None, None)  # or libvirt prints every error by itself
+    _must_be_here(paths)
     uri = paths.settings.libvirt_uri
-    if uri == PRIVATE:
+    if uri == PRIVATE_LIBVIRT:
         daemon = Daemon.of(paths)
         blades = namespace.exists(paths.name) and any(daemon.run.glob("qemu/*.xml"))
         if not (start or blades or running(daemon.pids["libvirtd"])):
@@ -88,6 +133,8 @@ def connection(paths: RackPaths, start: bool = False) -> Iterator[libvirt.virCon
     except libvirt.libvirtError as error:
         raise RacklessError(f"cannot reach libvirt at {uri}: {error}", hint="check RACKLESS_LIBVIRT_URI") from error
     try:
+        if start:
+            claim(paths)  # only now: an address at which nobody answers must not stay
         yield opened
     finally:
         opened.close()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from orchestrator.templates import render
 
 NAMESPACE = "urn:rackless:blade:1"
 PMEM_ROOM = 64 << 30  # address space kept free for persistent memory that is plugged in later
+TEMPLATE = "template-"  # begins the name of a blade that is booted to be saved
 _PERIOD_US = 100_000
 
 STATES = {
@@ -81,16 +85,31 @@ class Owned:
 def owned(conn: libvirt.virConnect, rack: str) -> dict[str, Owned]:
     """The domains of a rack by name of blade. Domains without our mark are not ours."""
     found = {}
-    for candidate in conn.listAllDomains():
+    for candidate in explain(f"list the blades of rack {rack}", conn.listAllDomains):
         try:
             text = candidate.metadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, NAMESPACE)
             state = STATES.get(candidate.state()[0], "off")
         except libvirt.libvirtError:
             continue  # not ours, or gone since the listing
-        metadata = json.loads(ElementTree.fromstring(text).text or "{}")
+        metadata = _metadata(text, candidate.name())
         if metadata.get("rack") == rack:
-            found[metadata["blade"]] = Owned(candidate, state, metadata)
+            found[str(metadata.get("blade"))] = Owned(candidate, state, metadata)
     return found
+
+
+def is_template(owned: Owned) -> bool:
+    """Is it no blade of the rack, but one that is booted to be saved?"""
+    return "spec" not in owned.metadata and str(owned.metadata["blade"]).startswith(TEMPLATE)
+
+
+def _metadata(text: str, name: str) -> dict[str, Any]:
+    """What a blade's metadata say; those of another version of Rackless tell nothing but its name."""
+    with suppress(ValueError, ElementTree.ParseError):
+        metadata = json.loads(ElementTree.fromstring(text).text or "{}")
+        if isinstance(metadata, dict) and "rack" in metadata and "blade" in metadata:
+            return metadata
+    rack, _, blade = name.partition(".")
+    return {"rack": rack, "blade": blade}
 
 
 def write_metadata(domain: libvirt.virDomain, metadata: dict[str, Any]) -> None:
@@ -116,7 +135,24 @@ def attach_nic(domain: libvirt.virDomain, mac: str, bridge: str, tap: str, mtu: 
 
 def attach_disk(domain: libvirt.virDomain, path: Path, iops: int | None, bandwidth: int | None) -> None:
     """Plug in the data disk, limited to ``iops`` and ``bandwidth`` (bytes/s)."""
-    _attach(domain, render("disk.xml.j2", path=path, iops=iops, bandwidth=bandwidth))
+    _attach(domain, render("disk.xml.j2", path=path, iops=iops, bandwidth=bandwidth, cache=cache_mode(path)))
+
+
+def cache_mode(path: Path) -> str:
+    """How QEMU may cache a disk: "none", so that its speed is the disk's and not that of the host's memory.
+
+    Where the file system refuses O_DIRECT (tmpfs of older kernels, some FUSE and network ones), "writeback": what
+    the blade flushes is still flushed on the host, which "unsafe" would not do, and "writethrough" would do for
+    every write.
+    """
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # open(2): what a file system without O_DIRECT says
+            return "writeback"
+        raise RacklessError(f"cannot open the disk {path}: {error.strerror}", hint="`rackless down` removes it, with "
+                            "what is on it, and `up` makes it anew") from error  # fmt: skip
+    return "none"
 
 
 def attach_pmem(domain: libvirt.virDomain, path: Path, size: int) -> None:

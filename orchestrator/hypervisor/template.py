@@ -15,6 +15,7 @@ import struct
 import subprocess
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import cache as once
 from pathlib import Path
 from xml.etree import ElementTree
@@ -25,7 +26,6 @@ from orchestrator.errors import RacklessError
 from orchestrator.hypervisor import domain
 from orchestrator.hypervisor.domain import Guest
 from orchestrator.image import cache
-from orchestrator.image.build import Image
 from orchestrator.image.recipe import hash_of
 from orchestrator.templates import template_folder
 
@@ -33,26 +33,49 @@ _MAGIC = b"LibvirtQemudSave"
 _FIELDS = struct.Struct("<16s5I14I")  # magic; version, length of data, was running, compression, cookie; unused
 _SUPPORTED_VERSION = 2
 _STATE = "state.save"
+_KIND = "kind.json"
 
 
-def template_key(image: Image, accelerator: str, emulator: str, memory: int, cpus: int) -> str:
+@dataclass(frozen=True)
+class Kind:
+    """What a template is of; kept beside it, so that one can be told that no image here leads to any more."""
+
+    image: str  # key
+    accelerator: str
+    memory: int  # bytes
+    cpus: int
+
+
+def template_key(kind: Kind, emulator: str) -> str:
     """Content hash over all that a saved blade depends on."""
-    return hash_of(image.key, image.cmdline, accelerator, emulator_version(emulator), memory, cpus,
+    return hash_of(kind.image, kind.accelerator, emulator_version(emulator), kind.memory, kind.cpus,
                    template_folder() / "domain.xml.j2")  # fmt: skip
+
+
+def kind_of(entry: Path) -> Kind | None:
+    """What the template in a cache entry is of; None when it does not say."""
+    try:
+        return Kind(**json.loads((entry / _KIND).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 @once
 def emulator_version(emulator: str) -> str:
     """First line of ``qemu-system-x86_64 --version``."""
-    done = subprocess.run([emulator, "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run([emulator, "--version"], capture_output=True, text=True, check=False)
+    if done.returncode or not done.stdout:
+        raise RacklessError(f"{emulator} does not tell its version: {done.stderr.strip() or 'no output'}",
+                            hint="run `rackless doctor`")  # fmt: skip
     return done.stdout.splitlines()[0]
 
 
-def obtain(templates: Path, key: str, boot_and_save: Callable[[Path], None]) -> Path:
+def obtain(templates: Path, kind: Kind, key: str, boot_and_save: Callable[[Path], None]) -> Path:
     """The save image of a template in the cache; ``boot_and_save(file)`` makes it when missing or corrupt."""
 
     def build(work: Path) -> None:
         boot_and_save(work / _STATE)
+        (work / _KIND).write_text(json.dumps(asdict(kind)) + "\n")
 
     try:
         return cache.obtain(templates, f"template-{key}", build) / _STATE

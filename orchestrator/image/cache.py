@@ -25,9 +25,40 @@ MANIFEST = "entry.json"
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on ``path`` (made if missing) for the time of the block."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+    while True:
+        with path.open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if _names(path, handle.fileno()):
+                yield
+                return
+        # Its file was removed while we waited (see `remove`): others will lock the one that is there now.
+
+
+def remove(cache: Path, name: str) -> bool:
+    """Remove the entry ``name``, what interrupted builders left of it, and its lock; False when a builder is at it."""
+    lock = cache / f".{name}.lock"
+    try:
+        handle = lock.open("w")
+    except FileNotFoundError:
+        return True  # no such cache
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        if not _names(lock, handle.fileno()):
+            return False  # somebody else removed it just now, or builds it again
+        for folder in (cache / name, *cache.glob(f".{name}.tmp*")):
+            shutil.rmtree(folder, ignore_errors=True)
+        lock.unlink()
+    return True
+
+
+def entries(cache: Path) -> list[str]:
+    """Names of all entries, also of those that are only being built."""
+    found = {path.name for path in cache.glob("[!.]*-*") if path.is_dir()}
+    found |= {path.name[1:].removesuffix(".lock") for path in cache.glob(".*-*.lock")}
+    return sorted(found)
 
 
 def obtain(cache: Path, name: str, build: Callable[[Path], None]) -> Path:
@@ -67,6 +98,14 @@ def verify(entry: Path, thorough: bool = False) -> bool:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return True
+
+
+def _names(path: Path, descriptor: int) -> bool:
+    """Is ``path`` the name of that open file?"""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _write_manifest(folder: Path) -> None:

@@ -54,13 +54,18 @@ class Recipe(BaseModel):
         return tuple(sorted({self.kernel, *self.packages, *self.flavours[flavour].packages}))
 
 
+def names() -> list[str]:
+    """The recipes there are."""
+    return sorted(path.parent.name for path in IMAGES.glob("*/recipe.yml"))
+
+
 def load(name: str) -> Recipe:
     """The recipe called ``name``; RacklessError when there is none or it is not valid."""
     path = IMAGES / name / "recipe.yml"
     try:
         return Recipe.model_validate(yaml.safe_load(path.read_text()))
     except (FileNotFoundError, NotADirectoryError):
-        known = ", ".join(sorted(p.parent.name for p in IMAGES.glob("*/recipe.yml")))
+        known = ", ".join(names())
         raise RacklessError(f"there is no image recipe called {name!r}", hint=f"recipes here: {known}") from None
     except (ValidationError, UnicodeDecodeError, yaml.YAMLError) as error:
         first = str(error).splitlines()

@@ -1,1 +1,1 @@
-"""The rack's own network namespace: bridges, taps' shaping, and a way in for the host."""
+"""A rack's network: where it is, its bridges, its taps' shaping, and a way in for the host."""

@@ -57,13 +57,18 @@ def enter(rack: str) -> None:
     try:
         fd = os.open(NAMED / name_of(rack), os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise RacklessError(f"rack {rack} has no network", hint="run `rackless up`") from None
+        raise no_network(rack) from None
     try:
         if ctypes.CDLL(None, use_errno=True).setns(fd, _CLONE_NEWNET):  # os.setns is there from Python 3.12 on
             error = ctypes.get_errno()
             raise RacklessError(f"cannot enter the network of rack {rack}: {os.strerror(error)}", hint="run as root")
     finally:
         os.close(fd)
+
+
+def no_network(rack: str) -> RacklessError:
+    """What is wrong when blades are sought that have no network."""
+    return RacklessError(f"rack {rack} has no network", hint="run `rackless up`")
 
 
 def connect(rack: str, address: str, port: int, timeout: float) -> socket.socket:

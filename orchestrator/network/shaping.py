@@ -7,23 +7,21 @@ has netem.
 
 from __future__ import annotations
 
-import os
-
-from pyroute2 import NetNS
-
-from orchestrator.network import namespace
+from orchestrator.network.place import FABRIC, Place
 
 _ROOT = 0xFFFFFFFF  # TC_H_ROOT
-_BURST_BYTES = 128 << 10  # at least a few 9000-byte frames, or the bucket itself would cut the rate
+_BURST_SECONDS = 0.01  # two ticks of a kernel with HZ=200: a smaller bucket overflows between two of its looks
+_LEAST_BURST_BYTES = 2 * (9000 + 18)  # jumbo frames with their headers: a frame larger than the bucket never passes
 _QUEUE_BYTES = 4 << 20
 _LARGEST_RATE = (1 << 32) - 1  # bytes/s in a field of 32 bits: 34 Gbit/s, which no link made of software reaches
 
 
-def limit(rack: str, tap: str, bandwidth: int | None) -> None:
-    """Limit what ``tap`` carries to its blade to ``bandwidth`` bit/s; None lifts the limit."""
-    if not namespace.exists(rack):
+def limit(place: Place, index: int, bandwidth: int | None) -> None:
+    """Limit what the blade at ``index`` gets from the fabric to ``bandwidth`` bit/s; None lifts the limit."""
+    if not place.exists():
         return
-    with NetNS(namespace.name_of(rack), flags=os.O_RDONLY) as net:  # or it would make one
+    tap = place.tap(FABRIC, index)
+    with place.netlink(f"limit the bandwidth of {tap}") as net:
         found = net.link_lookup(ifname=tap)
         if not found:
             return  # the blade died meanwhile; its next `up` sets the limit
@@ -31,5 +29,6 @@ def limit(rack: str, tap: str, bandwidth: int | None) -> None:
             if any(q.get_attr("TCA_KIND") == "tbf" for q in net.get_qdiscs(index=found[0])):
                 net.tc("del", index=found[0], parent=_ROOT)
             return
-        net.tc("replace", "tbf", index=found[0], parent=_ROOT, rate=min(bandwidth // 8, _LARGEST_RATE),
-               burst=_BURST_BYTES, limit=_QUEUE_BYTES)  # fmt: skip
+        rate = min(bandwidth // 8, _LARGEST_RATE)
+        net.tc("replace", "tbf", index=found[0], parent=_ROOT, rate=rate,
+               burst=max(round(rate * _BURST_SECONDS), _LEAST_BURST_BYTES), limit=_QUEUE_BYTES)  # fmt: skip

@@ -1,9 +1,8 @@
-"""SSH sessions of the orchestrator itself: Fabric over a socket made inside the rack's network namespace."""
+"""SSH sessions of the orchestrator itself: Fabric over a socket made where the rack's network is."""
 
 from __future__ import annotations
 
 import shlex
-import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -12,7 +11,7 @@ from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import RacklessError
-from orchestrator.network import namespace
+from orchestrator.network import place
 from orchestrator.settings import RackPaths
 from orchestrator.ssh.keys import known_hosts, user_key
 
@@ -21,9 +20,6 @@ if TYPE_CHECKING:
 
 SSH_PORT = 22
 EXIT_NO_SESSION = 255  # what ssh itself says when it cannot reach a machine
-
-OpenSocket = Callable[[str, str, int, float], socket.socket]
-"""(rack, address, port, timeout in seconds) -> a connected TCP socket."""
 
 OnOutput = Callable[[str, str, str], None]
 """Told (blade, "stdout" or "stderr", text) as output comes in, from several threads."""
@@ -44,7 +40,6 @@ def connect(
     paths: RackPaths,
     blade: str,
     address: IPv4Address | str,
-    open_socket: OpenSocket = namespace.connect,
 ) -> Iterator[Connection]:
     """Yield an open fabric.Connection to a blade: it can run, put and get; its host key must be the pinned.
 
@@ -56,7 +51,7 @@ def connect(
 
     timeout = paths.settings.ssh_seconds
     try:
-        transport_socket = open_socket(paths.name, str(address), SSH_PORT, timeout)
+        transport_socket = place.of(paths).connect(str(address), SSH_PORT, timeout)
     except OSError as error:
         raise RacklessError(
             f"{blade} does not answer on {address} port {SSH_PORT}: {error}",
@@ -147,7 +142,6 @@ def run_on_all(
     blades: Mapping[str, IPv4Address | str],
     command: str | Sequence[str],
     on_output: OnOutput | None = None,
-    open_socket: OpenSocket = namespace.connect,
 ) -> list[Result]:
     """Run a command on many blades at once (name -> management address); results in the order of `blades`.
 
@@ -158,7 +152,7 @@ def run_on_all(
 
     def one(blade: str) -> Result:
         try:
-            with connect(paths, blade, blades[blade], open_socket) as connection:
+            with connect(paths, blade, blades[blade]) as connection:
                 opened.append(connection)
                 return run(connection, command, check=False, on_output=on_output)
         except RacklessError as error:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ipaddress import IPv4Address
 from pathlib import Path
 
-from orchestrator.network import namespace
+from orchestrator.network import place
 from orchestrator.settings import RackPaths
 from orchestrator.ssh.keys import known_hosts, user_key, write_private
 from orchestrator.ssh.shared import can_share, close_shared_connections, control_path
@@ -30,7 +30,7 @@ def ssh_config_text(paths: RackPaths, blades: Mapping[str, IPv4Address | str]) -
         "ssh_config.j2",
         rack=paths.name,
         blades=sorted((name, str(address)) for name, address in blades.items()),
-        proxy_command=" ".join(proxy_command(paths.name)),
+        proxy_command=" ".join(proxy_command(paths)),
         identity_file=_quoted(user_key(paths)),
         known_hosts=_quoted(known_hosts(paths)),
         control_path=_quoted(control_path(paths, "%h")) if can_share(paths) else None,
@@ -45,13 +45,15 @@ def write_ssh_config(paths: RackPaths, blades: Mapping[str, IPv4Address | str]) 
     return ssh_config(paths)
 
 
-def proxy_command(rack: str) -> list[str]:
-    """Return the command that joins its stdin and stdout to a blade's port, from inside the rack's namespace.
+def proxy_command(paths: RackPaths) -> list[str]:
+    """Return the command that joins its stdin and stdout to a blade's port, where only it can; else no words.
 
     `%h` and `%p` are ssh's. nc is Debian's netcat-openbsd: with -N it ends when ssh does. It gets a session
     of its own, so that Ctrl-C in the terminal that opened a shared connection does not end it for the others.
     """
-    enter = ["nsenter", f"--net={namespace.NAMED / namespace.name_of(rack)}"]
+    enter = place.of(paths).entry()
+    if not enter:
+        return []
     sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
     return ["setsid", *sudo, *enter, "nc", "-N", "%h", "%p"]
 

@@ -9,15 +9,25 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
 
 from orchestrator.hypervisor import daemon
-from orchestrator.network import bridge
+from orchestrator.network import bridge, place
 from orchestrator.settings import RackPaths, Settings
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make a network namespace")
+
+MANAGEMENT = IPv4Network("10.78.0.0/24")
+FABRIC = IPv4Network("10.77.0.0/24")
+
+
+def ensure_network(where: place.Place | str, management: IPv4Network = MANAGEMENT, mtu: int = 9000) -> None:
+    """Make the bridges of a rack, by its place; by its name if it has a namespace of its own."""
+    where = place.OwnNamespace(where) if isinstance(where, str) else where
+    bridge.ensure(where, management, FABRIC, mtu)
 
 
 @contextmanager
@@ -31,5 +41,5 @@ def scratch_rack() -> Iterator[RackPaths]:
         yield paths
     finally:
         daemon.stop(paths)
-        bridge.remove(paths.name)
+        place.OwnNamespace(paths.name).remove()
         shutil.rmtree(folder)

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
@@ -22,9 +21,9 @@ from orchestrator.errors import RacklessError
 from orchestrator.hypervisor import daemon
 from orchestrator.hypervisor.daemon import Daemon
 from orchestrator.leftovers import Leftover
-from orchestrator.network import bridge, namespace
+from orchestrator.network import namespace
 from orchestrator.settings import RackPaths
-from tests.unit.netns_racks import needs_root, scratch_rack
+from tests.unit.netns_racks import ensure_network, needs_root, scratch_rack
 
 pytestmark = [
     pytest.mark.netns,
@@ -32,13 +31,12 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("libvirtd", path="/usr/sbin:/sbin") is None, reason="needs libvirtd"),
 ]
 
-SUBNET = IPv4Network("10.78.0.0/24")
 
 
 def _bring_up(paths: RackPaths) -> None:
     """All of a rack that is there before its first blade."""
     (paths.settings.run_dir / paths.name).mkdir(parents=True)
-    bridge.ensure(paths.name, SUBNET, 9000)
+    ensure_network(paths.name)
     daemon.ensure(paths)
 
 
@@ -141,7 +139,7 @@ def test_a_killed_libvirtd_with_blades_is_started_by_whoever_asks(shared: RackPa
 
 def test_several_commands_start_it_once() -> None:
     with scratch_rack() as paths:
-        bridge.ensure(paths.name, SUBNET, 9000)
+        ensure_network(paths.name)
         seen: list[dict[str, int | None]] = []
 
         def ensure() -> None:
@@ -222,7 +220,7 @@ def test_a_rack_without_blades_is_left_over_and_can_be_removed() -> None:
 def test_a_rack_that_is_being_changed_is_left_alone() -> None:
     with scratch_rack() as paths:
         (paths.settings.run_dir / paths.name).mkdir(parents=True)
-        bridge.ensure(paths.name, SUBNET, 9000)
+        ensure_network(paths.name)
         with lock.hold(paths):
             assert leftovers.find(paths.settings) == []
         found = leftovers.find(paths.settings)
@@ -266,7 +264,7 @@ def _known_to_libvirt(paths: RackPaths, blade: str, pid: int) -> None:
 def test_a_rack_in_use_is_not_left_over(pretend: Callable[..., subprocess.Popen[bytes]]) -> None:
     with scratch_rack() as paths:
         (paths.settings.run_dir / paths.name).mkdir(parents=True)
-        bridge.ensure(paths.name, SUBNET, 9000)
+        ensure_network(paths.name)
         _known_to_libvirt(paths, "mb0", pretend(paths, "mb0").pid)
         (paths.blades / "mb0").mkdir(parents=True)
         assert _kinds(paths) == []
@@ -283,7 +281,7 @@ def test_a_rack_in_use_is_not_left_over(pretend: Callable[..., subprocess.Popen[
 def test_a_blade_that_no_libvirt_knows_is_left_over(pretend: Callable[..., subprocess.Popen[bytes]]) -> None:
     with scratch_rack() as paths:
         (paths.settings.run_dir / paths.name).mkdir(parents=True)
-        bridge.ensure(paths.name, SUBNET, 9000)
+        ensure_network(paths.name)
         orphan = pretend(paths, "mb0")
         found = leftovers.find(paths.settings)
         assert found[0] == Leftover("process", str(orphan.pid), paths.name)
@@ -296,7 +294,7 @@ def test_a_blade_that_no_libvirt_knows_is_left_over(pretend: Callable[..., subpr
 def test_found_but_in_use_when_it_is_to_be_removed(pretend: Callable[..., subprocess.Popen[bytes]]) -> None:
     with scratch_rack() as paths:
         (paths.settings.run_dir / paths.name).mkdir(parents=True)
-        bridge.ensure(paths.name, SUBNET, 9000)
+        ensure_network(paths.name)
         found = leftovers.find(paths.settings)
         assert "namespace" in [item.kind for item in found]
         _known_to_libvirt(paths, "mb0", pretend(paths, "mb0").pid)  # `up` came between
@@ -317,10 +315,37 @@ def test_a_namespace_of_another_run_folder_is_none_of_ours(shared: RackPaths) ->
 
 def test_blades_of_another_libvirt_are_not_orphans(pretend: Callable[..., subprocess.Popen[bytes]]) -> None:
     with scratch_rack() as paths:
-        (paths.settings.run_dir / paths.name).mkdir(parents=True)
-        bridge.ensure(paths.name, SUBNET, 9000)
+        there = RackPaths(replace(paths.settings, libvirt_uri="qemu:///system?socket=/nowhere"), paths.name)
+        daemon.claim(there)
+        ensure_network(paths.name)
         pretend(paths, "mb0")
-        assert leftovers.find(replace(paths.settings, libvirt_uri="qemu:///system")) == []
+        assert leftovers.find(paths.settings) == []
+        with pytest.raises(RacklessError, match="in another libvirt") as caught, daemon.connection(paths):
+            pass
+        assert caught.value.hint == "set RACKLESS_LIBVIRT_URI=qemu:///system?socket=/nowhere"
+        with pytest.raises(RacklessError, match="cannot reach libvirt"):
+            leftovers.find(there.settings)
+
+
+def test_a_libvirt_that_does_not_answer_is_forgotten() -> None:
+    with scratch_rack() as paths:
+        wrong = RackPaths(replace(paths.settings, libvirt_uri="qemu:///system?socket=/nowhere"), paths.name)
+        daemon.check(wrong)
+        with pytest.raises(RacklessError, match="cannot reach libvirt"), daemon.connection(wrong, start=True):
+            pass
+        daemon.check(paths)
+
+
+def test_a_rack_of_our_own_libvirt_is_not_in_another(shared: RackPaths) -> None:
+    with pytest.raises(RacklessError, match="in another libvirt") as caught:
+        daemon.check(RackPaths(replace(shared.settings, libvirt_uri="qemu:///system"), shared.name))
+    assert caught.value.hint == "unset RACKLESS_LIBVIRT_URI"
+
+
+@pytest.mark.parametrize("uri", ["qemu+ssh://root@far/system", "qemu:///session", "test:///default", "xen:///system"])
+def test_a_libvirt_that_will_not_do(uri: str) -> None:
+    with scratch_rack() as paths, pytest.raises(RacklessError, match="blades cannot live in libvirt"):
+        daemon.check(RackPaths(replace(paths.settings, libvirt_uri=uri), paths.name))
 
 
 def test_data_of_a_rack_that_is_down_is_never_listed() -> None:

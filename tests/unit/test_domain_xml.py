@@ -5,6 +5,7 @@ After a wanted change: `RACKLESS_GOLDEN=write pytest tests/unit/test_domain_xml.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from orchestrator.errors import RacklessError
 from orchestrator.hypervisor import domain
 from orchestrator.hypervisor.domain import Guest
 from orchestrator.image.build import Image
@@ -27,11 +29,12 @@ SCHEMAS = Path("/usr/share/libvirt/schemas")
 CAN_VALIDATE = shutil.which("xmllint") is not None and (SCHEMAS / "domain.rng").exists()
 
 INTERFACE = {"mac": "52:54:00:12:34:56", "bridge": "fabric", "tap": "fabric0", "mtu": 9000}
-FREE_DISK = {"path": Path("/state/disk.raw"), "iops": None, "bandwidth": None}
+FREE_DISK = {"path": Path("/state/disk.raw"), "iops": None, "bandwidth": None, "cache": "none"}
 DEVICES: dict[str, tuple[str, dict[str, Any]]] = {
     "interface": ("interface.xml.j2", INTERFACE),
     "disk": ("disk.xml.j2", FREE_DISK),
     "disk-limited": ("disk.xml.j2", FREE_DISK | {"iops": 2000, "bandwidth": 100 << 20}),
+    "disk-cached": ("disk.xml.j2", FREE_DISK | {"cache": "writeback"}),
     "disk-iops": ("disk.xml.j2", FREE_DISK | {"iops": 2000}),
     "pmem": ("pmem.xml.j2", {"path": Path("/state/pmem.raw"), "size": 128 << 20}),
 }
@@ -114,6 +117,30 @@ def test_the_schema_check_can_fail(tmp_path: Path) -> None:
     broken = _with_devices(domain_xml("tcg"), render("interface.xml.j2", **INTERFACE | {"mtu": "large"}))
     with pytest.raises(AssertionError, match="fails to validate"):
         _validate(broken, tmp_path)
+
+
+def test_a_disk_is_opened_past_the_hosts_cache_where_that_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(b"x" * 4096)
+
+    def no_direct(path: Path, flags: int) -> int:
+        assert flags & os.O_DIRECT
+        raise OSError(errno.EINVAL, "Invalid argument", str(path))
+
+    assert domain.cache_mode(disk) in ("none", "writeback")  # as this file system is
+    with monkeypatch.context() as context:
+        context.setattr(os, "open", no_direct)
+        assert domain.cache_mode(disk) == "writeback"
+    with pytest.raises(RacklessError, match=r"cannot open the disk .*: No such file"):
+        domain.cache_mode(tmp_path / "none")
+
+
+def test_metadata_of_another_version_still_tell_whose_blade_it_is() -> None:
+    for text in ("<blade>{}</blade>", "<blade>[1]</blade>", "<blade>{not json</blade>", "<blade/>", "oops"):
+        assert domain._metadata(text, "t1.mb0") == {"rack": "t1", "blade": "mb0"}
+    assert domain._metadata('<blade>{"rack": "a", "blade": "b", "new": 1}</blade>', "t1.mb0")["new"] == 1
 
 
 def test_metadata_survives_xml() -> None:

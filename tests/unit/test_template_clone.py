@@ -17,6 +17,7 @@ from tests.unit.test_domain_xml import guest, image
 MAGIC = b"LibvirtQemudSave"
 HEADER = struct.Struct("<16s5I14I")
 STREAM = b"QEVM" + bytes(range(256)) * 500
+KIND = template.Kind(image="0123456789abcdef", accelerator="tcg", memory=512 << 20, cpus=1)
 COOKIE = "<cookie><cpu mode='custom'/><slirpHelper/></cookie>"
 
 
@@ -150,17 +151,24 @@ def test_a_template_belongs_to_all_it_depends_on(monkeypatch: pytest.MonkeyPatch
     versions = {"qemu": "QEMU emulator version 7.2", "other": "QEMU emulator version 9.0"}
     monkeypatch.setattr(template, "emulator_version", versions.__getitem__)
 
-    keys = {
-        template.template_key(image(), "tcg", "qemu", 512 << 20, 1),
-        template.template_key(image(), "kvm", "qemu", 512 << 20, 1),
-        template.template_key(image(), "tcg", "other", 512 << 20, 1),
-        template.template_key(image(), "tcg", "qemu", 256 << 20, 1),
-        template.template_key(image(), "tcg", "qemu", 512 << 20, 2),
-        template.template_key(replace(image(), key="f" * 16), "tcg", "qemu", 512 << 20, 1),
-        template.template_key(replace(image(), cmdline="quiet"), "tcg", "qemu", 512 << 20, 1),
-    }
-    assert len(keys) == 7
-    assert template.template_key(image("/elsewhere"), "tcg", "qemu", 512 << 20, 1) in keys
+    kinds = [
+        KIND,
+        replace(KIND, image="f" * 16),
+        replace(KIND, accelerator="kvm"),
+        replace(KIND, memory=256 << 20),
+        replace(KIND, cpus=2),
+    ]
+    keys = {template.template_key(kind, "qemu") for kind in kinds} | {template.template_key(KIND, "other")}
+    assert len(keys) == 6
+    assert template.template_key(replace(KIND), "qemu") in keys
+
+
+def test_an_emulator_that_does_not_run_is_one_line(tmp_path: Path) -> None:
+    broken = tmp_path / "qemu"
+    broken.write_text("#!/bin/sh\necho no library >&2; exit 127\n")
+    broken.chmod(0o755)
+    with pytest.raises(RacklessError, match="does not tell its version: no library"):
+        template.emulator_version(str(broken))
 
 
 def test_a_template_is_kept_and_a_damaged_one_made_again(tmp_path: Path) -> None:
@@ -171,11 +179,13 @@ def test_a_template_is_kept_and_a_damaged_one_made_again(tmp_path: Path) -> None
         made.append(file)
         file.write_bytes(saved)
 
-    state = template.obtain(tmp_path, "k1", boot_and_save)
-    assert template.obtain(tmp_path, "k1", boot_and_save) == state
+    state = template.obtain(tmp_path, KIND, "k1", boot_and_save)
+    assert template.obtain(tmp_path, KIND, "k1", boot_and_save) == state
     assert len(made) == 1
+    assert template.kind_of(state.parent) == KIND
+    assert template.kind_of(tmp_path) is None
     state.write_bytes(state.read_bytes()[:-1])
-    template.obtain(tmp_path, "k1", boot_and_save)
+    template.obtain(tmp_path, KIND, "k1", boot_and_save)
     assert len(made) == 2
     assert state.read_bytes() == saved
 
@@ -185,5 +195,5 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(RacklessError, match=r"cannot keep a template in .*: No space left") as caught:
-        template.obtain(tmp_path, "k1", boot_and_save)
+        template.obtain(tmp_path, KIND, "k1", boot_and_save)
     assert caught.value.hint is not None

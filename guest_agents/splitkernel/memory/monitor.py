@@ -1,6 +1,7 @@
 """The memory monitor: gives a memory blade's memory to processor blades, by vRegions.
 
-The blade's free memory is one registered arena. A processor's monitor connects (`verbs.accept`, service "memory"),
+Memory is registered in slabs as it is asked for: registering pins pages, so a whole blade at once would cost seconds
+at its start and the host's memory from then on. A processor's monitor connects (`verbs.accept`, service "memory"),
 asks for regions, and then reads and writes them itself, one-sided: this agent's CPU is not on the data path, unlike
 in LegoOS, where a miss is an RPC served by a worker thread (legoos.md 1.2). What a connection holds goes back when
 it is released or its owner disappears.
@@ -9,6 +10,7 @@ it is released or its owner disappears.
 from __future__ import annotations
 
 import itertools
+import mmap
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,23 +21,27 @@ from guest_agents.verbs.arena import Arena
 from guest_agents.verbs.device import Device
 from guest_agents.verbs.node import Accepted, Node
 
+SLAB = 64 << 20
+
 
 @dataclass(frozen=True)
 class Region:
-    """A piece of the arena that one program's memory uses."""
+    """A piece of a slab that one program's memory uses."""
 
     connection: int
     pid: int
+    slab: Arena
     offset: int
     size: int
 
 
 class MemoryMonitor:
-    """The arena and its books."""
+    """The slabs and their books; together they never have more than ``size`` bytes."""
 
     def __init__(self, node: Node, size: int) -> None:
         self._node = node
-        self._arena = Arena(node.device, size)
+        self._size = size
+        self._slabs: list[Arena] = []
         self._regions: dict[int, Region] = {}
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -48,20 +54,14 @@ class MemoryMonitor:
     def allocate(self, request: control.Message) -> control.Message:
         """memory.allocate: a region of at least `size` bytes for a program of that connection's owner."""
         connection = self._node.accepted(int(request["connection"]))
-        size = int(request["size"])
+        size = -(-int(request["size"]) // mmap.PAGESIZE) * mmap.PAGESIZE
         if size <= 0:
             raise control.ControlError(f"cannot allocate {size} bytes", None)
         with self._lock:
-            offset = self._arena.extents.allocate(size)
-            if offset is None:
-                left = self._arena.size - self._arena.extents.allocated
-                raise control.ControlError(
-                    f"out of remote memory: {size} bytes asked, {left} free", "add a memory blade, or run less"
-                )
+            slab, offset = self._place(size)
             number = next(self._numbers)
-            self._regions[number] = Region(connection.number, int(request["pid"]), offset, size)
-        address = self._arena.address + offset
-        return {"region": number, "addr": address, "rkey": self._arena.rkey, "size": size}
+            self._regions[number] = Region(connection.number, int(request["pid"]), slab, offset, size)
+        return {"region": number, "addr": slab.address + offset, "rkey": slab.rkey, "size": size}
 
     def free(self, request: control.Message) -> control.Message:
         """memory.free: give one region back."""
@@ -78,14 +78,14 @@ class MemoryMonitor:
         with self._lock:
             return {
                 "regions": len(self._regions),
-                "bytes_allocated": self._arena.extents.allocated,
-                "bytes_total": self._arena.size,
+                "bytes_allocated": self._allocated(),
+                "bytes_registered": sum(slab.size for slab in self._slabs),
+                "bytes_total": self._size,
                 "connections": len({region.connection for region in self._regions.values()}),
             }
 
     def _offer(self, accepted: Accepted, device: Device) -> None:
-        del device
-        accepted.offer.update(addr=self._arena.address, rkey=self._arena.rkey, size=self._arena.size)
+        del device  # regions are asked for later, each in a slab with a key of its own
         accepted.on_close.append(lambda: self._forget(accepted.number))
 
     def _forget(self, connection: int) -> None:
@@ -94,7 +94,32 @@ class MemoryMonitor:
                 self._return(number)
 
     def _return(self, number: int) -> None:
-        self._arena.extents.free(self._regions.pop(number).offset)
+        region = self._regions.pop(number)
+        region.slab.extents.free(region.offset)
+        if not region.slab.extents.allocated:
+            self._slabs.remove(region.slab)
+            region.slab.close()
+
+    def _place(self, size: int) -> tuple[Arena, int]:
+        """A free piece of at least ``size`` bytes, in a new slab when no other has one."""
+        for slab in self._slabs:
+            offset = slab.extents.allocate(size)
+            if offset is not None:
+                return slab, offset
+        room = self._size - sum(slab.size for slab in self._slabs)
+        if size > room:
+            raise control.ControlError(
+                f"out of remote memory: {size} bytes asked, {self._size - self._allocated()} free",
+                "add a memory blade, or run less",
+            )
+        slab = Arena(self._node.device, min(max(SLAB, size), room))
+        offset = slab.extents.allocate(size)
+        assert offset is not None
+        self._slabs.append(slab)
+        return slab, offset
+
+    def _allocated(self) -> int:
+        return sum(slab.extents.allocated for slab in self._slabs)
 
 
 def free_memory(meminfo: Path = Path("/proc/meminfo")) -> int:

@@ -1,0 +1,38 @@
+"""`rackless bench`: run an experiment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli.common import JsonOption
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the main app."""
+    app.command()(bench)
+
+
+def bench(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Experiment in experiments/, such as `up`.")],
+    quick: Annotated[bool, typer.Option("--quick", help="As few rounds as make sense.")] = False,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where raw samples go.")] = Path("out/bench"),
+    as_json: JsonOption = False,
+) -> None:
+    """Run an experiment; the result on standard output, progress on standard error."""
+    from orchestrator.bench import run
+    from orchestrator.ui import progress, table
+
+    with progress(name, as_json) as emit:
+        result = run(name, quick, out, emit)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    typer.echo(result["title"])
+    quantities = list(next(iter(result["median"].values())))
+    table(("variant", *quantities), [(v, *(row[q] for q in quantities)) for v, row in result["median"].items()])
+    for key, value in result["summary"].items():
+        typer.echo(f"{key}: {value}")

@@ -1,0 +1,100 @@
+"""What a rack has left of its hypervisor: blades that run, and what nobody looks after any more.
+
+A libvirtd that is not ours looks after its processes and cgroups by itself: of those nothing is ever left to us.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+
+from orchestrator.hypervisor import daemon
+from orchestrator.settings import PRIVATE_LIBVIRT, RackPaths
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def known_blades(paths: RackPaths) -> dict[str, int]:
+    """Blades that run and that the rack's libvirtd knows, or will know when it is started: domain name and pid.
+
+    The pid is 0 where another libvirtd keeps it to itself.
+    """
+    if not _private(paths):
+        from orchestrator.hypervisor import domain
+
+        with daemon.connection(paths) as conn:
+            return {domain.domain_name(paths.name, blade): 0 for blade in domain.owned(conn, paths.name)}
+    known = {}
+    for file in daemon.Daemon.of(paths).run.glob("qemu/*.pid"):
+        with suppress(OSError, ValueError):
+            pid = int(file.read_text())
+            if file.with_suffix(".xml").exists() and f"guest={file.stem}," in command_of(pid):
+                known[file.stem] = pid
+    return known
+
+
+def orphans(paths: RackPaths, known: Collection[int]) -> list[int]:
+    """QEMU processes whose blade is of this rack, whose files are in its folders, and which are not ``known``."""
+    if not _private(paths):
+        return []
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        command = command_of(int(entry.name))
+        ours = f"-name\0guest={paths.name}." in command and f"{paths.settings.run_dir / paths.name}/" in command
+        if ours and int(entry.name) not in known:
+            found.append(int(entry.name))
+    return found
+
+
+def daemons(paths: RackPaths) -> list[int]:
+    """The rack's own libvirtd and virtlogd, as far as they run."""
+    return [pid for file in daemon.Daemon.of(paths).pids.values() if (pid := daemon.running(file))]
+
+
+def own_processes(paths: RackPaths, others: Collection[int]) -> set[int]:
+    """The rack's daemons, all they started, and ``others``."""
+    mounts = set()
+    for pid in daemons(paths):  # what a daemon starts shares its mounts
+        with suppress(OSError):
+            mounts.add(os.readlink(f"/proc/{pid}/ns/mnt"))
+    found = set(others)
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if os.readlink(entry / "ns/mnt") in mounts:
+                found.add(int(entry.name))
+    return found
+
+
+def empty_cgroups(paths: RackPaths) -> list[Path]:
+    """Cgroups of the rack's blades in which nothing runs."""
+    if not _private(paths):
+        return []
+    found = []
+    for pattern in ("machine*", "*/machine*"):
+        for folder in _CGROUPS.glob(f"{pattern}/qemu-*-{paths.name}.*.libvirt-qemu"):
+            # A rack may be called as another one ends: t and my-t.
+            if re.match(rf"qemu-\d+-{re.escape(paths.name)}\.", folder.name) and not _populated(folder):
+                found.append(folder)
+    return found
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process, its words ended by NULs; empty when there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _populated(cgroup: Path) -> bool:
+    events = cgroup / "cgroup.events"
+    if events.exists():  # version 2; there cgroup.procs of a threaded group cannot be read
+        return "populated 1" in events.read_text()
+    return any(file.read_text().strip() for file in cgroup.rglob("cgroup.procs"))
+
+
+def _private(paths: RackPaths) -> bool:
+    return paths.settings.libvirt_uri == PRIVATE_LIBVIRT
