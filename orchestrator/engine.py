@@ -22,6 +22,7 @@ from orchestrator.model import Rack, warnings
 from orchestrator.network import bridge, place
 from orchestrator.parallel import together
 from orchestrator.plan import Action, Observed, Plan, State, check_capacity, make_plan
+from orchestrator.privilege import require_root
 from orchestrator.settings import RackPaths, Settings
 from orchestrator.spec import BladeSpec
 from orchestrator.ssh import config, keys, shared
@@ -78,6 +79,7 @@ def up(settings: Settings, rack: Rack, emit: Emit, cold: bool = False) -> UpResu
     check_capacity(rack, _host_memory(), os.cpu_count() or 1)
     for warning in warnings(rack):
         emit(Note(warning))
+    require_root("make network interfaces and start virtual machines")
     with lock.hold(paths):
         image = image_build.build(rack.image, settings.cache_dir / "images", emit)
         chosen = probe.accelerator(settings, image.kernel)

@@ -91,7 +91,8 @@ def _of_rack(paths: RackPaths) -> Iterator[Leftover]:
         return
     if remains.daemons(paths):
         yield Leftover("daemons", str(daemon.Daemon.of(paths).run), rack)
-    if where.exists() and not where.strangers(remains.own_processes(paths, orphans)):
+    own = remains.own_process(paths)
+    if where.exists() and not where.strangers(lambda pid: pid in orphans or own(pid)):
         yield Leftover(where.kind, where.name, rack)
     if (paths.settings.run_dir / rack).exists():
         yield Leftover("folder", str(paths.settings.run_dir / rack), rack)

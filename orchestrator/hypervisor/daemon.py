@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,7 +66,10 @@ class Daemon:
 
 
 def check(paths: RackPaths) -> None:
-    """RacklessError when the rack has blades in another libvirt than that of the settings, or this one will not do."""
+    """RacklessError when the rack has blades in another libvirt than that of the settings, or this one will not do.
+
+    The latter also when it has a rack of this name already, which another RACKLESS_RUN made.
+    """
     _must_be_here(paths)
     uri = paths.settings.libvirt_uri
     parts = urlsplit(uri)
@@ -74,6 +77,13 @@ def check(paths: RackPaths) -> None:
     if uri != PRIVATE_LIBVIRT and not ours:
         raise RacklessError(f"blades cannot live in libvirt at {uri}: it must be this host's, and run as root",
                             hint="set RACKLESS_LIBVIRT_URI to qemu:///system, or unset it")  # fmt: skip
+    if uri != PRIVATE_LIBVIRT and _home(paths) is None:
+        from orchestrator.hypervisor import domain
+
+        with closing(_open(uri)) as conn:
+            if domain.owned(conn, paths.name):
+                raise RacklessError(f"libvirt at {uri} has a rack called {paths.name}, of another RACKLESS_RUN",
+                                    hint="give this one another name")  # fmt: skip
 
 
 def claim(paths: RackPaths) -> None:
@@ -115,9 +125,6 @@ def connection(paths: RackPaths, start: bool = False) -> Iterator[libvirt.virCon
 
     Blades outlive a libvirtd that was killed: then it is started again, and finds them.
     """
-    import libvirt
-
-    libvirt.registerErrorHandler(lambda _context, _error: None, None)  # or libvirt prints every error by itself
     _must_be_here(paths)
     uri = paths.settings.libvirt_uri
     if uri == PRIVATE_LIBVIRT:
@@ -128,16 +135,23 @@ def connection(paths: RackPaths, start: bool = False) -> Iterator[libvirt.virCon
             return
         ensure(paths)
         uri = f"qemu:///system?socket={daemon.socket}"
-    try:
-        opened = libvirt.open(uri)
-    except libvirt.libvirtError as error:
-        raise RacklessError(f"cannot reach libvirt at {uri}: {error}", hint="check RACKLESS_LIBVIRT_URI") from error
-    try:
+    elif not start and _home(paths) is None:  # what is there under the rack's name is not ours
+        yield None
+        return
+    with closing(_open(uri)) as opened:
         if start:
             claim(paths)  # only now: an address at which nobody answers must not stay
         yield opened
-    finally:
-        opened.close()
+
+
+def _open(uri: str) -> libvirt.virConnect:
+    import libvirt
+
+    libvirt.registerErrorHandler(lambda _context, _error: None, None)  # or libvirt prints every error by itself
+    try:
+        return libvirt.open(uri)
+    except libvirt.libvirtError as error:
+        raise RacklessError(f"cannot reach libvirt at {uri}: {error}", hint="check RACKLESS_LIBVIRT_URI") from error
 
 
 def ensure(paths: RackPaths) -> None:
@@ -168,6 +182,7 @@ def _start(daemon: Daemon, paths: RackPaths) -> None:
     script = ["set -e", *(f"mount --bind '{source}' {place}" for place, source in mounts.items())]
     for name, pid in daemon.pids.items():
         if not running(pid):
+            _wait_for_end(pid)
             script.append(f"{_program(name)} --daemon --pid-file '{pid}'")
     command = ["nsenter", f"--net={namespace.NAMED / namespace.name_of(paths.name)}",
                "unshare", "--mount", "--propagation", "private", "sh", "-c", "\n".join(script)]  # fmt: skip
@@ -219,6 +234,19 @@ def _is(pid: int, pid_file: Path) -> bool:
     except OSError:
         return False
     return pid_file.stem.encode() in command and os.fsencode(pid_file) in command
+
+
+def _wait_for_end(pid_file: Path) -> None:
+    """Wait while a killed daemon is being taken apart: its command line is gone, but its pid file still locked."""
+    try:
+        process = Path(f"/proc/{int(pid_file.read_text())}")
+        deadline = time.monotonic() + _STOP_SECONDS
+        while not (process / "cmdline").read_bytes() and time.monotonic() < deadline:
+            if (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return  # it has let go of everything, and only waits for its parent
+            time.sleep(0.01)
+    except (OSError, ValueError):
+        return
 
 
 def _accounts(daemon: Daemon) -> dict[str, Path]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,7 +26,8 @@ def known_blades(paths: RackPaths) -> dict[str, int]:
         from orchestrator.hypervisor import domain
 
         with daemon.connection(paths) as conn:
-            return {domain.domain_name(paths.name, blade): 0 for blade in domain.owned(conn, paths.name)}
+            found = domain.owned(conn, paths.name) if conn else {}
+            return {domain.domain_name(paths.name, blade): 0 for blade in found}
     known = {}
     for file in daemon.Daemon.of(paths).run.glob("qemu/*.pid"):
         with suppress(OSError, ValueError):
@@ -54,18 +55,19 @@ def daemons(paths: RackPaths) -> list[int]:
     return [pid for file in daemon.Daemon.of(paths).pids.values() if (pid := daemon.running(file))]
 
 
-def own_processes(paths: RackPaths, others: Collection[int]) -> set[int]:
-    """The rack's daemons, all they started, and ``others``."""
+def own_process(paths: RackPaths) -> Callable[[int], bool]:
+    """A test for processes: is it one of the rack's daemons, or started by one?"""
     mounts = set()
     for pid in daemons(paths):  # what a daemon starts shares its mounts
         with suppress(OSError):
             mounts.add(os.readlink(f"/proc/{pid}/ns/mnt"))
-    found = set(others)
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if os.readlink(entry / "ns/mnt") in mounts:
-                found.add(int(entry.name))
-    return found
+    run = str(daemon.Daemon.of(paths).run)
+
+    def own(pid: int) -> bool:
+        # A libvirtd that starts tries out mount namespaces with forks of itself: its command line, other mounts.
+        return os.readlink(f"/proc/{pid}/ns/mnt") in mounts or f"--pid-file\0{run}/" in command_of(pid)
+
+    return own
 
 
 def empty_cgroups(paths: RackPaths) -> list[Path]:

@@ -22,6 +22,7 @@ from orchestrator.events import Emit, Report, step
 from orchestrator.image import cache, initramfs, manifest, vmlinux
 from orchestrator.image.mortal import mortal, plain
 from orchestrator.image.recipe import AGENTS, Recipe, hash_of, load
+from orchestrator.privilege import require_root
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 FORMAT = 2  # part of every key: raise it when the steps below change what they make
@@ -114,6 +115,7 @@ def _last_line(output: str | bytes | None) -> str:
 
 
 def _build_system(recipe: Recipe, flavour: str, work: Path, report: Report) -> None:
+    require_root("unpack and configure an image")
     free = shutil.disk_usage(work).free
     if free < SYSTEM_SPACE_BYTES:
         raise RacklessError(

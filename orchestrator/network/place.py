@@ -12,7 +12,7 @@ import hashlib
 import os
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Network
@@ -77,8 +77,8 @@ class Place(ABC):
         """Remove the rack's network, and nothing else; no error when there is none."""
 
     @abstractmethod
-    def strangers(self, own: Collection[int]) -> bool:
-        """Would others than the processes ``own`` lose their network if this were removed?"""
+    def strangers(self, own: Callable[[int], bool]) -> bool:
+        """Would a process that is not ``own`` (which is given its pid) lose its network if this were removed?"""
 
     @abstractmethod
     def entry(self) -> list[str]:
@@ -108,7 +108,7 @@ def of(paths: RackPaths) -> Place:
     """Where the network of a rack is."""
     if paths.settings.libvirt_uri == PRIVATE_LIBVIRT:
         return OwnNamespace(paths.name)
-    return HostNetwork(paths.name)
+    return HostNetwork(paths.name, paths.settings.run_dir)
 
 
 class OwnNamespace(Place):
@@ -154,13 +154,15 @@ class OwnNamespace(Place):
                 netns.remove(self.name)
             (namespace.NAMED / self.name).unlink(missing_ok=True)
         except OSError as error:
-            raise _refused(f"remove the namespace {self.name}", error.errno or 0) from error
+            # Who may not unmount it cannot remove its file either, which is said to be busy.
+            code = errno.EPERM if error.errno == errno.EBUSY else error.errno or 0
+            raise _refused(f"remove the namespace {self.name}", code) from error
 
-    def strangers(self, own: Collection[int]) -> bool:
+    def strangers(self, own: Callable[[int], bool]) -> bool:
         mark = (namespace.NAMED / self.name).stat().st_ino
         for entry in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):  # it ended
-                if (entry / "ns/net").stat().st_ino == mark and int(entry.name) not in own:
+                if (entry / "ns/net").stat().st_ino == mark and not own(int(entry.name)):
                     return True
         return False
 
@@ -174,11 +176,15 @@ class OwnNamespace(Place):
         return NetNS(self.name, flags=os.O_RDONLY)  # or it would make one
 
 
+@dataclass(frozen=True)
 class HostNetwork(Place):
-    """Among the host's interfaces: ``rlm-HASH`` and ``rlf-HASH``, whose alias is ``rackless:RACK``.
+    """Among the host's interfaces: ``rlm-HASH`` and ``rlf-HASH``, whose alias is ``rackless:RACK:RUN-FOLDER``.
 
     Taps need no mark: they are ports of these bridges, and end with their blade.
     """
+
+    run: Path
+    """RACKLESS_RUN: a rack of the same name may be in another."""
 
     @property
     def kind(self) -> str:
@@ -191,7 +197,7 @@ class HostNetwork(Place):
     @property
     def mark(self) -> str:
         """The alias of the rack's bridges (`ip link` shows it)."""
-        return f"rackless:{self.rack}"
+        return f"rackless:{self.rack}:{self.run}"
 
     def bridge(self, network: str) -> str:
         return f"rl{network[0]}-{hashlib.sha256(self.rack.encode()).hexdigest()[:6]}"
@@ -236,7 +242,7 @@ class HostNetwork(Place):
                 if index is not None:
                     net.link("del", index=index)
 
-    def strangers(self, own: Collection[int]) -> bool:
+    def strangers(self, own: Callable[[int], bool]) -> bool:
         return False
 
     def entry(self) -> list[str]:
@@ -262,7 +268,7 @@ class HostNetwork(Place):
         return None
 
     def _mac(self, bridge: str) -> str:
-        return mac_address(self.rack, "host", bridge)
+        return mac_address(self.rack, str(self.run), bridge)
 
     def _taken(self, net: Any) -> Iterator[tuple[IPv4Network, str]]:
         """Addresses and routes of the host but the default one, each with its interface; the rack's own are not."""

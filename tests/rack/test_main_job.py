@@ -17,7 +17,7 @@ from tests.rack.conftest import Rack
 
 pytestmark = pytest.mark.rack
 
-TEXT_BYTES = 3 << 20
+TEXT_BYTES = 2 << 20
 EXCACHE = "16MiB"
 COUNT_WORDS = """{ $0 = tolower($0); gsub(/[^a-z]+/, " "); for (i = 1; i <= NF; i++) count[$i]++ }
 END { for (word in count) print count[word], word }"""
@@ -94,7 +94,7 @@ def test_streams_and_exit_codes_are_the_programs(rack: Rack) -> None:
 
 def test_run_refuses_what_makes_no_sense(rack: Rack) -> None:
     for words, said in (
-        (("--on", "mb0", "--", "true"), "not a processor"),
+        (("--on", "mb0", "--", "true"), "runs no programs"),
         (("--on", "pb9", "--", "true"), "no blade pb9"),
         (("--on", "pb0", "--excache", "lots", "--", "true"), "lots"),
     ):

@@ -48,7 +48,8 @@ class Host(Bench):
         return {link["ifname"]: link.get("ifalias", "") for link in json.loads(self.ask("ip", "-json", "link"))}
 
     def domains(self) -> list[str]:
-        return sorted(self.ask("virsh", "-c", self.environment["RACKLESS_LIBVIRT_URI"], "list", "--all", "--name").split())
+        uri = self.environment["RACKLESS_LIBVIRT_URI"]
+        return sorted(self.ask("virsh", "-c", uri, "list", "--all", "--name").split())
 
 
 @pytest.fixture
@@ -64,6 +65,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
                         else templates.render(template, **values))  # fmt: skip
     uri = f"qemu:///system?socket={libvirt.socket}"
     made = Host(tmp_path, run, {"RACKLESS_LIBVIRT_URI": uri}, name, libvirt.pids["libvirtd"])
+    Bench(tmp_path, run).rackless("image", "build")  # here: from the scratch network no mirror can be reached
     netns.create(namespace.name_of(name))
     try:
         made.ask("ip", "link", "set", "lo", "up")
@@ -72,7 +74,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     finally:
         daemon.stop(paths)
         netns.remove(namespace.name_of(name))
-        for folder in (run, paths.settings.run_dir):
+        for folder in (run, run.with_name(f"{run.name}-2"), paths.settings.run_dir):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -99,7 +101,7 @@ def test_a_rack_among_the_hosts_interfaces(host: Host) -> None:
         assert {blade: about["state"] for blade, about in states.items()} == {"gm0": "ready", "sb0": "ready"}
         assert host.domains() == sorted(f"{name}.{blade}" for blade in blades)
         new = {link: alias for link, alias in host.interfaces().items() if link not in before}
-        bridges = sorted(link for link, alias in new.items() if alias == f"rackless:{name}")
+        bridges = sorted(link for link, alias in new.items() if alias == f"rackless:{name}:{host.run}")
         assert [bridge[:4] for bridge in bridges] == ["rlf-", "rlm-"]
         fabric, management = bridges
         assert new.keys() == {fabric, management, *(f"{bridge}-{index}" for bridge in bridges for index in (0, 1))}
@@ -112,6 +114,13 @@ def test_a_rack_among_the_hosts_interfaces(host: Host) -> None:
         assert "ProxyCommand" not in config.read_text()
         assert host.ask("ssh", "-F", str(config), "gm0", "hostname") == "gm0\n"
         assert json.loads(host.rackless("gc", "--json").stdout) == []
+
+        stranger = replace(host, run=host.run.with_name(f"{host.run.name}-2"), folder=host.folder / "stranger")
+        stranger.folder.mkdir()
+        told = stranger.rackless("up", str(stranger.rack_file(name, "pair")), check=False)
+        assert f"has a rack called {name}, of another RACKLESS_RUN" in told.stderr
+        stranger.rackless("down", name)  # has nothing to take down
+        assert len(host.domains()) == len(blades)
 
         elsewhere = Bench(host.folder, host.run)  # somebody who forgets the variable
         for words in (("down", name), ("up", str(file)), ("status", name)):

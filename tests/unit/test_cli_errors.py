@@ -188,19 +188,19 @@ def test_a_state_folder_that_is_a_file(rackless: Run, rack: Path, tmp_path: Path
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root, to give it up")
-@pytest.mark.parametrize("command", ["down"])
-def test_without_root(environment: dict[str, str], rack: Path, tmp_path: Path, command: str) -> None:
+@pytest.mark.parametrize(("words", "told"), [(["down", "tcli"], "ermission"), (["up", "work/tcli.yml"], "needs root")])
+def test_without_root(environment: dict[str, str], rack: Path, tmp_path: Path, words: list[str], told: str) -> None:
     (tmp_path / "state").mkdir(mode=0o755)
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_mode & 0o005 != 0o005 and folder.is_relative_to("/tmp") and folder != Path("/tmp"):
             folder.chmod(0o755)
     done = subprocess.run(
-        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", COMMAND, command, "tcli"],
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", COMMAND, *words],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     if "Permission denied" in done.stderr and str(ROOT) in done.stderr:
         pytest.skip("this checkout is not readable for others")
-    assert "ermission" in errors(Done(done.returncode, done.stdout, done.stderr))[0]
+    assert told in errors(Done(done.returncode, done.stdout, done.stderr))[0]
 
 
 def test_images_in_an_empty_cache(rackless: Run) -> None:

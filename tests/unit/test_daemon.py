@@ -184,7 +184,7 @@ def test_an_unreachable_uri_is_one_line() -> None:
         elsewhere = RackPaths(replace(paths.settings, libvirt_uri="qemu:///system?socket=/nowhere"), paths.name)
         with (
             pytest.raises(RacklessError, match="cannot reach libvirt at qemu:///system"),
-            daemon.connection(elsewhere),
+            daemon.connection(elsewhere, start=True),
         ):
             pass
 
@@ -330,7 +330,8 @@ def test_blades_of_another_libvirt_are_not_orphans(pretend: Callable[..., subpro
 def test_a_libvirt_that_does_not_answer_is_forgotten() -> None:
     with scratch_rack() as paths:
         wrong = RackPaths(replace(paths.settings, libvirt_uri="qemu:///system?socket=/nowhere"), paths.name)
-        daemon.check(wrong)
+        with pytest.raises(RacklessError, match="cannot reach libvirt"):
+            daemon.check(wrong)
         with pytest.raises(RacklessError, match="cannot reach libvirt"), daemon.connection(wrong, start=True):
             pass
         daemon.check(paths)

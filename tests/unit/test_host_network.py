@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from ipaddress import IPv4Network
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -81,7 +83,7 @@ def test_bridges_are_marked_and_named_by_their_rack(host: Host, rack: HostNetwor
     for network, mtu, prefix in ((MANAGEMENT, 1500, "rlm-"), (FABRIC, 9000, "rlf-")):
         link = found[rack.bridge(network)]
         assert link["ifname"].startswith(prefix)
-        assert (link["mtu"], link["ifalias"], link["linkinfo"]["info_kind"]) == (mtu, f"rackless:{rack.rack}", "bridge")
+        assert (link["mtu"], link["ifalias"], link["linkinfo"]["info_kind"]) == (mtu, rack.mark, "bridge")
         assert len(rack.tap(network, 9999)) == 15
     (shown,) = host.ip("-4", "addr", "show", "dev", rack.bridge(MANAGEMENT))
     assert [(a["local"], a["prefixlen"]) for a in shown["addr_info"]] == [(ADDRESS, 24)]
@@ -97,7 +99,7 @@ def test_the_real_host_does_not_see_it(host: Host, rack: HostNetwork) -> None:
 
 
 def test_racks_side_by_side_need_addresses_of_their_own(host: Host, rack: HostNetwork) -> None:
-    other = HostNetwork("other")
+    other = HostNetwork("other", rack.run)
     host(ensure_network, rack)
     with pytest.raises(RacklessError, match=r"the management subnet 10\.78\.0\.0/24 of rack other clashes") as caught:
         host(ensure_network, other)
@@ -157,6 +159,17 @@ def test_an_up_killed_before_it_marked_its_bridge(host: Host, rack: HostNetwork)
     assert set(host.links()) == {"lo"}
 
 
+def test_a_rack_of_the_same_name_elsewhere_is_another_one(host: Host, rack: HostNetwork) -> None:
+    assert rack.mark.startswith(f"rackless:{rack.rack}:")
+    other = HostNetwork(rack.rack, rack.run / "other")
+    host(ensure_network, rack)
+    assert not host(other.exists)
+    host(other.remove)
+    assert host(rack.exists)
+    with pytest.raises(RacklessError, match=f"is not of rack {rack.rack}"):
+        host(ensure_network, other, IPv4Network("10.79.0.0/24"))
+
+
 def test_removing_can_be_repeated(host: Host, rack: HostNetwork) -> None:
     host(rack.remove)
     host(ensure_network, rack)
@@ -203,3 +216,44 @@ def test_bridges_left_over_are_found_and_removed(
     host(leftovers.remove, paths.settings, found)
     assert set(host.links()) == {"lo"}
     assert host(leftovers.find, paths.settings) == []
+
+
+UNPRIVILEGED = """
+import sys
+from pathlib import Path
+from ipaddress import IPv4Network
+from orchestrator.errors import RacklessError
+from orchestrator.network import bridge, shaping
+from orchestrator.network.place import HostNetwork, OwnNamespace
+name, run = sys.argv[2], Path(sys.argv[4])
+place = HostNetwork(name, run) if sys.argv[1] == "host" else OwnNamespace(name)
+step = {"ensure": lambda: bridge.ensure(place, IPv4Network("10.78.0.0/24"), IPv4Network("10.77.0.0/24"), 9000),
+        "limit": lambda: shaping.limit(place, 0, 1_000_000), "remove": place.remove}[sys.argv[3]]
+try:
+    step()
+except RacklessError as error:
+    print(error.message, error.hint, sep="|")
+"""
+
+
+@pytest.mark.parametrize("what", ["host", "own"])
+@pytest.mark.parametrize("step", ["ensure", "limit", "remove"])
+def test_what_root_alone_may_do_is_one_line(host: Host, rack: HostNetwork, what: str, step: str) -> None:
+    """As a user would get it: root without the rights to change networks."""
+    name = rack.rack
+    where: place.Place = rack
+    enter = ["nsenter", f"--net={namespace.NAMED / namespace.name_of(host.name)}"]
+    if what == "own":
+        where = place.OwnNamespace(name)
+        enter = []
+    if step != "ensure":
+        host(ensure_network, where)
+        network = host.name if what == "host" else name
+        Host(network).ip("link", "add", where.tap(FABRIC, 0), "type", "veth")
+    drop = ["setpriv", "--bounding-set", "-net_admin,-sys_admin", "--"]
+    done = subprocess.run([*enter, *drop, sys.executable, "-c", UNPRIVILEGED, what, name, step, rack.run],
+                          cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)  # fmt: skip
+    message, hint = done.stdout.strip().split("|")
+    assert message.startswith("cannot ")
+    assert message.endswith("Operation not permitted")
+    assert "root" in hint
