@@ -84,7 +84,7 @@ class Agent:
             node=node,
             secret=self.secret,
             peers=lambda kind: {m["name"]: m["management"] for m in self.membership.of_kind(kind)},
-            excache=mine.excache or DEFAULT_EXCACHE,
+            excache=lambda: self.identity.excache or DEFAULT_EXCACHE,
         )
         for module in MONITORS[mine.kind]:
             handlers |= importlib.import_module(module).handlers(config)

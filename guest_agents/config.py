@@ -25,7 +25,7 @@ class AgentConfig:
     peers: Callable[[str], dict[str, str]]
     """Blades of a kind that are in the rack now: name -> management address. Asked whenever one is needed."""
 
-    excache: int = 64 << 20
+    excache: Callable[[], int] = lambda: 64 << 20
     """Default ExCache of a program on a processor blade."""
 
     arena: int | None = None

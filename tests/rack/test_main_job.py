@@ -92,6 +92,25 @@ def test_streams_and_exit_codes_are_the_programs(rack: Rack) -> None:
     assert missing.stderr.count(b"\n") == 1
 
 
+def test_the_racks_excache_can_change_while_it_runs(rack: Rack, tmp_path: Path) -> None:
+    stats = tmp_path / "stats.json"
+
+    def excache() -> int:
+        done = rack("run", "--on", "pb0", "--stats", str(stats), "--", "true")
+        assert done.returncode == 0
+        return int(json.loads(stats.read_text())["excache_bytes"])
+
+    assert excache() == 64 << 20
+    text = rack.file.read_text()
+    try:
+        rack.file.write_text(text.replace("excache: 64 MiB", "excache: 8 MiB"))
+        rack.bench.rackless("up", str(rack.file))
+        assert excache() == 8 << 20
+    finally:
+        rack.file.write_text(text)
+        rack.bench.rackless("up", str(rack.file))
+
+
 def test_run_refuses_what_makes_no_sense(rack: Rack) -> None:
     for words, said in (
         (("--on", "mb0", "--", "true"), "runs no programs"),

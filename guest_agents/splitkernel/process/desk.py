@@ -50,7 +50,7 @@ class Desk:
     """
 
     def __init__(
-        self, path: Path, jobs: Path, excache: int, lender: Lender, extra: Callable[[], dict[str, Any]]
+        self, path: Path, jobs: Path, excache: Callable[[], int], lender: Lender, extra: Callable[[], dict[str, Any]]
     ) -> None:
         self._jobs = jobs
         self._excache = excache
@@ -90,7 +90,7 @@ class Visit:
     """One client's conversation and what it holds."""
 
     def __init__(
-        self, jobs: Path, excache: int, lender: Lender, extra: Callable[[], dict[str, Any]]
+        self, jobs: Path, excache: Callable[[], int], lender: Lender, extra: Callable[[], dict[str, Any]]
     ) -> None:
         self._jobs = jobs
         self._excache = excache
@@ -134,7 +134,7 @@ class Visit:
         self._job = Path(tempfile.mkdtemp(dir=self._jobs))
         self._job.chmod(0o1777)  # the program may run as another user
         self._before = self._extra()
-        return [str(self._job), excache or str(self._excache)]
+        return [str(self._job), excache or str(self._excache())]
 
     def _report(self, job: str, seconds: str, code: str) -> list[str]:
         if self._job is None or str(self._job) != job:
