@@ -26,8 +26,8 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    text_size: Annotated[str, typer.Option("--text", metavar="SIZE", help="How much of the text.")] = "4 MiB",
-    excache: Annotated[str, typer.Option(metavar="SIZE", help="Local memory of the program.")] = "12 MiB",
+    text_size: Annotated[str, typer.Option("--text", metavar="SIZE", help="How much of the text.")] = "2 MiB",
+    excache: Annotated[str, typer.Option(metavar="SIZE", help="Local memory of the program.")] = "8 MiB",
     rack: RackOption = None,
     as_json: JsonOption = False,
 ) -> None:
