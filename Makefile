@@ -53,7 +53,7 @@ lint: setup ## ruff and mypy --strict
 	@.venv/bin/ruff check .
 	.venv/bin/mypy
 
-bench: setup ## run an experiment: make bench NAME=... (JSON and plots in out/)
+bench: setup ## run an experiment: make bench NAME=... (JSON and raw samples in out/)
 	@test -n "$(NAME)" || { echo 'which experiment? make bench NAME=..., one of:'; ls experiments; exit 2; } >&2
 	$(RACKLESS) bench $(NAME)
 

@@ -39,6 +39,3 @@ class AgentConfig:
 
     vnode: Path = Path("/vnode")
     """Where a processor blade mounts them."""
-
-    native: Path = Path(__file__).parent / "native" / "build"
-    """Where `split` and the shared objects of the process monitor are."""
