@@ -1,7 +1,11 @@
 """Run experiments: variants interleaved (A B A B), every raw sample and where it came from kept beside the result.
 
-An experiment is ``experiments/NAME.yml`` and the module it names, which has ``prepared(rack_file, emit)`` (a context
-manager around all samples), ``sample(variant, rack_file, emit) -> {quantity: value}`` and ``summary(medians)``.
+An experiment is ``experiments/NAME.yml`` and the module it names, which has
+
+- ``prepared(rack_file, emit)``: a context manager around all samples; what it yields is the test bed;
+- ``sample(variant, bed, emit) -> {quantity: value or list of values}``: one round of one variant;
+- ``summary(medians) -> {key: JSON}``: the figures people ask for, from ``medians[variant][quantity]``;
+- ``figure(medians, samples) -> matplotlib Figure``.
 """
 
 from __future__ import annotations
@@ -18,10 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, Note, step
+
+Sample = dict[str, float | list[float]]
+"""Quantity -> its value in one round, or its values, one for each operation."""
 
 PROJECT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = PROJECT / "experiments"
@@ -34,8 +41,8 @@ class Experiment(BaseModel):
     title: str
     module: str
     rack: Path
-    rounds: int
-    quick_rounds: int
+    rounds: PositiveInt
+    quick_rounds: PositiveInt
     variants: tuple[str, ...]
 
 
@@ -52,29 +59,42 @@ def load(name: str) -> Experiment:
 
 
 def run(name: str, quick: bool, out: Path, emit: Emit) -> dict[str, Any]:
-    """Run an experiment; medians, samples and provenance, also written to files in ``out/NAME-TIME/``."""
+    """Run an experiment; its summary, medians, samples and provenance, also written into ``out/NAME-TIME/``.
+
+    The folder has ``samples.jsonl`` (a line per sample, written as they come), ``result.json`` and ``plot.svg``.
+    """
     experiment = load(name)
     module = importlib.import_module(experiment.module)
+    rounds = experiment.quick_rounds if quick else experiment.rounds
     folder = out / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True)
-    rack = PROJECT / experiment.rack
-    samples: dict[str, list[dict[str, float]]] = {variant: [] for variant in experiment.variants}
-    with module.prepared(rack, emit), (folder / "samples.jsonl").open("w") as raw:
-        for number in range(experiment.quick_rounds if quick else experiment.rounds):
+    where = provenance()  # before the measurement: it tells how busy this machine was already
+    samples: dict[str, list[Sample]] = {variant: [] for variant in experiment.variants}
+    with module.prepared(PROJECT / experiment.rack, emit) as bed, (folder / "samples.jsonl").open("w") as raw:
+        for number in range(rounds):
             for variant in experiment.variants:
                 with step(emit, name, f"round {number + 1} {variant}"):
-                    values = module.sample(variant, rack, emit)
+                    values = module.sample(variant, bed, emit)
                 samples[variant].append(values)
                 raw.write(json.dumps({"round": number + 1, "variant": variant, "time": time.time(), **values}) + "\n")
                 raw.flush()
-    medians = {variant: {quantity: round(statistics.median(row[quantity] for row in rows), 3) for quantity in rows[0]}
-               for variant, rows in samples.items()}  # fmt: skip
-    result = {"experiment": name, "title": experiment.title, "median": medians,
-              "summary": {key: round(value, 3) for key, value in module.summary(medians).items()},
-              "samples": samples, "provenance": provenance()}  # fmt: skip
+    middle = {variant: medians(rows) for variant, rows in samples.items()}
+    summary = module.summary(middle)
+    result = {**summary, "summary": list(summary), "experiment": name, "title": experiment.title, "rounds": rounds,
+              "median": middle, "provenance": where}  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    emit(Note(f"raw samples and result: {folder}"))
+    module.figure(middle, samples).savefig(folder / "plot.svg", bbox_inches="tight")
+    emit(Note(f"raw samples, result and plot: {folder}"))
     return result
+
+
+def medians(rows: list[Sample]) -> dict[str, float]:
+    """The median of each quantity over all rounds; the values of all rounds count alike."""
+    pooled: dict[str, list[float]] = {}
+    for row in rows:
+        for quantity, value in row.items():
+            pooled.setdefault(quantity, []).extend(value if isinstance(value, list) else [value])
+    return {quantity: round(statistics.median(values), 3) for quantity, values in pooled.items()}
 
 
 def provenance() -> dict[str, Any]:

@@ -49,24 +49,26 @@ class Action:
     reasons: tuple[str, ...]
 
     @property
-    def keeps_disk(self) -> bool:
-        """Whether a blade made anew finds the disk of the old one, with what was on it."""
-        if self.spec is None or self.old is None or self.spec.disk is None or self.old.disk is None:
-            return False
-        return self.spec.disk.size == self.old.disk.size
+    def loses(self) -> tuple[str, ...]:
+        """What of the old blade does not outlive this action: its disk, its persistent memory.
 
-    @property
-    def keeps_pmem(self) -> bool:
-        """Whether a blade made anew finds the persistent memory of the old one."""
-        if self.spec is None or self.old is None or self.spec.pmem is None:
-            return False
-        return self.spec.pmem == self.old.pmem
+        A blade made anew finds a disk or a pmem of the size it wants as it was left; any other is made anew.
+        """
+        if self.kind not in ("recreate", "remove") or self.old is None:
+            return ()
+        disk, pmem = self.old.disk, self.old.pmem
+        stays = self.spec
+        kept_disk = disk and stays and stays.disk and stays.disk.size == disk.size
+        kept_pmem = pmem and stays and stays.pmem == pmem
+        lost = ("its disk" if disk and not kept_disk else "", "its persistent memory" if pmem and not kept_pmem else "")
+        return tuple(filter(None, lost))
 
     def to_json(self) -> dict[str, Any]:
         return {
             "blade": self.blade,
             "action": self.kind,
             "reasons": list(self.reasons),
+            "loses": list(self.loses),
             "spec": self.spec.to_json() if self.spec else None,
         }
 
@@ -107,7 +109,7 @@ class Plan:
                 f"{SYMBOLS[action.kind]} {action.blade:<{width}}",
                 f"{action.kind:<8}",
                 f"{blade.kind if blade else '':<9}",
-                "; ".join(action.reasons),
+                "; ".join((*action.reasons, *(f"{what} is lost" for what in action.loses))),
             )
             lines.append("  ".join(columns).rstrip())
         counts = Counter(action.kind for action in self.actions)

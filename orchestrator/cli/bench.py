@@ -32,7 +32,8 @@ def bench(
         typer.echo(json.dumps(result, indent=2))
         return
     typer.echo(result["title"])
-    quantities = list(next(iter(result["median"].values())))
-    table(("variant", *quantities), [(v, *(row[q] for q in quantities)) for v, row in result["median"].items()])
-    for key, value in result["summary"].items():
-        typer.echo(f"{key}: {value}")
+    variants = result["median"]
+    quantities = list(dict.fromkeys(quantity for row in variants.values() for quantity in row))
+    table(("median of", *variants), [(q, *(row.get(q, "") for row in variants.values())) for q in quantities])
+    for key in result["summary"]:
+        typer.echo(f"{key}: {json.dumps(result[key])}")

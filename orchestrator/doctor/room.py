@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from orchestrator.doctor.check import Check
 from orchestrator.doctor.host import in_scratch_network, refused
 from orchestrator.errors import RacklessError
-from orchestrator.settings import Settings
+from orchestrator.settings import PRIVATE_LIBVIRT, Settings
 
 if TYPE_CHECKING:
     from orchestrator.model import Rack
@@ -39,7 +39,7 @@ def checks(settings: Settings) -> Iterator[Check]:
         yield rack
     else:
         yield memory(rack)
-        yield subnets(rack, host_routes())
+        yield subnets(rack, host_routes(), settings)
     yield disk("disk for images", settings.cache_dir, IMAGE_BYTES, "RACKLESS_CACHE")
     yield disk("disk for racks", settings.state_dir, STATE_BYTES, "RACKLESS_STATE")
     yield sockets(settings)
@@ -90,12 +90,15 @@ def disk(name: str, folder: Path, need: int, variable: str) -> Check:
     return Check(name, "ok", detail)
 
 
-def subnets(rack: Rack, routes: list[IPv4Network]) -> Check:
-    """Would the rack's addresses clash with the host's, were they not in a namespace of their own?"""
+def subnets(rack: Rack, routes: list[IPv4Network], settings: Settings) -> Check:
+    """Does the host use the rack's addresses? That matters only when the rack shares the host's network."""
     both = (rack.management.subnet, rack.fabric.subnet)
     clashes = [f"{ours} and {theirs}" for ours in both for theirs in routes if ours.overlaps(theirs)]
     if clashes:
         clash = f"the host uses addresses of the rack too ({', '.join(clashes)})"
+        if settings.libvirt_uri != PRIVATE_LIBVIRT:
+            # Not a failure: it may be this very rack that is up.
+            return Check("subnets", "warn", clash, "unless it is up already, write other subnets in the rack file")
         return Check("subnets", "info", f"{clash}; harmless, the rack has its own namespace")
     return Check("subnets", "ok", f"{both[0]} and {both[1]} are not used by the host")
 

@@ -7,6 +7,7 @@ import os
 import platform
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from ipaddress import IPv4Network
 from pathlib import Path
 from types import SimpleNamespace
@@ -251,11 +252,13 @@ def test_unwritable_disk_fails() -> None:
     assert "/proc cannot be written" in check.detail
 
 
-def test_clash_of_subnets_is_only_a_remark() -> None:
-    assert room.subnets(rack(), [IPv4Network("192.168.1.0/24")]).level == "ok"
-    clash = room.subnets(rack(), [IPv4Network("10.0.0.0/8")])
+def test_clash_of_subnets_matters_only_in_the_hosts_own_network(settings: Settings) -> None:
+    assert room.subnets(rack(), [IPv4Network("192.168.1.0/24")], settings).level == "ok"
+    clash = room.subnets(rack(), [IPv4Network("10.0.0.0/8")], settings)
     assert clash.level == "info"
     assert "10.77.0.0/24 and 10.0.0.0/8" in clash.detail
+    shared = replace(settings, libvirt_uri="qemu:///system")
+    assert room.subnets(rack(), [IPv4Network("10.0.0.0/8")], shared).level == "warn"
 
 
 def test_long_run_folder_fails(settings: Settings) -> None:

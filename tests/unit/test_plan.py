@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from orchestrator.errors import RacklessError
 from orchestrator.fields import GIB, MIB
 from orchestrator.model import Rack
-from orchestrator.plan import Observed, Plan, State, check_capacity, make_plan
+from orchestrator.plan import ActionKind, Observed, Plan, State, check_capacity, make_plan
 from orchestrator.rackfile import load
 from orchestrator.spec import BladeSpec, blade_address, changes, host_address, mac_address, make_spec
 from tests.unit.rack_strategies import racks
@@ -159,16 +159,17 @@ def test_macs_are_local_and_stay(rack: str, blade: str, network: str) -> None:
     assert mac == mac_address(rack, blade, network)
 
 
-def test_data_that_a_new_blade_finds() -> None:
-    def recreated(rack: Rack, name: str) -> tuple[bool, bool]:
-        [action] = make_plan(rack, IMAGE, RUNNING).of("recreate")
-        assert action.blade == name
-        return action.keeps_disk, action.keeps_pmem
+def test_a_plan_says_what_is_lost() -> None:
+    def lost(rack: Rack, kind: ActionKind = "recreate") -> tuple[str, ...]:
+        plan = make_plan(rack, IMAGE, RUNNING)
+        [action] = plan.of(kind)
+        assert all(f"{what} is lost" in "".join(plan.render()) for what in action.loses)
+        return action.loses
 
-    assert recreated(changed_blade("sb0", memory="512 MiB"), "sb0") == (True, False)
-    assert recreated(changed_blade("sb0", disk={"size": "4 GiB"}), "sb0") == (False, False)
-    assert recreated(changed_blade("mb1", memory="1 GiB"), "mb1") == (False, True)
-    assert recreated(changed_blade("mb1", pmem="64 MiB"), "mb1") == (False, False)
+    assert lost(changed_blade("sb0", memory="512 MiB")) == ()
+    assert lost(changed_blade("sb0", disk={"size": "4 GiB"})) == ("its disk",)
+    assert lost(changed_blade("mb1", memory="1 GiB")) == ()
+    assert lost(changed_blade("mb1", pmem="64 MiB")) == ("its persistent memory",)
 
 
 @given(racks(), racks(), st.data())
