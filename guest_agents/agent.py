@@ -9,9 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from guest_agents import control, disk, fabric, identity, version
+from guest_agents.budget import Budget, budget_of
 from guest_agents.config import AgentConfig
 from guest_agents.identity import Identity
-from guest_agents.membership import Manager, Membership
+from guest_agents.lite import tier as tiers
+from guest_agents.lite.core import Core
+from guest_agents.membership import Manager, Membership, Timing
 from guest_agents.verbs.node import open_node, ping_handler
 
 log = logging.getLogger("rackless.agent")
@@ -24,6 +27,7 @@ MONITORS: dict[str, tuple[str, ...]] = {
     "storage": ("guest_agents.splitkernel.storage.monitor",),
 }
 DEFAULT_EXCACHE = 64 << 20
+_running: list[Agent] = []
 _READY_SECONDS = 120.0
 
 
@@ -51,6 +55,12 @@ def take_identity(request: dict[str, Any]) -> dict[str, Any]:
     return agent.status({})
 
 
+def leave() -> None:
+    """Tell the rack that the agent of this blade ends, if it has one."""
+    for agent in _running:
+        agent.membership.leave()
+
+
 class Agent:
     """The running agent of an identified blade."""
 
@@ -59,12 +69,17 @@ class Agent:
         self.secret = bytes.fromhex(mine.secret)
         self.started = time.monotonic()
         self.about = {"name": mine.name, "kind": mine.kind, "address": mine.fabric["address"],
-                      "management": mine.management["address"]}  # fmt: skip
-        self.membership = Membership((mine.manager, control.PORT), self.secret, self.about)
+                      "management": mine.management["address"], "node_id": mine.index + 1}  # fmt: skip
+        timing = Timing(mine.heartbeat, mine.dead_after)
+        self.membership = Membership((mine.manager, control.PORT), self.secret, self.about, timing)
+        self.manager: Manager | None = None
+        if mine.fabric["address"] == mine.manager:  # of several managers one keeps the books
+            self.manager = Manager(mine.name, timing, lambda: self.identity.hosts)
 
     def start(self) -> None:
         """Bring the networks up, serve, join. Raises TimeoutError when a network card is missing."""
         mine = self.identity
+        _running.append(self)
         fabric.configure(mine.management, mine.fabric, time.monotonic() + _READY_SECONDS)
         log.info("networks are up after %.1f s", time.monotonic() - self.started)
         fabric.shape(mine.link)
@@ -77,20 +92,34 @@ class Agent:
         }
         node = open_node(fabric.RXE)
         handlers |= {**node.handlers(), "verbs.ping": ping_handler(node, self.secret)}
-        if mine.kind == "manager":
-            handlers |= Manager(self.about).handlers()
+        budget = budget_of(mine.kind)
+        tier, lite = self._lite(budget)
+        handlers |= lite
         config = AgentConfig(
             name=mine.name,
             node=node,
             secret=self.secret,
+            budget=budget,
             peers=lambda kind: {m["name"]: m["management"] for m in self.membership.of_kind(kind)},
             excache=lambda: self.identity.excache or DEFAULT_EXCACHE,
         )
         for module in MONITORS[mine.kind]:
             handlers |= importlib.import_module(module).handlers(config)
         control.Server(("0.0.0.0", control.PORT), self.secret, handlers).start()
+        tier.start()
         self.membership.start()
         log.info("%s of kind %s serves rack %s", mine.name, mine.kind, mine.rack)
+
+    def _lite(self, budget: Budget) -> tuple[tiers.Tier, dict[str, control.Handler]]:
+        """The tier of LITE and, on the manager, the books of members and LMRs; what serves others."""
+        mine = self.identity
+        settings = tiers.Settings(mine.name, mine.manager, self.secret, control.PORT, tiers.SOCKET)
+        made = tiers.Tier(Core(), self.membership, settings, budget, self.manager)
+        if self.manager is None:
+            return made, made.handlers()
+        directory = tiers.manager_directory(self.manager, made)
+        self.manager.start()
+        return made, {**self.manager.handlers(), **made.handlers(directory)}
 
     def status(self, _request: control.Message) -> control.Message:
         """Health of this blade as `rackless status` shows it."""
@@ -115,6 +144,10 @@ class Agent:
     def _update(self, request: control.Message) -> control.Message:
         """The host changed what can change while the blade runs."""
         fabric.shape(request["link"])
-        self.identity = replace(self.identity, link=request["link"], excache=request["excache"])
+        changes = {name: request[name] for name in ("link", "excache", "heartbeat", "dead_after")}
+        self.identity = replace(self.identity, **changes)
+        self.membership.timing = Timing(request["heartbeat"], request["dead_after"])
+        if self.manager is not None:
+            self.manager.timing = self.membership.timing
         identity.save(self.identity)
         return {}

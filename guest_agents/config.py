@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from guest_agents.budget import Budget
 from guest_agents.verbs.node import Node
 
 
@@ -25,14 +26,11 @@ class AgentConfig:
     peers: Callable[[str], dict[str, str]]
     """Blades of a kind that are in the rack now: name -> management address. Asked whenever one is needed."""
 
+    budget: Budget
+    """The memory this blade gives to others."""
+
     excache: Callable[[], int] = lambda: 64 << 20
     """Default ExCache of a program on a processor blade."""
-
-    arena: int | None = None
-    """Memory that a memory blade gives out; None: what is free when its monitor starts, less `memory_kept`."""
-
-    memory_kept: int = 96 << 20
-    """Memory a memory blade keeps for its own system when `arena` is None."""
 
     storage_root: Path = Path("/srv/vnode")
     """Directory of a storage blade that holds the files of /vnode."""

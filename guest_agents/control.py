@@ -8,7 +8,7 @@ both sides authenticated by HMAC with the rack's secret. A connection carries an
 
     request   {"op": "memory.stats", ...fields}                 one JSON object as UTF-8 bytes
     reply     {"ok": true, ...fields}
-              {"ok": false, "error": "one line", "hint": "what to do" | null}
+              {"ok": false, "error": "one line", "hint": "what to do" | null, "code": number of LITE's error?}
 
 Messages known today (`?` marks an optional field, sizes are bytes, GIDs are strings such as "::ffff:10.77.0.2"):
 
@@ -20,9 +20,16 @@ Messages known today (`?` marks an optional field, sizes are bytes, GIDs are str
     memory.allocate connection, pid, size                         region, addr, rkey, size
     memory.free     connection, region                            -
     memory.stats    -                                             regions, bytes_allocated, bytes_registered,
-                                                                  bytes_total, connections
+                                                                  bytes_total, bytes_of_others, connections
     storage.stats   -                                             requests, bytes_in, bytes_out, bytes_total, bytes_free
     process.stats   -                                             programs, connections, memory, storage
+    member.join     a blade's description, incarnation?, ...      node_id, incarnation, members, dead, version
+    member.beat     node_id, incarnation, version                 known, members, dead, version
+    member.leave    node_id, incarnation                          -
+    member.list     -                                             members, dead, version
+    lite.stat       -                                             what a blade's tier of LITE holds and has done
+    lite.qos        mode                                          -
+    lite.*          meant_for (node_id, incarnation), ...         among the tiers: see guest_agents/lite/
 
 Everything the connection `connection` allocated is freed by `verbs.release`, and also when the control connection
 over which it was accepted closes: a dead client leaves nothing in the books.
@@ -32,6 +39,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -57,12 +65,20 @@ log = logging.getLogger("rackless.control")
 
 
 class ControlError(Exception):
-    """A request failed: `error` says what happened in one line, `hint` what to do about it (or None)."""
+    """A request failed: `error` says what happened in one line, `hint` what to do about it (or None).
 
-    def __init__(self, error: str, hint: str | None = None) -> None:
+    `code` is the number of a named error of LITE (guest_agents/lite/errors.py); other errors have none.
+    """
+
+    def __init__(self, error: str, hint: str | None = None, code: int | None = None) -> None:
         super().__init__(error)
         self.error = error
         self.hint = hint
+        self.code = code
+
+
+class LostError(ControlError):
+    """The other agent does not answer, or went away in the middle of a request: it may have been carried out."""
 
 
 class Peer:
@@ -103,7 +119,8 @@ def dispatch(handlers: Mapping[str, Handler], request: Message) -> Message:
     try:
         return {"ok": True, **handler(request)}
     except ControlError as failure:
-        return {"ok": False, "error": failure.error, "hint": failure.hint}
+        reply = {"ok": False, "error": failure.error, "hint": failure.hint}
+        return reply if failure.code is None else {**reply, "code": failure.code}
     except KeyError as missing:
         log.exception("%s failed", op)
         return {"ok": False, "error": f"{op}: field {missing} is missing", "hint": None}
@@ -200,6 +217,7 @@ class ControlClient:
         connect: Callable[[tuple[str, int], float], socket.socket] | None = None,
     ) -> None:
         self._lock = threading.Lock()
+        self._ending = threading.Lock()
         self._timeout = timeout
         self.address = address
         where = f"{address[0]}:{address[1]}"
@@ -209,7 +227,7 @@ class ControlClient:
         except AuthenticationError:
             raise ControlError(f"the agent at {where} has another secret", "is it a blade of this rack?") from None
         except (OSError, EOFError) as failure:
-            raise ControlError(
+            raise LostError(
                 f"no agent answers at {where}: {failure or type(failure).__name__}", "is the blade up?"
             ) from failure
 
@@ -224,18 +242,37 @@ class ControlClient:
             try:
                 self._connection.send_bytes(json.dumps({"op": op, **fields}).encode())
                 if not self._connection.poll(wait):
-                    self._connection.close()
-                    raise ControlError(f"{op}: no reply from {where} in {wait:g} s", "is the blade up?")
+                    self.close()
+                    raise LostError(f"{op}: no reply from {where} in {wait:g} s", "is the blade up?")
                 reply: Message = json.loads(self._connection.recv_bytes(MAX_MESSAGE))
             except (OSError, EOFError) as failure:
-                raise ControlError(f"{op}: the agent at {where} has gone: {failure}", "see its log") from failure
+                raise LostError(f"{op}: the agent at {where} has gone: {failure}", "see its log") from failure
         if not reply.pop("ok", False):
-            raise ControlError(reply.get("error", "no error given"), reply.get("hint"))
+            raise ControlError(reply.get("error", "no error given"), reply.get("hint"), reply.get("code"))
         return reply
 
     def close(self) -> None:
         """Close the connection; the agent then frees what belonged to it."""
-        self._connection.close()
+        with self._ending:
+            self._connection.close()
+
+    def stale(self) -> bool:
+        """Whether a new request cannot succeed: the connection is closed, here or there."""
+        try:
+            # An agent says nothing unasked: what can be read is the end.
+            return self._connection.closed or self._connection.poll()
+        except OSError:
+            return True
+
+    def abort(self) -> None:
+        """Make the request that another thread waits for fail now; the connection is of no use afterwards."""
+        # The thread that waits would not notice a close, and closing under it would give its descriptor away.
+        with (
+            self._ending,
+            suppress(OSError),
+            socket.socket(fileno=os.dup(self._connection.fileno())) as guard,
+        ):
+            guard.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> ControlClient:
         return self

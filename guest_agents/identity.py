@@ -36,6 +36,9 @@ class Identity:
     authorized_key: str
     host_key: str
     hosts: dict[str, str]  # name -> management address, of every blade of the rack
+    index: int  # place in the rack, from 0
+    heartbeat: float  # seconds
+    dead_after: float  # seconds
     disk: bool = False  # a data disk is plugged in as /dev/vdc, with an ext4 on it
     excache: int | None = None  # bytes
 

@@ -1,14 +1,27 @@
 """Who is in the rack: the manager blade keeps the list, every agent joins it over the fabric and beats.
 
-LITE's cluster manager hands out ids but knows no heartbeat (lite-and-hotpot.md, 1.2); here a silent member is
-shown as ``silent`` after five missed beats. The control channel's handshake keeps strangers out.
+LITE's cluster manager hands out ids but knows no heartbeat, no leaving and no return (lite-and-hotpot.md, 1.2). Here:
+
+- A **node id** is the blade's place in the rack (1 for index 0), which also fixes its addresses. So no manager,
+  however freshly started, can give one id to two living blades.
+- Every join begins a new **life** of that node, with a higher **incarnation**. Whoever remembers (id, incarnation)
+  can tell a blade from the one that had the id before, or from itself before it was declared dead.
+- A member that does not beat for `dead_after` seconds is declared **dead**, for good: when it comes back (it was
+  paused, say) its beat is refused, and it joins anew, as a new life with clean books.
+- A beat waits at the manager until there is news or a heartbeat has passed: members learn of deaths at once.
+- A manager that was restarted knows nobody. Members claim the lives they have, and tell which ones are dead; lives
+  that were known to them and that nobody claims within `dead_after` are declared dead.
+
+The control channel's handshake keeps strangers out.
 """
 
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,101 +29,292 @@ from typing import Any
 from guest_agents import control
 from guest_agents.control import Message
 
-HEARTBEAT_SECONDS = 2.0
-SILENT_AFTER_SECONDS = 5 * HEARTBEAT_SECONDS  # a blade without KVM may well be busy for some seconds
 _RETRY_SECONDS = 0.2
+_LEAVE_SECONDS = 2.0
 
 log = logging.getLogger("rackless.membership")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How often members beat, and how long they may be silent; seconds.
+
+    A blade without KVM may well be busy for some seconds: the defaults are patient.
+    """
+
+    heartbeat: float = 1.0
+    dead_after: float = 10.0
+
+
+@dataclass(frozen=True)
+class Life:
+    """One life of a node: other lives of the same node have other incarnations."""
+
+    node: int
+    incarnation: int
 
 
 @dataclass
 class Member:
     """A blade that has joined."""
 
-    node_id: int
+    life: Life
     name: str
     kind: str
     address: str  # on the fabric
     management: str
+    state: str = "alive"
     seen: float = field(default_factory=time.monotonic)
 
     def describe(self) -> Message:
         """What others are told of it."""
-        silent = time.monotonic() - self.seen > SILENT_AFTER_SECONDS
-        return {"node_id": self.node_id, "name": self.name, "kind": self.kind, "address": self.address,
-                "management": self.management, "state": "silent" if silent else "alive"}  # fmt: skip
+        return {"node_id": self.life.node, "incarnation": self.life.incarnation, "name": self.name, "kind": self.kind,
+                "address": self.address, "management": self.management, "state": self.state}  # fmt: skip
+
+
+class Books:
+    """What else a manager keeps about members, such as LITE's directory; does nothing by itself."""
+
+    def joined(self, member: Member, report: Message) -> None:
+        """A life has joined, or claimed to go on after a restart of the manager; `report` is what it holds."""
+
+    def died(self, member: Member) -> None:
+        """A life is over; called in order, from a thread of its own, and may take its time."""
 
 
 class Manager:
-    """The list of members, on the manager blade."""
+    """The list of members, on the manager blade.
 
-    def __init__(self, own: Message) -> None:
-        """``own`` is this blade's join request: it is always the first member, also after a restart."""
-        self._members: dict[str, Member] = {}
-        self._lock = threading.Lock()
-        self.join(own)
+    own_name -- this blade: it is not declared dead by itself
+    expected -- names of all blades the rack has: when these have joined, nobody else can have anything to claim
+    """
+
+    def __init__(
+        self, own_name: str, timing: Timing | None = None, expected: Callable[[], Collection[str]] = lambda: ()
+    ) -> None:
+        self.timing = timing or Timing()
+        self.books = Books()
+        self._expected = expected
+        self._members: dict[int, Member] = {}
+        self._dead: dict[int, int] = {}  # node -> highest incarnation that is over
+        self._departed: dict[str, Member] = {}  # by name, until a blade of that name joins
+        self._missed: set[Life] = set()  # lives that members remember and that have not claimed to go on
+        self._started = time.monotonic()
+        # Higher than any that a manager before this one can have given, at less than one join per second.
+        self._incarnation = int(time.time())
+        self._version = 0
+        self._change = threading.Condition()
+        self._burials: queue.Queue[Member] = queue.Queue()
+        self._own_name = own_name
 
     def handlers(self) -> dict[str, control.Handler]:
-        """Control operations ``member.join``, ``member.beat``, ``member.list``."""
-        return {"member.join": self.join, "member.beat": self.beat, "member.list": self.list}
+        """Control operations ``member.join``, ``member.beat``, ``member.leave``, ``member.list``."""
+        return {"member.join": self.join, "member.beat": self.beat, "member.leave": self.leave,
+                "member.list": self.list}  # fmt: skip
+
+    def start(self) -> None:
+        """Watch over the members, in threads of their own."""
+        threading.Thread(target=self._watch, name="members", daemon=True).start()
+        threading.Thread(target=self._bury, name="burials", daemon=True).start()
 
     def join(self, request: Message) -> Message:
-        """A blade joins, or joins again after a restart of itself or of this manager: then it keeps its id."""
-        name = request["name"]
-        with self._lock:
-            known = self._members.get(name)
-            used = {m.node_id for m in self._members.values()}
-            before = request.get("node_id")  # a restarted manager learns the ids it gave from their holders
-            wanted = [before] if before else []
-            free = next(n for n in (*wanted, *range(1, len(used) + 2)) if n not in used)
-            node_id = known.node_id if known else free
-            self._members[name] = Member(node_id, name, request["kind"], request["address"], request["management"])
-        log.info("%s joined as node %d", name, node_id)
-        return {"node_id": node_id, **self.list(request)}
+        """A blade joins, or claims to go on living because this manager was restarted.
+
+        `incarnation` is the life it claims (None: it has just started); `dead` and `others` are what it knows of
+        others, `report` what it holds. The reply's incarnation differs from the claim when that life is over.
+        """
+        wanted = Life(int(request["node_id"]), int(request.get("incarnation") or 0))
+        member = Member(wanted, str(request["name"]), request["kind"], request["address"], request["management"])
+        with self._change:
+            for node, incarnation in request.get("dead", []):
+                self._end(int(node), int(incarnation), "other members say so")
+            others = {Life(int(node), int(incarnation)) for node, incarnation in request.get("others", [])}
+            self._incarnation = max(self._incarnation, *(life.incarnation for life in (wanted, *others)))
+            current = self._members.get(wanted.node)
+            goes_on = wanted.incarnation > self._dead.get(wanted.node, 0) and (
+                current is None or current.life == wanted
+            )
+            if not goes_on:
+                if current is not None:
+                    self._end(wanted.node, current.life.incarnation, f"{member.name} joins in its place")
+                self._incarnation += 1
+                member.life = Life(wanted.node, self._incarnation)
+            # Lives of this node before this one are over, also those that no manager has buried.
+            self._dead[wanted.node] = max(self._dead.get(wanted.node, 0), member.life.incarnation - 1)
+            for namesake in [m for m in self._members.values() if m.name == member.name and m.life != member.life]:
+                self._end(namesake.life.node, namesake.life.incarnation, "it moved to another place")
+            self._members[wanted.node] = member
+            self._departed.pop(member.name, None)
+            self._missed = {life for life in self._missed | others if not self._is_known(life)}
+            self._changed()
+        log.info("%s joined as node %d, incarnation %d", member.name, member.life.node, member.life.incarnation)
+        self.books.joined(member, request.get("report", {}) if goes_on else {})
+        return {"node_id": member.life.node, "incarnation": member.life.incarnation, **self.list(request)}
 
     def beat(self, request: Message) -> Message:
-        """A member is alive. ``known`` false asks it to join anew (this manager was restarted)."""
-        with self._lock:
-            member = self._members.get(request["name"])
+        """A member is alive. Answers when there is news since `version`, at the latest after a heartbeat.
+
+        ``known`` false asks it to join anew: it was declared dead, or this manager was restarted.
+        """
+        life = Life(int(request["node_id"]), int(request["incarnation"]))
+        with self._change:
+            member = self._member(life)
             if member is not None:
                 member.seen = time.monotonic()
+                self._change.wait_for(lambda: self._version != request.get("version"), self.timing.heartbeat)
+                member = self._member(life)
         return {"known": member is not None, **self.list(request)}
 
+    def leave(self, request: Message) -> Message:
+        """A member ends in good order: nobody has to wait for its silence."""
+        with self._change:
+            if self._member(Life(int(request["node_id"]), int(request["incarnation"]))):
+                self._end(int(request["node_id"]), int(request["incarnation"]), "it left", "left")
+        return {}
+
     def list(self, _request: Message) -> Message:
-        """All members."""
-        with self._lock:
-            return {"members": [m.describe() for m in sorted(self._members.values(), key=lambda m: m.node_id)]}
+        """All members, those that died or left and have not come back, and which incarnations are over."""
+        with self._change:
+            everyone = [*self._members.values(), *self._departed.values()]
+            return {
+                "members": [m.describe() for m in sorted(everyone, key=lambda m: (m.life.node, m.life.incarnation))],
+                "dead": sorted(self._dead.items()),
+                "version": self._version,
+            }
+
+    def alive(self) -> dict[int, Member]:
+        """The living by node id."""
+        with self._change:
+            return dict(self._members)
+
+    def is_alive(self, life: Life) -> bool:
+        """Whether this life of a node is a member now."""
+        with self._change:
+            return self._member(life) is not None
+
+    def all_here(self) -> bool:
+        """Whether every member there can be has joined: before that, books that members bring may be incomplete.
+
+        True also when `dead_after` has passed since the start: who has not claimed its life by then has lost it.
+        """
+        with self._change:
+            if time.monotonic() - self._started > self.timing.dead_after and not self._missed:
+                return True
+            return {m.name for m in self._members.values()} >= set(self._expected()) and not self._missed
+
+    def _member(self, life: Life) -> Member | None:
+        member = self._members.get(life.node)
+        return member if member is not None and member.life == life else None
+
+    def _is_known(self, life: Life) -> bool:
+        return life.incarnation <= self._dead.get(life.node, 0) or self._member(life) is not None
+
+    def _end(self, node: int, incarnation: int, why: str, state: str = "dead") -> None:
+        """This life of a node, and all before it, are over."""
+        if incarnation <= self._dead.get(node, 0):
+            return
+        self._dead[node] = incarnation
+        self._incarnation = max(self._incarnation, incarnation)
+        member = self._members.get(node)
+        if member is not None and member.life.incarnation <= incarnation:
+            del self._members[node]
+            member.state = state
+            self._departed[member.name] = member
+            self._burials.put(member)
+            log.warning("%s (node %d, incarnation %d) is dead: %s", member.name, node, member.life.incarnation, why)
+        self._changed()
+
+    def _changed(self) -> None:
+        self._version += 1
+        self._change.notify_all()
+
+    def _watch(self) -> None:
+        """Declare dead who is silent. If this very thread was held up, so were beats: that time does not count."""
+        before = time.monotonic()
+        while True:
+            pause = self.timing.heartbeat / 2
+            time.sleep(pause)
+            now = time.monotonic()
+            held_up = max(0.0, now - before - 2 * pause)
+            before = now
+            with self._change:
+                for member in list(self._members.values()):
+                    member.seen += held_up
+                    if now - member.seen > self.timing.dead_after and member.name != self._own_name:
+                        self._end(member.life.node, member.life.incarnation, f"silent for {now - member.seen:.1f} s")
+                if self._missed and now - self._started > self.timing.dead_after:
+                    for life in self._missed:
+                        self._end(life.node, life.incarnation, "it did not come back to this manager")
+                    self._missed.clear()
+
+    def _bury(self) -> None:
+        while True:
+            member = self._burials.get()
+            try:
+                self.books.died(member)
+            except Exception:
+                log.exception("the books of %s are not settled", member.name)
+
+
+class Follower:
+    """Who wants to know what happens to this blade's membership; does nothing by itself.
+
+    `report` and `reborn` are called by the membership thread and must be quick.
+    """
+
+    def report(self) -> Message:
+        """What this life holds, for a manager that was restarted."""
+        return {}
+
+    def reborn(self, life: Life) -> None:
+        """This blade begins a new life; everything it had from an earlier one is void."""
+
+    def news(self, members: list[Message], dead: dict[int, int]) -> None:
+        """Members came or went. `dead`: node -> highest incarnation that is over."""
 
 
 class Membership:
     """A blade's side: joins, keeps joined, knows the others."""
 
-    def __init__(self, manager: tuple[str, int], secret: bytes, about: dict[str, Any]) -> None:
+    def __init__(
+        self, manager: tuple[str, int], secret: bytes, about: dict[str, Any], timing: Timing | None = None
+    ) -> None:
         self._manager = manager
         self._secret = secret
         self._about = about
+        self.timing = timing or Timing()
+        self.follower = Follower()
         self.joined = threading.Event()
-        self.node_id: int | None = None
+        self.node_id = int(about["node_id"])
+        self.incarnation: int | None = None
         self.members: list[Message] = []
-        self._client: control.ControlClient | None = None
+        self.dead: dict[int, int] = {}
+        self._version: int | None = None
+        self._left = False
 
     def start(self) -> None:
         """Join and keep joined in a thread of its own."""
         threading.Thread(target=self._run, name="membership", daemon=True).start()
 
     def of_kind(self, kind: str) -> list[Message]:
-        """The members of a kind that are alive, by node id: as the manager says now, or last said if it is silent."""
-        client = self._client
-        if client is not None:
-            with suppress(control.ControlError):
-                self.members = client.call("member.list", SILENT_AFTER_SECONDS)["members"]
+        """The members of a kind that are alive, by node id, as the manager last said: it tells news at once."""
         return [m for m in self.members if m["kind"] == kind and m["state"] == "alive"]
 
+    def leave(self) -> None:
+        """Tell the manager that this blade's agent ends."""
+        self._left = True
+        if self.incarnation is not None:
+            with suppress(control.ControlError):
+                control.call(self._manager, self._secret, "member.leave", _LEAVE_SECONDS, node_id=self.node_id,
+                             incarnation=self.incarnation)  # fmt: skip
+
+    def _patience(self) -> float:
+        return self.timing.heartbeat + self.timing.dead_after
+
     def _run(self) -> None:
-        while True:
+        while not self._left:
             try:
-                with control.ControlClient(self._manager, self._secret, SILENT_AFTER_SECONDS) as client:
-                    self._client = client
+                with control.ControlClient(self._manager, self._secret, self._patience()) as client:
                     self._stay(client)
             except control.ControlError as error:
                 if self.joined.is_set():
@@ -119,16 +323,32 @@ class Membership:
                 time.sleep(_RETRY_SECONDS)
 
     def _stay(self, client: control.ControlClient) -> None:
-        known = False
-        while True:
-            op = "member.beat" if known else "member.join"
-            reply = client.call(op, **self._about, node_id=self.node_id)
-            self.members = reply["members"]
-            if not known:
-                self.node_id = reply["node_id"]
-            known = reply.get("known", True)
-            if known:
-                if not self.joined.is_set():
-                    log.info("joined as node %d", self.node_id)
-                self.joined.set()
-                time.sleep(HEARTBEAT_SECONDS)
+        while not self._left:
+            self._join(client)
+            while not self._left:
+                reply = client.call("member.beat", node_id=self.node_id, incarnation=self.incarnation,
+                                    version=self._version)  # fmt: skip
+                if not reply["known"]:
+                    self.joined.clear()
+                    break
+                self._hear(reply)
+
+    def _join(self, client: control.ControlClient) -> None:
+        others = [(m["node_id"], m["incarnation"]) for m in self.members if m["state"] == "alive"]
+        reply = client.call("member.join", **self._about, incarnation=self.incarnation, others=others,
+                            dead=sorted(self.dead.items()), report=self.follower.report())  # fmt: skip
+        if reply["incarnation"] != self.incarnation:
+            if self.incarnation is not None:
+                log.warning("this blade was declared dead; it begins anew")
+            self.incarnation = reply["incarnation"]
+            self.follower.reborn(Life(self.node_id, reply["incarnation"]))
+        self._hear(reply)
+        log.info("joined as node %d, incarnation %d", self.node_id, reply["incarnation"])
+        self.joined.set()
+
+    def _hear(self, reply: Message) -> None:
+        self._version = reply["version"]
+        dead = {int(node): int(incarnation) for node, incarnation in reply["dead"]}
+        if reply["members"] != self.members or dead != self.dead:
+            self.members, self.dead = reply["members"], dead
+            self.follower.news(self.members, dead)

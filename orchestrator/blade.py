@@ -102,10 +102,10 @@ def update(shop: Workshop, old: BladeSpec, spec: BladeSpec, running: libvirt.vir
             disk = spec.disk
             domain.explain(f"limit the disk of {spec.name}",
                            lambda: domain.limit_disk(running, disk.iops, disk.bandwidth))  # fmt: skip
-        if spec.link != old.link or spec.excache != old.excache:
+        if (spec.link, spec.excache, spec.membership) != (old.link, old.excache, old.membership):
             shaping.limit(place.of(paths), spec.index, spec.link.bandwidth)
             agents.call(paths, spec.name, spec.mgmt_address, "agent.update", paths.settings.control_seconds,
-                        link=link_fields(spec), excache=spec.excache)  # fmt: skip
+                        link=link_fields(spec), excache=spec.excache, **_membership(spec))  # fmt: skip
         metadata = {"rack": paths.name, "blade": spec.name, "ready": True, "accelerator": shop.accelerator,
                     "spec": spec.to_json()}  # fmt: skip
         domain.explain(f"mark {spec.name}", lambda: domain.write_metadata(running, metadata))
@@ -142,6 +142,10 @@ def link_fields(spec: BladeSpec) -> dict[str, Any]:
     """What the blade's own kernel shapes of its link: seconds, fractions, bit/s."""
     link = spec.link
     return {"latency": link.latency, "jitter": link.jitter, "loss": link.loss, "bandwidth": link.bandwidth}
+
+
+def _membership(spec: BladeSpec) -> dict[str, Any]:
+    return {"heartbeat": spec.membership.heartbeat, "dead_after": spec.membership.dead_after}
 
 
 def _guest(shop: Workshop, name: str, memory: int, cpus: int, metadata: dict[str, Any]) -> Guest:
@@ -199,6 +203,8 @@ def _identify(shop: Workshop, spec: BladeSpec, guest: Guest) -> None:
         "host_key": private_key,
         "hosts": shop.hosts,
         "excache": spec.excache,
+        "index": spec.index,
+        **_membership(spec),
         "disk": spec.disk is not None,
         "entropy": os.urandom(64).hex(),
         "epoch_ns": time.time_ns(),

@@ -23,6 +23,7 @@ from orchestrator.fields import (
     DiskRate,
     DiskSize,
     Excache,
+    Heartbeat,
     ImageName,
     Iops,
     Latency,
@@ -30,6 +31,7 @@ from orchestrator.fields import (
     Loss,
     Memory,
     Mtu,
+    Patience,
     Pmem,
     Quota,
     RackName,
@@ -77,6 +79,34 @@ class Management(_Part):
     subnet: Subnet = Field(
         default=IPv4Network("10.78.0.0/24"), description="Addresses for SSH; the last is the host's."
     )
+
+
+class Membership(_Part):
+    """How the manager tells that a blade is dead."""
+
+    heartbeat: Heartbeat = Field(
+        default=1.0,
+        description="How often a blade tells the manager that it is alive.",
+        examples=["1 s"],
+        json_schema_extra={"default": "1 s"},
+    )
+    dead_after: Patience = Field(
+        default=10.0,
+        description="A blade that is silent this long is dead, for good: it may join anew, with nothing it had.",
+        examples=["10 s"],
+        json_schema_extra={"default": "10 s"},
+    )
+
+    @field_validator("dead_after")
+    @classmethod
+    def _some_beats(cls, dead_after: float, info: ValidationInfo) -> float:
+        heartbeat = info.data.get("heartbeat")
+        if heartbeat is not None and dead_after < 3 * heartbeat:
+            raise ValueError(
+                f'"{format_duration(dead_after)}" is less than three heartbeats;'
+                f' write at least "{format_duration(3 * heartbeat)}", or a shorter heartbeat'
+            )
+        return dead_after
 
 
 class Disk(_Part):
@@ -213,6 +243,7 @@ class Rack(_Part):
     )
     fabric: Fabric = Field(default=Fabric(), description="The network that RDMA runs on.")
     management: Management = Field(default=Management(), description="The network for SSH and control.")
+    membership: Membership = Field(default=Membership(), description="How a dead blade is noticed.")
     blades: dict[BladeName, Blade] = Field(
         description="The blades by name; at least one is a manager.",
         examples=[{"gm0": {"kind": "manager", "memory": "256 MiB"}}],

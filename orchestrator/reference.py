@@ -44,6 +44,7 @@ _HEADINGS = {
     "The rack": None,
     "`fabric`": "Fabric",
     "`management`": "Management",
+    "`membership`": "Membership",
     "Each of `blades`": "Blade",
     "`disk`": "Disk",
     "Each of `links`": "Link",
@@ -57,6 +58,7 @@ _RULES = f"""\
 - Only a `memory` blade has `pmem`, a multiple of 16 MiB.
 - `memory` is a multiple of 1 MiB, from 192 MiB; `jitter` is at most the `latency`.
 - Both subnets are private, from /16 to /28, do not overlap, and have an address for every blade.
+- `dead_after` is at least three times the `heartbeat`.
 - `links` name blades of the same file.
 - An `mtu` below {MTU_FOR_4096} is allowed with a warning: RDMA's own MTU of 4096 bytes does not fit.
 
@@ -64,7 +66,7 @@ _RULES = f"""\
 
 | change | effect |
 |---|---|
-| `cpu_quota`, `excache`, the blade's link, the disk's `iops` and `bandwidth` | applied while the blade runs |
+| `cpu_quota`, `excache`, `membership`, the blade's link, the disk's `iops` and `bandwidth` | applied while it runs |
 | anything else | the blade is made anew |
 | the disk's `size`, the size of `pmem` | made anew, and what was on it is lost |
 | the order of blades | nothing: a blade keeps its addresses while it lives |

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from orchestrator.fields import Excache, Kind, Memory, Pmem, Quota
-from orchestrator.model import Disk, Link, Rack, blade_capacity, first_host
+from orchestrator.model import Disk, Link, Membership, Rack, blade_capacity, first_host
 
-LIVE_FIELDS = frozenset({"cpu_quota", "excache", "link", "disk.iops", "disk.bandwidth"})
+LIVE_FIELDS = frozenset({"cpu_quota", "excache", "link", "membership", "disk.iops", "disk.bandwidth"})
 """What can change while a blade runs; every other change makes the blade anew."""
 
 _IMAGE_CHARACTERS = 12
@@ -51,6 +51,7 @@ class BladeSpec:
     pmem: Pmem | None = None
     disk: Disk | None = None
     link: Link = field(default_factory=Link)
+    membership: Membership = field(default_factory=Membership)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, units written out; `from_json` reads it back exactly."""
@@ -111,6 +112,7 @@ def make_spec(rack: Rack, name: str, index: int, image_key: str) -> BladeSpec:
         pmem=blade.pmem,
         disk=blade.disk,
         link=rack.link(name),
+        membership=rack.membership,
     )
 
 

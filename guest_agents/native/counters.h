@@ -31,6 +31,11 @@ struct counters {
     uint64_t regions;           /* vRegions held */
     uint64_t wait_nanoseconds;  /* spent waiting for misses' READs */
     uint64_t busy_nanoseconds;  /* spent answering faults, waiting included */
+    uint64_t packed;            /* pages packed into the pool */
+    uint64_t packed_bytes;      /* to so many bytes */
+    uint64_t packed_hits;       /* faults answered by unpacking */
+    uint64_t spills;            /* pages that left the pool for their memory blades */
+    uint64_t pool_bytes;        /* peak of what the pool held of the ExCache */
     uint64_t blades;
     struct blade_counters blade[COUNTERS_BLADES];
 };

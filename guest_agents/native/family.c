@@ -105,7 +105,7 @@ void family_add(struct family *f, struct child *parent, int uffd)
     } else if (!parent) {
         for (size_t page = 0; page < l->arena->top; page++) {
             unsigned state = l->state[page] & STATE_MASK;
-            if (state == BUFFERED || state == REMOTE)
+            if (state != MAPPED && state != UNTOUCHED)
                 bit_set(child->needs, page);
         }
         if (f->forking && !f->taken) {

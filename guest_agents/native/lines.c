@@ -1,6 +1,8 @@
 #define _GNU_SOURCE
 #include "lines.h"
 
+#include "codec.h"
+#include "evict.h"
 #include "wire.h"
 
 #include <errno.h>
@@ -18,9 +20,7 @@
 
 enum {
     BUFFER_SHARE = 8,       /* the line buffer is an eighth of the ExCache */
-    EVICT_PAGES = 32,       /* evicted at a time */
 };
-
 
 static const char zeros[RUN_PAGES * PAGE_SIZE] __attribute__((aligned(PAGE_SIZE)));
 
@@ -31,14 +31,7 @@ static uint64_t nanoseconds(void)
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-static size_t slot_of_hand(struct lines *l)
-{
-    size_t slot = l->hand;
-    l->hand = slot + 1 == l->nslots ? 0 : slot + 1;
-    return slot;
-}
-
-static void set_state(struct lines *l, size_t page, unsigned state)
+void lines_set_state(struct lines *l, size_t page, unsigned state)
 {
     bool had = (l->state[page] & STATE_MASK) != UNTOUCHED, has = (state & STATE_MASK) != UNTOUCHED;
     l->contents += (size_t)has - (size_t)had;
@@ -47,72 +40,11 @@ static void set_state(struct lines *l, size_t page, unsigned state)
     l->state[page] = (uint8_t)state;
 }
 
-/* ---- the queue of mapped pages ---- */
-
-static bool queue_valid(const struct lines *l, size_t position)
-{
-    uint32_t page = l->queue[position & l->queue_mask];
-    return (l->state[page] & STATE_MASK) == MAPPED && l->where[page] == (uint32_t)position;
-}
-
-static void queue_push(struct lines *l, size_t page)
-{
-    if (l->tail - l->head > l->queue_mask) { /* full of stale entries: close the gaps */
-        size_t to = l->head;
-        for (size_t from = l->head; from != l->tail; from++) {
-            if (!queue_valid(l, from))
-                continue;
-            uint32_t moved = l->queue[from & l->queue_mask];
-            l->queue[to & l->queue_mask] = moved;
-            l->where[moved] = (uint32_t)to++;
-        }
-        l->tail = to;
-    }
-    l->where[page] = (uint32_t)l->tail;
-    l->queue[l->tail++ & l->queue_mask] = (uint32_t)page;
-}
-
 static void map(struct lines *l, size_t page, unsigned flags)
 {
-    set_state(l, page, MAPPED | flags);
+    lines_set_state(l, page, MAPPED | flags);
     l->mapped++;
-    queue_push(l, page);
-}
-
-/* ---- the line buffer ---- */
-
-static void release_slot(struct lines *l, size_t index)
-{
-    struct slot *slot = &l->slots[index];
-    if (slot->state == SLOT_DIRTY) {
-        l->dirty_slots--;
-        l->dirty_on[region_of(l, slot->page)->link]--;
-    }
-    slot->page = NO_OWNER;
-    if (slot->state != SLOT_FLUSHING)
-        slot->state = SLOT_FREE;
-}
-
-/* A slot for `page`: the oldest that is free or clean. Its former page is then at its blade only. */
-static size_t take_slot(struct lines *l, size_t page, bool dirty)
-{
-    for (size_t tries = 0;; tries++) {
-        if (tries == l->nslots) {
-            wire_flush(l, 1);
-            wire_reap(l, true);
-            tries = 0;
-        }
-        size_t index = slot_of_hand(l);
-        struct slot *slot = &l->slots[index];
-        if (slot->state == SLOT_CLEAN)
-            set_state(l, slot->page, REMOTE | (l->state[slot->page] & ~STATE_MASK));
-        else if (slot->state != SLOT_FREE)
-            continue;
-        *slot = (struct slot){.page = (uint32_t)page, .state = dirty ? SLOT_DIRTY : SLOT_CLEAN};
-        l->dirty_slots += dirty;
-        l->dirty_on[region_of(l, page)->link] += dirty;
-        return index;
-    }
+    evict_enqueue(l, page);
 }
 
 /* ---- the kernel's side: install, protect, remove ---- */
@@ -139,7 +71,7 @@ int lines_install(struct lines *l, int uffd, size_t page, const char *data, size
     return 0;
 }
 
-static void protect(struct lines *l, size_t page, size_t count, bool on)
+void lines_protect(struct lines *l, size_t page, size_t count, bool on)
 {
     struct uffdio_writeprotect wp = {
         .range = {(uintptr_t)arena_address(l->arena, page), count << PAGE_SHIFT},
@@ -152,7 +84,7 @@ static void protect(struct lines *l, size_t page, size_t count, bool on)
     }
 }
 
-static void unmap(struct lines *l, size_t page, size_t count)
+void lines_unmap(struct lines *l, size_t page, size_t count)
 {
     /* _LOCKED: the program may have called mlock. */
     if (syscall(SYS_madvise, arena_address(l->arena, page), count << PAGE_SHIFT, 24 /* MADV_DONTNEED_LOCKED */))
@@ -165,75 +97,9 @@ static void wake(struct lines *l, size_t page)
     ioctl(l->uffd, UFFDIO_WAKE, &range);
 }
 
-/* ---- eviction ---- */
-
-static bool is_zero(const char *data)
-{
-    return data[0] == 0 && memcmp(data, data + 1, PAGE_SIZE - 1) == 0;
-}
-
-static int by_number(const void *a, const void *b)
-{
-    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
-    return x < y ? -1 : x > y;
-}
-
-/* Move one mapped page (already protected against writes) into the buffer, or forget it if it is all zeros. */
-static void shelve(struct lines *l, size_t page)
-{
-    unsigned flags = l->state[page];
-    const char *data = arena_address(l->arena, page);
-    l->mapped--;
-    if (!(flags & STORED) && (!(flags & DIRTY) || is_zero(data))) {
-        set_state(l, page, UNTOUCHED);
-        l->count->zero_drops++;
-        return;
-    }
-    size_t slot = take_slot(l, page, flags & DIRTY);
-    memcpy(slot_data(l, slot), data, PAGE_SIZE);
-    set_state(l, page, BUFFERED | (flags & STORED) | (flags & DIRTY ? WRITTEN : 0));
-    l->where[page] = (uint32_t)slot;
-}
-
-static void evict(struct lines *l, size_t want)
-{
-    uint32_t victim[EVICT_PAGES];
-    size_t n = 0;
-    for (size_t looked = l->tail - l->head; looked && n < want && n < EVICT_PAGES; looked--) {
-        size_t position = l->head++;
-        if (!queue_valid(l, position))
-            continue;
-        uint32_t page = l->queue[position & l->queue_mask];
-        if (bit_test(l->arena->unreadable, page))
-            queue_push(l, page);
-        else
-            victim[n++] = page;
-    }
-    if (!n)
-        lines_die("the ExCache is full of pages without read permission");
-    qsort(victim, n, sizeof *victim, by_number);
-    for (size_t i = 0; i < n;) {
-        size_t k = 1;
-        while (i + k < n && victim[i + k] == victim[i] + k && !((l->state[victim[i]] ^ l->state[victim[i + k]]) & DIRTY))
-            k++;
-        if (l->state[victim[i]] & DIRTY)
-            protect(l, victim[i], k, true);
-        for (size_t j = 0; j < k; j++)
-            shelve(l, victim[i] + j);
-        unmap(l, victim[i], k);
-        i += k;
-    }
-    l->count->evictions += n;
-    wire_flush(l, wire_fair_share(l, 1));
-}
-
-static void make_room(struct lines *l, size_t pages)
-{
-    while (l->mapped + pages > l->max_mapped)
-        evict(l, EVICT_PAGES);
-}
-
 /* ---- faults ---- */
+
+static void miss(struct lines *l, size_t page, bool write);
 
 static size_t next_run(size_t page, size_t *expected, size_t *run, size_t limit)
 {
@@ -245,13 +111,13 @@ static size_t next_run(size_t page, size_t *expected, size_t *run, size_t limit)
 
 static void zero_fill(struct lines *l, size_t page, bool write)
 {
-    size_t limit = l->max_mapped / 8 < RUN_PAGES ? l->max_mapped / 8 : RUN_PAGES;
+    size_t limit = l->budget / 8 < RUN_PAGES ? l->budget / 8 : RUN_PAGES;
     size_t want = next_run(page, &l->next_zero, &l->zero_run, limit), run = 1;
     while (run < want && page + run < l->arena->top && l->state[page + run] == UNTOUCHED &&
            bit_test(l->arena->used, page + run) && !bit_test(l->arena->unreadable, page + run))
         run++;
     l->next_zero = page + run;
-    make_room(l, run);
+    evict_make_room(l, run);
     int error = lines_install(l, l->uffd, page, zeros, run, !write);
     if (error)
         lines_die("filling memory failed: %s", strerror(error));
@@ -271,8 +137,9 @@ static void fetch(struct lines *l, size_t page, bool write)
     struct ibv_send_wr read = wire_read(l, page, run, &sge, l->landing, ID_MISS);
     wire_post(l, link, &read, l->dirty_on[link] >= wire_fair_share(l, 2));
     l->count->misses++;
+    evict_weigh_read(l, page);
     l->count->blade[link].misses++;
-    make_room(l, run); /* while the data is on its way */
+    evict_make_room(l, run); /* while the data is on its way */
     uint64_t start = nanoseconds();
     while (!l->landed[ID_MISS])
         wire_reap(l, true);
@@ -292,7 +159,7 @@ static void fetch(struct lines *l, size_t page, bool write)
 
 static void take_back(struct lines *l, size_t page, bool write)
 {
-    make_room(l, 1); /* may recycle the very slot */
+    evict_make_room(l, 1); /* may recycle the very slot */
     if ((l->state[page] & STATE_MASK) != BUFFERED) {
         fetch(l, page, write);
         return;
@@ -304,9 +171,36 @@ static void take_back(struct lines *l, size_t page, bool write)
         lines_die("installing buffered memory failed: %s", strerror(error));
     unsigned stored = l->state[page] & STORED;
     l->on_arrival(l, page, slot_data(l, slot));
-    release_slot(l, slot);
+    evict_release_slot(l, slot);
     map(l, page, stored | (dirty ? DIRTY : 0));
     l->count->buffer_hits++;
+}
+
+static void unpack(struct lines *l, size_t page, bool write)
+{
+    unsigned want = l->state[page] & (STATE_MASK | DIRTY);
+    size_t run = 1, limit = write && !(want & DIRTY) ? 1 : next_run(page, &l->next_packed, &l->packed_run, RUN_PAGES);
+    evict_make_room(l, limit); /* may send some of the pages away */
+    if ((l->state[page] & STATE_MASK) != PACKED) {
+        miss(l, page, write);
+        return;
+    }
+    evict_weigh_unpacking(l, page);
+    while (run < limit && page + run < l->arena->top && (l->state[page + run] & (STATE_MASK | DIRTY)) == want)
+        run++;
+    l->next_packed = page + run;
+    for (size_t i = 0; i < run; i++)
+        codec_unpack(pool_get(&l->pool, page + i), (uint64_t *)(l->landing + (i << PAGE_SHIFT)));
+    bool dirty = write || (want & DIRTY);
+    int error = lines_install(l, l->uffd, page, l->landing, run, !dirty);
+    if (error)
+        lines_die("installing unpacked memory failed: %s", strerror(error));
+    for (size_t i = 0; i < run; i++) {
+        l->on_arrival(l, page + i, l->landing + (i << PAGE_SHIFT));
+        pool_remove(&l->pool, page + i);
+        map(l, page + i, (l->state[page + i] & STORED) | (dirty ? DIRTY : 0));
+    }
+    l->count->packed_hits++;
 }
 
 static void miss(struct lines *l, size_t page, bool write)
@@ -314,6 +208,9 @@ static void miss(struct lines *l, size_t page, bool write)
     switch (l->state[page] & STATE_MASK) {
     case UNTOUCHED:
         zero_fill(l, page, write);
+        break;
+    case PACKED:
+        unpack(l, page, write);
         break;
     case BUFFERED:
         take_back(l, page, write);
@@ -345,7 +242,7 @@ void lines_write(struct lines *l, size_t page)
     }
     l->state[page] |= DIRTY;
     l->count->write_faults++;
-    protect(l, page, 1, false);
+    lines_protect(l, page, 1, false);
 }
 
 void lines_drop(struct lines *l, size_t page, size_t count)
@@ -353,12 +250,14 @@ void lines_drop(struct lines *l, size_t page, size_t count)
     for (size_t i = page; i < page + count; i++) {
         unsigned state = l->state[i] & STATE_MASK;
         if (state == BUFFERED)
-            release_slot(l, l->where[i]);
+            evict_release_slot(l, l->where[i]);
+        else if (state == PACKED)
+            pool_remove(&l->pool, i);
         else if (state == MAPPED)
             l->mapped--;
-        set_state(l, i, UNTOUCHED);
+        lines_set_state(l, i, UNTOUCHED);
     }
-    unmap(l, page, count);
+    lines_unmap(l, page, count);
 }
 
 /* ---- start ---- */
@@ -366,9 +265,11 @@ void lines_drop(struct lines *l, size_t page, size_t count)
 int lines_init(struct lines *l, struct arena *arena, size_t excache_pages)
 {
     size_t extra = RUN_PAGES + 1, capacity = 1;
+    /* Victims are packed before they are unmapped, and compacting copies a segment. */
+    size_t passing = EVICT_PAGES + SEGMENT_PAGES;
     l->arena = arena;
     l->nslots = excache_pages / BUFFER_SHARE;
-    l->max_mapped = excache_pages - l->nslots - extra;
+    l->budget = excache_pages - l->nslots - extra - passing;
     while (capacity < 4 * excache_pages)
         capacity *= 2;
     l->queue_mask = capacity - 1;
@@ -378,7 +279,7 @@ int lines_init(struct lines *l, struct arena *arena, size_t excache_pages)
     l->region = raw_memory(arena->pages / REGION_PAGES * sizeof *l->region);
     l->slots = raw_memory(l->nslots * sizeof *l->slots);
     l->free_batches = (1u << FLUSH_BATCHES) - 1;
-    l->next_zero = l->next_fetch = NO_PAGE;
+    l->next_zero = l->next_fetch = l->next_packed = NO_PAGE;
     size_t bytes = (extra + l->nslots) << PAGE_SHIFT;
     l->landing = raw_memory(bytes);
     if (!l->queue || !l->state || !l->where || !l->region || !l->slots || !l->landing)
@@ -387,6 +288,10 @@ int lines_init(struct lines *l, struct arena *arena, size_t excache_pages)
     l->buffer = l->landing + (extra << PAGE_SHIFT);
     for (size_t i = 0; i < l->nslots; i++)
         l->slots[i].page = NO_OWNER;
+    evict_init(l);
+    int error = pool_init(&l->pool, l->budget / SEGMENT_PAGES, l->where);
+    if (error)
+        return error;
     return fabric_open(&l->fabric, l->landing, bytes);
 }
 

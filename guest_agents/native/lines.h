@@ -1,10 +1,11 @@
 /* The ExCache of one program: which pages are mapped, which wait in the line buffer, which live on memory blades.
  *
  * Replacement is first-in first-out over the mapped pages (LegoOS found FIFO best, legoos.md 1.3) with a second
- * chance: an evicted page moves into the *line buffer*, registered memory that serves as victim cache and as the
- * source of RDMA WRITEs. A page touched again while it is there comes back with a local copy; together the two
- * queues approximate LRU (the segmented FIFO of VAX/VMS). Dirty pages leave the buffer in batches, because remote
- * paging costs per round trip and not per byte (paging.md). Mapped pages and buffer together are the ExCache's size.
+ * chance: an evicted page is packed (codec.h) into the *pool*, and a fault that finds it there costs no round trip.
+ * What does not pack, and what falls out of the pool, passes through the *line buffer*: registered memory, the source
+ * of RDMA WRITEs. A page touched again while it is there comes back with a local copy. Dirty pages leave the buffer in
+ * batches, because remote paging costs per round trip and not per byte (paging.md). Memory blades hold plain pages.
+ * Mapped pages, pool and buffer together are the ExCache's size; evict.c shares it out.
  *
  * Where a page goes is fixed: vRegion (4 MiB) number of its address -> (memory blade, address there).
  * Nothing here is thread-safe: callers hold the pager's lock.
@@ -16,23 +17,27 @@
 #include "counters.h"
 #include "fabric.h"
 #include "monitor.h"
+#include "pool.h"
 
 enum {
     REGION_PAGES = 1024,        /* a vRegion: 4 MiB */
     RUN_PAGES = 32,             /* most pages per READ, and per zero-fill */
     FLUSH_PAGES = 64,           /* most pages per flush of one blade */
     FLUSH_BATCHES = 8,          /* flushes in flight */
+    EVICT_PAGES = 32,           /* evicted at a time */
 };
 
 enum page_state {
     UNTOUCHED,                  /* reads as zeros */
     MAPPED,                     /* in the program's page table */
     BUFFERED,                   /* in the line buffer */
+    PACKED,                     /* in the pool */
     REMOTE,                     /* at its memory blade only */
-    STATE_MASK = 3,
-    DIRTY = 4,                  /* differs from the copy at the memory blade */
-    STORED = 8,                 /* the memory blade has a copy (perhaps old) */
-    WRITTEN = 16,               /* was changed when it was last mapped: expect it to be changed again */
+    STATE_MASK = 7,
+    DIRTY = 8,                  /* differs from the copy at the memory blade */
+    STORED = 16,                /* the memory blade has a copy (perhaps old) */
+    PACKABLE = 64,              /* it could be packed when it was last evicted */
+    WRITTEN = 32,               /* was changed when it was last mapped: expect it to be changed again */
 };
 
 enum slot_state { SLOT_FREE, SLOT_CLEAN, SLOT_DIRTY, SLOT_FLUSHING };
@@ -52,12 +57,19 @@ struct lines {
     struct arena *arena;
     int uffd;
     uint8_t *state;             /* enum page_state | flags, per page */
-    uint32_t *where;            /* MAPPED: position in `queue`; BUFFERED: slot */
+    uint32_t *where;            /* MAPPED: position in `queue`; BUFFERED: slot; PACKED: see pool.h;
+                                 * REMOTE: value of `departures` when it went */
 
     uint32_t *queue;            /* mapped pages, oldest first; entries may be stale */
     size_t head, tail, queue_mask;
-    size_t mapped, max_mapped;
+    size_t mapped;
+    size_t budget;              /* pages that may be mapped or held by the pool */
     size_t contents;            /* pages that are not UNTOUCHED */
+
+    struct pool pool;
+    size_t pool_limit;          /* segments */
+    int points;                 /* for (or, negative, against) a larger pool */
+    uint32_t departures;        /* pages that could be packed, but had to go to their memory blades */
 
     char *landing;              /* RUN_PAGES pages for misses, one to peek; registered like the buffer */
     char *buffer;
@@ -76,6 +88,7 @@ struct lines {
     bool landed[3];             /* by kind of READ: it has completed */
     size_t next_zero, zero_run; /* sequential zero-fills: next page expected, length of the last run */
     size_t next_fetch, fetch_run;
+    size_t next_packed, packed_run;
     struct counters *count;
 
     /* Called with a page's contents when it comes in from afar, before the program can change it. */
@@ -108,6 +121,11 @@ const char *lines_peek(struct lines *lines, size_t page);
 /* Copy `count` pages into a (perhaps another) address space; write-protected if `clean`. 0, or an errno
  * (EEXIST: some page was there already and stays as it is; ESRCH: the address space has gone). */
 int lines_install(struct lines *lines, int uffd, size_t page, const char *data, size_t count, bool clean);
+
+/* For evict.c: books and page table. */
+void lines_set_state(struct lines *lines, size_t page, unsigned state);
+void lines_protect(struct lines *lines, size_t page, size_t count, bool on);
+void lines_unmap(struct lines *lines, size_t page, size_t count);
 
 /* One line on standard error, then the end of the process: its memory is no longer whole. */
 _Noreturn void lines_die(const char *format, ...) __attribute__((format(printf, 1, 2)));

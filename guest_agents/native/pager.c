@@ -7,6 +7,7 @@
 #define _GNU_SOURCE
 #include "pager.h"
 
+#include "evict.h"
 #include "family.h"
 #include "lines.h"
 
@@ -100,6 +101,9 @@ static void *run(void *unused)
     (void)unused;
     config->enter_thread();
     pthread_setname_np(pthread_self(), "rackless-pager");
+    pthread_mutex_lock(&lock);
+    evict_make_room(&lines, 0); /* what the program had filled before is now to be shared with the line buffer */
+    pthread_mutex_unlock(&lock);
     for (;;) {
         struct pollfd watch[1 + 2 * FAMILY_CHILDREN];
         nfds_t n = 0;

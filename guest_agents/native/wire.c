@@ -1,6 +1,8 @@
 #define _GNU_SOURCE
 #include "wire.h"
 
+#include "codec.h"
+
 #include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -176,8 +178,12 @@ const char *lines_peek(struct lines *l, size_t page)
 {
     if ((l->state[page] & STATE_MASK) == BUFFERED)
         return slot_data(l, l->where[page]);
-    struct ibv_sge sge;
     char *to = l->landing + RUN_PAGES * PAGE_SIZE;
+    if ((l->state[page] & STATE_MASK) == PACKED) {
+        codec_unpack(pool_get(&l->pool, page), (uint64_t *)to);
+        return to;
+    }
+    struct ibv_sge sge;
     struct ibv_send_wr read = wire_read(l, page, 1, &sge, to, ID_PEEK);
     wire_post(l, region_of(l, page)->link, &read, false);
     while (!l->landed[ID_PEEK])

@@ -186,6 +186,13 @@ def _customise(recipe: Recipe, root: Path, release: str) -> None:
         key.unlink()
 
 
+# So that `gcc program.c -llite` works on a blade, and the program starts: /usr/lib is searched without ldconfig.
+_FOR_PROGRAMS = {
+    "usr/local/include/lite.h": "native/liblite/lite.h",
+    "usr/lib/liblite.so": "native/build/liblite.so",
+}
+
+
 def _build_agents(system: Path, key: str, work: Path) -> None:
     """Compile the agents' native parts and byte code with the image's compiler and Python; squash them."""
     root, layer = work / "root", work / "layer"
@@ -205,8 +212,14 @@ def _build_agents(system: Path, key: str, work: Path) -> None:
     bin_folder = layer / "usr/local/bin"
     bin_folder.mkdir(parents=True)
     for program in (layer / "opt/rackless/guest_agents/native/build").glob("*"):
-        if program.suffix == "":
+        if program.suffix == "" and program.is_file():
             (bin_folder / program.name).symlink_to(f"/opt/rackless/guest_agents/native/build/{program.name}")
+    for place, target in _FOR_PROGRAMS.items():
+        (layer / place).parent.mkdir(parents=True, exist_ok=True)
+        (layer / place).symlink_to(f"/opt/rackless/guest_agents/{target}")
+    search_path = layer / "usr/lib/python3/dist-packages/rackless.pth"
+    search_path.parent.mkdir(parents=True)
+    search_path.write_text("/opt/rackless\n")  # `from guest_agents import lite` works in every program
     _squash(layer, work / "agents.sqfs")
     with tarfile.open(work / "agents.tar", "w") as archive:  # the same, for blades that run already
         archive.add(layer, arcname=".")

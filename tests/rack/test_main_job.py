@@ -58,6 +58,9 @@ def test_gawk_counts_words(rack: Rack, text: bytes, tmp_path: Path) -> None:
     assert stats["bytes_in"] >= 4096 * stats["misses"]
     assert stats["bytes_out"] >= 4096 * stats["flushes"] > 0
     assert stats["piggybacks"] >= 0
+    assert stats["packed_hits"] > 10 * stats["misses"]  # a word's pages were near, but not plain
+    assert 0 < stats["pool_bytes"] <= stats["excache_bytes"] * 3 // 4
+    assert stats["packed_bytes"] < 4096 * stats["packed"] // 2
     assert set(stats["blades"]) <= {"mb0", "mb1"}
 
 

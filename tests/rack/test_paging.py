@@ -49,6 +49,7 @@ def test_every_byte_comes_back(
     counted = json.loads(stats.read_text())
     assert counted["managed"] == 1
     assert counted["flushes"] > 100
+    assert 0 < counted["pool_bytes"] <= counted["excache_bytes"] * 3 // 4
 
 
 def test_all_remote_memory_is_returned(rack: Rack, stress: str) -> None:

@@ -24,6 +24,10 @@ def _slow(request: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _coded(request: dict[str, Any]) -> dict[str, Any]:
+    raise control.ControlError("no such name", None, -7)
+
+
 def _refuse(request: dict[str, Any]) -> dict[str, Any]:
     raise control.ControlError("no", "try less")
 
@@ -50,6 +54,7 @@ def server(gone: Gone) -> Iterator[control.Server]:
         "boom": _boom,
         "refuse": _refuse,
         "slow": _slow,
+        "coded": _coded,
         "watch": gone.watch,
     }
     with control.Server(("127.0.0.1", 0), SECRET, handlers).start() as running:
@@ -68,7 +73,7 @@ def test_many_requests_on_one_connection(server: control.Server) -> None:
         ("boom", "boom: ValueError: two lines", None),
         ("refuse", "no", "try less"),
         ("echo", "echo: field 'text' is missing", None),
-        ("none", "unknown operation 'none'", "this agent knows: boom, echo, refuse, slow, watch"),
+        ("none", "unknown operation 'none'", "this agent knows: boom, coded, echo, refuse, slow, watch"),
     ],
 )
 def test_errors_are_replies(server: control.Server, op: str, error: str, hint: str | None) -> None:
@@ -107,6 +112,44 @@ def test_no_reply_in_time(server: control.Server) -> None:
         client.call("slow", timeout=0.2)
     with pytest.raises(control.ControlError):
         client.call("echo", text="a late reply must not answer this")
+
+
+def test_a_request_that_another_thread_waits_for_can_be_ended(server: control.Server) -> None:
+    client = control.ControlClient(server.address, SECRET)
+    threading.Timer(0.2, client.abort).start()
+    begun = time.monotonic()
+    with pytest.raises(control.LostError, match="has gone"):
+        client.call("slow")
+    assert time.monotonic() - begun < 1
+    client.close()
+    client.abort()
+
+
+def test_a_connection_that_was_closed_over_there_is_stale(server: control.Server) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            plain, _ = listener.accept()
+            control._authenticated(plain, SECRET, server=True).close()
+
+        threading.Thread(target=serve).start()
+        client = control.ControlClient(listener.getsockname(), SECRET)
+        time.sleep(0.2)
+        assert client.stale()
+    client = control.ControlClient(server.address, SECRET)
+    assert not client.stale()
+    client.close()
+    assert client.stale()
+
+
+def test_codes_of_errors_arrive(server: control.Server) -> None:
+    with control.ControlClient(server.address, SECRET) as client:
+        with pytest.raises(control.ControlError) as caught:
+            client.call("coded")
+        assert caught.value.code == -7
+        with pytest.raises(control.ControlError) as caught:
+            client.call("refuse")
+        assert caught.value.code is None
 
 
 def test_a_dead_client_is_noticed(server: control.Server, gone: Gone) -> None:

@@ -1,7 +1,8 @@
-"""Who is in the rack: joining, heartbeats, a manager that is killed and comes back. Real sockets on loopback."""
+"""Who is in the rack: joining, heartbeats, deaths, a manager that is killed and comes back. Sockets on loopback."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -9,44 +10,42 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from guest_agents import control, membership
-from guest_agents.membership import Manager, Membership
+from guest_agents import control
+from guest_agents.control import Message
+from guest_agents.membership import Books, Follower, Life, Manager, Member, Membership, Timing
 
 ROOT = Path(__file__).parents[2]
 SECRET = b"s" * 32
+FAST = Timing(0.1, 1.0)
 
 MANAGER = """
-import sys
+import json, sys
 from guest_agents import control
-from guest_agents.membership import Manager
+from guest_agents.membership import Manager, Timing
 
-own = {"name": "gm0", "kind": "manager", "address": "10.77.0.10", "management": "10.78.0.10"}
-server = control.Server(("127.0.0.1", int(sys.argv[1])), b"s" * 32, Manager(own).handlers())
+manager = Manager("gm0", Timing(0.1, 1.0), lambda: json.loads(sys.argv[2]))
+server = control.Server(("127.0.0.1", int(sys.argv[1])), b"s" * 32, manager.handlers())
+manager.start()
 print(server.address[1], flush=True)
 server.run()
 """
 
 
-def about(name: str, kind: str = "memory") -> dict[str, Any]:
-    return {"name": name, "kind": kind, "address": f"fabric-{name}", "management": f"management-{name}"}
-
-
-class EndedError(Exception):
-    """The test is over."""
+def about(name: str, node_id: int, kind: str = "memory") -> dict[str, Any]:
+    return {"name": name, "kind": kind, "address": f"fabric-{name}", "management": f"management-{name}",
+            "node_id": node_id}  # fmt: skip
 
 
 class Process:
     """A manager in a process of its own, as it can be killed."""
 
-    def __init__(self, port: int = 0) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", MANAGER, str(port)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
+    def __init__(self, port: int = 0, expected: tuple[str, ...] = ()) -> None:
+        command = [sys.executable, "-c", MANAGER, str(port), json.dumps(expected)]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         self.address = ("127.0.0.1", int(self.process.stdout.readline()))
 
@@ -54,9 +53,14 @@ class Process:
         self.process.kill()
         self.process.wait()
 
-    def members(self) -> dict[str, int]:
+    def join(self, name: str, node_id: int) -> None:
+        """A blade joins, and is never heard of again."""
+        with control.ControlClient(self.address, SECRET) as client:
+            client.call("member.join", **about(name, node_id))
+
+    def members(self) -> dict[str, tuple[int, int, str]]:
         reply = control.call(self.address, SECRET, "member.list")
-        return {member["name"]: member["node_id"] for member in reply["members"]}
+        return {m["name"]: (m["node_id"], m["incarnation"], m["state"]) for m in reply["members"]}
 
 
 @pytest.fixture
@@ -66,32 +70,39 @@ def manager() -> Iterator[Process]:
     running.kill()
 
 
+class Watcher(Follower):
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.lives: list[Life] = []
+        self.deaths: dict[int, int] = {}
+
+    def reborn(self, life: Life) -> None:
+        self.lives.append(life)
+
+    def news(self, members: list[Message], dead: dict[int, int]) -> None:
+        self.deaths = dead
+
+
 @pytest.fixture
-def agents(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Membership]]:
+def agents() -> Iterator[Callable[..., Membership]]:
     """Starts memberships that beat fast, and ends their threads afterwards."""
-    ended = threading.Event()
-    threads: list[threading.Thread] = []
+    made: list[tuple[Membership, threading.Thread]] = []
 
-    def sleep(seconds: float) -> None:
-        if ended.wait(seconds / 20):
-            raise EndedError
-
-    monkeypatch.setattr(membership, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
-
-    def start(name: str, address: tuple[str, int], secret: bytes = SECRET, kind: str = "memory") -> Membership:
-        made = Membership(address, secret, about(name, kind))
-
-        def run() -> None:
-            with suppress(EndedError):
-                made._run()
-
-        threads.append(threading.Thread(target=run))
-        threads[-1].start()
-        return made
+    def start(
+        name: str, node_id: int, address: tuple[str, int], secret: bytes = SECRET, kind: str = "memory"
+    ) -> Membership:
+        member = Membership(address, secret, about(name, node_id, kind), FAST)
+        member.follower = Watcher()
+        thread = threading.Thread(target=member._run, daemon=True)
+        made.append((member, thread))
+        thread.start()
+        return member
 
     yield start
-    ended.set()
-    for thread in threads:
+    for member, _thread in made:
+        member._left = True
+    for _member, thread in made:
         thread.join(10)
         assert not thread.is_alive()
 
@@ -107,26 +118,41 @@ def names(member: Membership) -> list[str]:
     return [m["name"] for m in member.members]
 
 
+def life(member: Membership) -> tuple[int, int]:
+    assert member.incarnation is not None
+    return member.node_id, member.incarnation
+
+
 def test_agents_join_and_learn_of_each_other(manager: Process, agents: Callable[..., Membership]) -> None:
-    first = agents("mb0", manager.address)
+    first = agents("mb0", 2, manager.address)
     assert first.joined.wait(10)
-    second = agents("pb0", manager.address, kind="processor")
+    second = agents("pb0", 3, manager.address, kind="processor")
     assert second.joined.wait(10)
-    assert [first.node_id, second.node_id] == [2, 3]
-    eventually(lambda: names(first) == names(second) == ["gm0", "mb0", "pb0"])
+    eventually(lambda: names(first) == names(second) == ["mb0", "pb0"])
     assert first.of_kind("processor") == [
-        {"node_id": 3, **about("pb0", "processor"), "state": "alive"},
+        {**about("pb0", 3, "processor"), "incarnation": second.incarnation, "state": "alive"},
     ]
     assert first.of_kind("storage") == []
+    assert second.incarnation != first.incarnation
 
 
-def test_everyone_keeps_its_id_when_the_manager_is_killed(manager: Process, agents: Callable[..., Membership]) -> None:
-    joined = {}
-    for name in ("mb0", "mb1", "mb2"):
-        joined[name] = agents(name, manager.address)
-        assert joined[name].joined.wait(10)
+def test_news_need_no_heartbeat(manager: Process, agents: Callable[..., Membership]) -> None:
+    first = agents("mb0", 2, manager.address)
+    assert first.joined.wait(10)
+    for number in range(3, 8):
+        begun = time.monotonic()
+        manager.join(f"mb{number}", number)
+        eventually(lambda number=number: f"mb{number}" in names(first))  # type: ignore[misc]
+        assert time.monotonic() - begun < FAST.heartbeat
+
+
+def test_everyone_goes_on_living_when_the_manager_is_killed(
+    manager: Process, agents: Callable[..., Membership]
+) -> None:
+    joined = {name: agents(name, number, manager.address) for number, name in enumerate(("mb0", "mb1", "mb2"), 2)}
+    for member in joined.values():
+        assert member.joined.wait(10)
     before = manager.members()
-    assert before == {"gm0": 1, "mb0": 2, "mb1": 3, "mb2": 4}
     manager.kill()
     eventually(lambda: not any(member.joined.is_set() for member in joined.values()))
     again = Process(manager.address[1])
@@ -134,15 +160,64 @@ def test_everyone_keeps_its_id_when_the_manager_is_killed(manager: Process, agen
         for member in joined.values():
             assert member.joined.wait(10)
         assert again.members() == before
-        assert {name: member.node_id for name, member in joined.items()} == {"mb0": 2, "mb1": 3, "mb2": 4}
+        assert all(len(member.follower.lives) == 1 for member in joined.values())  # type: ignore[attr-defined]
     finally:
         again.kill()
+
+
+def test_who_dies_with_the_manager_is_declared_dead_by_the_next(
+    manager: Process, agents: Callable[..., Membership]
+) -> None:
+    stays = agents("mb0", 2, manager.address)
+    goes = agents("mb1", 3, manager.address)
+    eventually(lambda: names(stays) == ["mb0", "mb1"])
+    lost = life(goes)
+    goes._left = True
+    manager.kill()
+    again = Process(manager.address[1])
+    try:
+        assert stays.joined.wait(10)
+        eventually(lambda: stays.follower.deaths.get(3) == lost[1])  # type: ignore[attr-defined]
+    finally:
+        again.kill()
+
+
+def test_silence_is_death_within_a_bounded_time(manager: Process, agents: Callable[..., Membership]) -> None:
+    stays = agents("mb0", 2, manager.address)
+    assert stays.joined.wait(10)
+    manager.join("mb1", 3)
+    incarnation = manager.members()["mb1"][1]
+    begun = time.monotonic()
+    eventually(lambda: stays.follower.deaths.get(3) == incarnation)  # type: ignore[attr-defined]
+    seconds = time.monotonic() - begun
+    assert FAST.dead_after - 0.1 < seconds < FAST.dead_after + 3 * FAST.heartbeat + 0.5
+    assert manager.members()["mb1"] == (3, incarnation, "dead")
+    assert stays.of_kind("memory") == [m for m in stays.members if m["name"] == "mb0"]
+
+
+def test_who_was_declared_dead_learns_it_and_begins_anew(manager: Process, agents: Callable[..., Membership]) -> None:
+    member = agents("mb0", 2, manager.address)
+    assert member.joined.wait(10)
+    before = life(member)
+    control.call(manager.address, SECRET, "member.leave", node_id=2, incarnation=before[1])
+    eventually(lambda: member.incarnation != before[1] and member.joined.is_set())
+    assert life(member) > before
+    assert [seen.incarnation for seen in member.follower.lives] == [before[1], member.incarnation]  # type: ignore[attr-defined]
+    assert manager.members() == {"mb0": (*life(member), "alive")}
+
+
+def test_who_leaves_is_gone_at_once(manager: Process, agents: Callable[..., Membership]) -> None:
+    stays, goes = agents("mb0", 2, manager.address), agents("mb1", 3, manager.address)
+    eventually(lambda: names(stays) == ["mb0", "mb1"] and goes.joined.is_set())
+    goes.leave()
+    eventually(lambda: stays.follower.deaths.get(3) == goes.incarnation, FAST.dead_after / 2)  # type: ignore[attr-defined]
+    assert manager.members()["mb1"][2] == "left"
 
 
 def test_an_agent_that_starts_before_its_manager(agents: Callable[..., Membership]) -> None:
     early = Process()
     early.kill()
-    member = agents("mb0", early.address)
+    member = agents("mb0", 2, early.address)
     assert not member.joined.wait(0.2)
     late = Process(early.address[1])
     try:
@@ -152,80 +227,109 @@ def test_an_agent_that_starts_before_its_manager(agents: Callable[..., Membershi
 
 
 def test_a_stranger_is_kept_out(manager: Process, agents: Callable[..., Membership]) -> None:
-    stranger = agents("evil", manager.address, secret=b"x" * 32)
+    stranger = agents("evil", 2, manager.address, secret=b"x" * 32)
     assert not stranger.joined.wait(0.5)
-    assert stranger.node_id is None
+    assert stranger.incarnation is None
     assert "evil" not in manager.members()
+
+
+class Ledger(Books):
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.reports: list[tuple[str, Message]] = []
+
+    def joined(self, member: Member, report: Message) -> None:
+        self.reports.append((member.name, report))
 
 
 @pytest.fixture
 def book() -> Manager:
-    return Manager(about("gm0", "manager"))
+    return Manager("gm0", FAST)
 
 
-def test_the_manager_itself_is_always_node_1(book: Manager) -> None:
-    assert book.list({})["members"] == [{"node_id": 1, **about("gm0", "manager"), "state": "alive"}]
-    assert book.join({**about("gm0", "manager"), "node_id": None})["node_id"] == 1
+def states(book: Manager) -> dict[str, str]:
+    return {member["name"]: member["state"] for member in book.list({})["members"]}
 
 
-def test_a_restarted_agent_keeps_its_id_and_may_have_moved(book: Manager) -> None:
-    assert [book.join(about(name))["node_id"] for name in ("mb0", "mb1")] == [2, 3]
-    reply = book.join({**about("mb0"), "address": "elsewhere", "node_id": None})
-    assert reply["node_id"] == 2
-    assert reply["members"][1]["address"] == "elsewhere"
+def test_every_join_without_a_claim_is_a_new_life(book: Manager) -> None:
+    first = book.join(about("mb0", 2))
+    second = book.join({**about("mb0", 2), "address": "elsewhere"})
+    assert second["node_id"] == first["node_id"] == 2
+    assert second["incarnation"] > first["incarnation"]
+    assert [(m["address"], m["state"]) for m in second["members"]] == [("elsewhere", "alive")]
+    assert dict(second["dead"]) == {2: second["incarnation"] - 1}
+    assert book.beat({"node_id": 2, "incarnation": first["incarnation"]})["known"] is False
+    assert book.beat({"node_id": 2, "incarnation": second["incarnation"], "version": None})["known"] is True
 
 
-def test_an_id_is_never_given_twice(book: Manager) -> None:
-    """Even if agents ask for one that has gone to another since the manager was restarted."""
-    wanted = {"mb0": None, "mb1": 2, "mb2": 2, "mb3": 1, "mb4": 7, "mb5": None}
-    given = {name: book.join({**about(name), "node_id": node_id})["node_id"] for name, node_id in wanted.items()}
-    assert given == {"mb0": 2, "mb1": 3, "mb2": 4, "mb3": 5, "mb4": 7, "mb5": 6}
+def test_a_place_that_another_blade_takes_over(book: Manager) -> None:
+    book.join(about("mb0", 2))
+    book.join(about("mb1", 2))
+    assert states(book) == {"mb0": "dead", "mb1": "alive"}
+    book.join(about("mb0", 3))
+    assert states(book) == {"mb0": "alive", "mb1": "alive"}
+    book.join(about("mb0", 4))
+    assert [(m["name"], m["node_id"]) for m in book.list({})["members"] if m["state"] == "alive"] == [
+        ("mb1", 2), ("mb0", 4)]  # fmt: skip
 
 
-def test_a_stranger_to_the_book_is_asked_to_join(book: Manager) -> None:
-    assert book.beat(about("mb0"))["known"] is False
-    book.join(about("mb0"))
-    assert book.beat(about("mb0"))["known"] is True
+def test_only_claims_of_living_lives_bring_reports(book: Manager) -> None:
+    """A manager that was restarted: claims are believed unless somebody knows better."""
+    ledger = Ledger()
+    book.books = ledger
+    others = [(2, 100), (3, 101), (4, 102)]
+    report = {"holds": 1}
+    mb0 = book.join({**about("mb0", 2), "incarnation": 100, "others": others, "dead": [(5, 90)], "report": report})
+    assert mb0["incarnation"] == 100
+    mb3 = book.join({**about("mb3", 5), "incarnation": 90, "report": report})  # paused while the first manager lived
+    assert mb3["incarnation"] > 102
+    fresh = book.join({**about("new", 3), "report": report})  # in place of the life 101, which will not come back
+    assert fresh["incarnation"] > mb3["incarnation"]
+    late = book.join({**about("mb1", 3), "incarnation": 101, "others": others, "report": report})
+    assert late["incarnation"] > fresh["incarnation"]
+    assert ledger.reports == [("mb0", report), ("mb3", {}), ("new", {}), ("mb1", {})]
+    assert states(book) == {"mb0": "alive", "mb3": "alive", "new": "dead", "mb1": "alive"}
 
 
-def test_who_stops_beating_is_shown_as_silent(book: Manager, monkeypatch: pytest.MonkeyPatch) -> None:
-    later = 0.0
-    monkeypatch.setattr(membership, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + later))
-    for name in ("gm0", "mb0", "mb1"):
-        book.join(about(name))
-
-    def states() -> dict[str, str]:
-        return {member["name"]: member["state"] for member in book.list({})["members"]}
-
-    later = membership.SILENT_AFTER_SECONDS - 1
-    book.beat(about("mb1"))
-    assert set(states().values()) == {"alive"}
-    later = membership.SILENT_AFTER_SECONDS + 1
-    assert states() == {"gm0": "silent", "mb0": "silent", "mb1": "alive"}
-    book.beat(about("mb0"))
-    assert states() == {"gm0": "silent", "mb0": "alive", "mb1": "alive"}
+def test_a_claim_that_was_believed_too_soon(book: Manager) -> None:
+    assert book.join({**about("mb0", 2), "incarnation": 100})["incarnation"] == 100
+    book.join({**about("mb1", 3), "incarnation": 101, "dead": [(2, 100)]})
+    assert states(book) == {"mb0": "dead", "mb1": "alive"}
+    assert book.beat({"node_id": 2, "incarnation": 100})["known"] is False
 
 
-def test_agents_that_join_at_once_get_different_ids(book: Manager) -> None:
+def test_when_all_are_here() -> None:
+    book = Manager("gm0", Timing(0.1, 60.0), lambda: ["gm0", "mb0"])
+    assert not book.all_here()
+    book.join(about("gm0", 1, "manager"))
+    assert not book.all_here()
+    book.join({**about("mb0", 2), "incarnation": 7, "others": [(3, 8)]})
+    assert not book.all_here()  # somebody has another life to claim
+    book.join({**about("mb9", 3), "incarnation": 8})
+    assert book.all_here()
+
+
+def test_agents_that_join_at_once_get_different_lives(book: Manager) -> None:
     start = threading.Barrier(16)
     given: list[int] = []
 
     def join(number: int) -> None:
         start.wait()
-        given.append(book.join(about(f"mb{number}"))["node_id"])
+        given.append(book.join(about(f"mb{number}", number + 2))["incarnation"])
 
     threads = [threading.Thread(target=join, args=(n,)) for n in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(given) == list(range(2, 18))
+    assert len(set(given)) == 16
 
 
-@pytest.mark.parametrize("field", ["name", "kind", "address", "management"])
+@pytest.mark.parametrize("field", ["name", "kind", "address", "management", "node_id"])
 def test_an_incomplete_join_changes_nothing(book: Manager, field: str) -> None:
-    request = about("mb0")
+    request = about("mb0", 2)
     del request[field]
     with suppress(KeyError):
         book.join(request)
-    assert [member["name"] for member in book.list({})["members"]] == ["gm0"]
+    assert book.list({})["members"] == []

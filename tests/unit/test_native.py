@@ -1,4 +1,4 @@
-"""The native allocator and the preloaded shim, on this machine: no VM, no userfaultfd, no RDMA."""
+"""The native allocator, packed pages and the preloaded shim, on this machine: no VM, no userfaultfd, no RDMA."""
 
 from __future__ import annotations
 
@@ -26,6 +26,21 @@ def stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("seed", range(4))
 def test_heap(stress: Path, seed: int) -> None:
     done = subprocess.run([stress, "60000", str(seed)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not done.stderr
+
+
+@pytest.fixture(scope="session")
+def pool_stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("pool") / "pool_stress"
+    sources = [HERE / "pool_stress.c", *(NATIVE / name for name in ("pool.c", "codec.c", "arena.c"))]
+    subprocess.run(["cc", *FLAGS, "-fsanitize=undefined", "-o", program, *sources], check=True)
+    return program
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_packed_pages_come_back(pool_stress: Path, seed: int) -> None:
+    done = subprocess.run([pool_stress, "30000", str(seed)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not done.stderr
 

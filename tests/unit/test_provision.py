@@ -20,6 +20,8 @@ import pytest
 
 from guest_agents import control, fabric, identity, provision
 from guest_agents.identity import Identity
+from guest_agents.lite import tier
+from tests.unit.lite_blades import Fabric, StandInCore
 
 
 def message(**changes: Any) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def message(**changes: Any) -> dict[str, Any]:
         "secret": "5e" * 32, "manager": "127.0.0.1", "management": nic, "fabric": nic,
         "link": {"latency": 0, "jitter": 0, "loss": 0, "bandwidth": None}, "authorized_key": "ssh-ed25519 AAAA",
         "host_key": "KEY\n", "hosts": {"mb0": "127.0.0.1"}, "excache": None, "disk": False,
-        "entropy": "00" * 64, "epoch_ns": 1,
+        "index": 3, "heartbeat": 1.0, "dead_after": 10.0, "entropy": "00" * 64, "epoch_ns": 1,
     } | changes  # fmt: skip
 
 
@@ -252,6 +254,8 @@ def agent_module(monkeypatch: pytest.MonkeyPatch, kept: Path) -> Iterator[Module
         monkeypatch.setattr(identity, name, lambda _: None)
     import guest_agents.agent as module
 
+    monkeypatch.setattr(module, "Core", lambda: StandInCore(Fabric()))
+    monkeypatch.setattr(tier, "SOCKET", kept.parent / "lite.sock")
     vars(module)["shaped"] = shaped
     yield module
     sys.modules.pop("guest_agents.agent", None)
@@ -264,7 +268,7 @@ def test_a_manager_takes_its_identity_joins_itself_and_serves(agent_module: Modu
     assert time.monotonic() - before < 10
     assert health.pop("uptime_seconds") >= 0
     assert health == {
-        "name": "gm0", "kind": "manager", "version": "unbuilt", "joined": True, "node_id": 1,
+        "name": "gm0", "kind": "manager", "version": "unbuilt", "joined": True, "node_id": 4,
         "rdma": "ACTIVE", "monitors": [],
     }  # fmt: skip
     known = identity.load()
@@ -275,13 +279,15 @@ def test_a_manager_takes_its_identity_joins_itself_and_serves(agent_module: Modu
     with control.ControlClient(("127.0.0.1", control.PORT), secret) as host:
         assert host.call("agent.status")["joined"] is True
         assert [m["name"] for m in host.call("member.list")["members"]] == ["gm0"]
-        host.call("agent.update", link={"latency": 0.001}, excache=1 << 20)
+        host.call("agent.update", link={"latency": 0.001}, excache=1 << 20, heartbeat=2.0, dead_after=20.0)
+        assert host.call("lite.stat")["lmrs"] == 0
         with pytest.raises(control.ControlError, match="field 'link' is missing"):
             host.call("agent.update")
     assert agent_module.shaped == [message()["link"], {"latency": 0.001}]
     updated = identity.load()
     assert updated is not None
     assert (updated.link, updated.excache) == ({"latency": 0.001}, 1 << 20)
+    assert (updated.heartbeat, updated.dead_after) == (2.0, 20.0)
     with pytest.raises(control.ControlError, match="another secret"):
         control.call(("127.0.0.1", control.PORT), b"wrong", "agent.status")
 

@@ -13,15 +13,16 @@ import itertools
 import mmap
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 
 from guest_agents import control
+from guest_agents.budget import Budget
 from guest_agents.config import AgentConfig
 from guest_agents.verbs.arena import Arena
 from guest_agents.verbs.device import Device
 from guest_agents.verbs.node import Accepted, Node
 
 SLAB = 64 << 20
+USER = "splitkernel"
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class Region:
 
 
 class MemoryMonitor:
-    """The slabs and their books; together they never have more than ``size`` bytes."""
+    """The slabs and their books; their memory comes from a budget that LITE draws on too."""
 
-    def __init__(self, node: Node, size: int) -> None:
+    def __init__(self, node: Node, budget: Budget) -> None:
         self._node = node
-        self._size = size
+        self._budget = budget
         self._slabs: list[Arena] = []
         self._regions: dict[int, Region] = {}
         self._numbers = itertools.count(1)
@@ -80,7 +81,8 @@ class MemoryMonitor:
                 "regions": len(self._regions),
                 "bytes_allocated": self._allocated(),
                 "bytes_registered": sum(slab.size for slab in self._slabs),
-                "bytes_total": self._size,
+                "bytes_total": self._budget.total,
+                "bytes_of_others": self._budget.total - self._budget.room - sum(slab.size for slab in self._slabs),
                 "connections": len({region.connection for region in self._regions.values()}),
             }
 
@@ -99,6 +101,7 @@ class MemoryMonitor:
         if not region.slab.extents.allocated:
             self._slabs.remove(region.slab)
             region.slab.close()
+            self._budget.give(USER, region.slab.size)
 
     def _place(self, size: int) -> tuple[Arena, int]:
         """A free piece of at least ``size`` bytes, in a new slab when no other has one."""
@@ -106,13 +109,18 @@ class MemoryMonitor:
             offset = slab.extents.allocate(size)
             if offset is not None:
                 return slab, offset
-        room = self._size - sum(slab.size for slab in self._slabs)
-        if size > room:
+        room = self._budget.room
+        taken = min(max(SLAB, size), room)
+        if size > room or not self._budget.take(USER, taken):
+            unused = sum(slab.size for slab in self._slabs) - self._allocated()
             raise control.ControlError(
-                f"out of remote memory: {size} bytes asked, {self._size - self._allocated()} free",
-                "add a memory blade, or run less",
+                f"out of remote memory: {size} bytes asked, {room + unused} free", "add a memory blade, or run less"
             )
-        slab = Arena(self._node.device, min(max(SLAB, size), room))
+        try:
+            slab = Arena(self._node.device, taken)
+        except BaseException:
+            self._budget.give(USER, taken)
+            raise
         offset = slab.extents.allocate(size)
         assert offset is not None
         self._slabs.append(slab)
@@ -122,16 +130,6 @@ class MemoryMonitor:
         return sum(slab.extents.allocated for slab in self._slabs)
 
 
-def free_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Bytes the kernel believes can still be used (MemAvailable)."""
-    for line in meminfo.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) << 10
-    raise OSError(f"{meminfo} has no MemAvailable")
-
-
 def handlers(config: AgentConfig) -> dict[str, control.Handler]:
     """Start the memory monitor of this blade; what it adds to the agent's control server."""
-    size = config.arena or max(free_memory() - config.memory_kept, 16 << 20)
-    return MemoryMonitor(config.node, size // (4 << 20) * (4 << 20)).handlers()
+    return MemoryMonitor(config.node, config.budget).handlers()

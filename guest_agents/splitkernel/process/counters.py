@@ -27,6 +27,11 @@ FIELDS = (
     "regions",
     "wait_nanoseconds",
     "busy_nanoseconds",
+    "packed",
+    "packed_bytes",
+    "packed_hits",
+    "spills",
+    "pool_bytes",
 )
 BLADE_FIELDS = ("misses", "flushes", "bytes_in", "bytes_out")
 BLADES = 16

@@ -1,0 +1,60 @@
+"""The memory that a blade's agent may register and give to others: one account for all who do."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from pathlib import Path
+
+_UNIT = 4 << 20
+_KEPT = 96 << 20
+"""What a memory blade keeps for its own system."""
+_LEAST = 16 << 20
+
+
+class Budget:
+    """`total` bytes, of which users take and give back parts. Thread-safe."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._taken: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    @property
+    def room(self) -> int:
+        """Bytes nobody has."""
+        return self.total - self._taken.total()
+
+    def take(self, user: str, size: int) -> bool:
+        """Take `size` bytes for `user`; False when there are not so many left."""
+        with self._lock:
+            if size > self.room:
+                return False
+            self._taken[user] += size
+            return True
+
+    def give(self, user: str, size: int) -> None:
+        """Give back what was taken."""
+        with self._lock:
+            self._taken[user] -= size
+
+    def taken(self) -> dict[str, int]:
+        """Bytes by user."""
+        with self._lock:
+            return {user: size for user, size in self._taken.items() if size}
+
+
+def budget_of(kind: str) -> Budget:
+    """What a blade of this kind can give: a memory blade almost all that is free now, others a quarter of it."""
+    free = free_memory()
+    size = max(free - _KEPT, _LEAST) if kind == "memory" else free // 4
+    return Budget(size // _UNIT * _UNIT)
+
+
+def free_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Bytes the kernel believes can still be used (MemAvailable)."""
+    for line in meminfo.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) << 10
+    raise OSError(f"{meminfo} has no MemAvailable")

@@ -1,0 +1,28 @@
+/* What leaves the program's sight: oldest pages first, packed into the pool or, when that does not pay, into the line
+ * buffer; and from either, when they are full, to the memory blades.
+ *
+ * How much of the ExCache the pool may hold follows from what a little more would have spared: of unpackings, if there
+ * were more plain pages, or of READs, if there were more packed ones (the idea of ARC, FAST 2003).
+ */
+#ifndef RACKLESS_EVICT_H
+#define RACKLESS_EVICT_H
+
+#include "lines.h"
+
+/* The share of the pool to begin with, once l->budget is known. */
+void evict_init(struct lines *l);
+
+/* A page has been mapped: the last one to leave. */
+void evict_enqueue(struct lines *l, size_t page);
+
+/* Evict until so many pages more may be mapped. Any page that is PACKED or BUFFERED may have moved afterwards. */
+void evict_make_room(struct lines *l, size_t pages);
+
+/* A slot of the line buffer is no longer needed for its page. */
+void evict_release_slot(struct lines *l, size_t index);
+
+/* Note what a fault for this page costs: a READ, or only an unpacking. To be called before it leaves where it is. */
+void evict_weigh_read(struct lines *l, size_t page);
+void evict_weigh_unpacking(struct lines *l, size_t page);
+
+#endif

@@ -1,0 +1,424 @@
+/* The data channel: reads, writes, atomics and messages. One sendmsg and one recvmsg per operation, and no malloc. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include "client.h"
+
+#define EXPORT __attribute__((visibility("default")))
+
+/* Tags of asynchronous operations are their slot in the low bits; waited-for ones have this bit. */
+enum { WAITED = 1 << 8 };
+
+static const struct region *region_of(const void *data, size_t length)
+{
+    unsigned used = atomic_load_explicit(&lite_regions_used, memory_order_acquire);
+    for (unsigned i = 0; i < used; i++) {
+        const char *start = atomic_load_explicit(&lite_regions[i].start, memory_order_acquire);
+        if (start && (const char *)data >= start && (const char *)data + length <= start + lite_regions[i].size)
+            return &lite_regions[i];
+    }
+    return NULL;
+}
+
+static int gone(void)
+{
+    return lite_fail(LT_ERR_NOT_JOINED, "the agent has closed the data channel");
+}
+
+static int post(struct connection *c, struct lite_request *request, const void *data, size_t length)
+{
+    struct iovec parts[2] = {{request, sizeof *request}, {(void *)data, length}};
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = length ? 2 : 1};
+    request->priority = c->priority;
+    while (sendmsg(c->data, &message, MSG_NOSIGNAL) < 0)
+        if (errno != EINTR)
+            return gone();
+    return 0;
+}
+
+/* Say where outgoing data are; returns how many bytes go into the packet. */
+static size_t place_out(struct lite_request *request, const void *data, size_t length, bool buffers)
+{
+    const struct region *region = buffers ? region_of(data, length) : NULL;
+    request->length = length;
+    if (region) {
+        request->buffer = region->id;
+        request->address = (uint64_t)((const char *)data - region->start);
+        return 0;
+    }
+    if (length <= LITE_INLINE) {
+        request->flags |= LITE_INLINE_DATA;
+        return length;
+    }
+    request->address = (uintptr_t)data;
+    return 0;
+}
+
+/* Say where incoming data go: to `*place`, or with the reply. */
+static void place_in(struct lite_request *request, void *data, size_t room, uint64_t *place, bool buffers)
+{
+    const struct region *region = buffers && room ? region_of(data, room) : NULL;
+    if (region) {
+        request->buffer = region->id;
+        *place = (uint64_t)((const char *)data - region->start);
+    } else if (room <= LITE_INLINE) {
+        request->flags |= LITE_INLINE_REPLY;
+    } else {
+        *place = (uintptr_t)data;
+    }
+}
+
+static ssize_t receive(struct connection *c, struct iovec *parts, int flags)
+{
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2};
+    ssize_t got;
+    do
+        got = recvmsg(c->data, &message, flags);
+    while (got < 0 && errno == EINTR);
+    return got;
+}
+
+/* A reply to an asynchronous operation is in the packet. */
+static void settle(struct connection *c, size_t inlined)
+{
+    unsigned index = c->packet.header.tag & (WAITED - 1);
+    struct slot *slot = index < SLOTS ? &c->slots[index] : NULL;
+    if (!slot || slot->state != RUNNING || slot->tag != c->packet.header.tag)
+        return; /* of a wait that a signal handler left with longjmp */
+    if (inlined)
+        memcpy(slot->into, c->packet.data, inlined < slot->room ? inlined : slot->room);
+    slot->status = c->packet.header.status;
+    slot->length = c->packet.header.length;
+    slot->state = slot->forgotten ? FREE : ENDED;
+    c->running--;
+    if (slot->forgotten && slot->status && !c->failed)
+        c->failed = slot->status;
+}
+
+/* Take one reply to an asynchronous operation; with MSG_DONTWAIT returns 1 if there is none. */
+static int take(struct connection *c, int flags)
+{
+    struct iovec parts[2] = {{&c->packet.header, sizeof c->packet.header}, {c->packet.data, sizeof c->packet.data}};
+    ssize_t got = receive(c, parts, flags);
+    if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK))
+        return 1;
+    if (got < (ssize_t)sizeof c->packet.header)
+        return gone();
+    settle(c, (size_t)got - sizeof c->packet.header);
+    return 0;
+}
+
+/* Send a request and wait for its reply; incoming data that come with it go to `in`. */
+static int transact(struct connection *c, struct lite_request *request, const void *out, size_t inlined, void *in,
+                    size_t room, struct lite_reply *reply)
+{
+    request->tag = ++c->serial << 9 | WAITED;
+    int failed = post(c, request, out, inlined);
+    if (failed)
+        return failed;
+    for (;;) {
+        /* With nothing else under way the data can go where they belong at once. */
+        bool direct = !c->running && room <= LITE_INLINE;
+        struct iovec parts[2] = {{direct ? reply : &c->packet.header, sizeof *reply},
+                                 {direct ? in : c->packet.data, direct ? room : sizeof c->packet.data}};
+        ssize_t got = receive(c, parts, 0);
+        if (got < (ssize_t)sizeof *reply)
+            return gone();
+        if (direct && reply->tag == request->tag)
+            break;
+        if (!direct && c->packet.header.tag == request->tag) {
+            size_t came = (size_t)got - sizeof *reply;
+            *reply = c->packet.header;
+            if (came)
+                memcpy(in, c->packet.data, came < room ? came : room);
+            break;
+        }
+        if (!direct)
+            settle(c, (size_t)got - sizeof *reply);
+    }
+    return reply->status ? lite_fail(reply->status, "%s", LT_strerror(reply->status)) : 0;
+}
+
+static struct slot *free_slot(struct connection *c)
+{
+    for (;;) {
+        for (unsigned n = 0; n < SLOTS; n++) {
+            struct slot *slot = &c->slots[c->next];
+            c->next = (c->next + 1) % SLOTS;
+            if (slot->state == FREE)
+                return slot;
+        }
+        if (!c->running) {
+            lite_fail(LT_ERR_NO_MEMORY, "%d operations have ended and wait for LT_wait", SLOTS);
+            return NULL;
+        }
+        if (take(c, 0))
+            return NULL;
+    }
+}
+
+static int start(struct connection *c, struct lite_request *request, const void *out, size_t inlined, void *in,
+                 size_t room, LT_ticket *ticket)
+{
+    struct slot *slot = free_slot(c);
+    if (!slot)
+        return c->running ? LT_ERR_NOT_JOINED : LT_ERR_NO_MEMORY;
+    slot->tag = request->tag = ++c->serial << 9 | (uint32_t)(slot - c->slots);
+    slot->into = in;
+    slot->room = room;
+    slot->forgotten = !ticket;
+    int failed = post(c, request, out, inlined);
+    if (failed)
+        return failed;
+    slot->state = RUNNING;
+    c->running++;
+    if (ticket)
+        *ticket = slot->tag;
+    return 0;
+}
+
+static int finish(struct connection *c, LT_ticket ticket, uint64_t *length)
+{
+    unsigned index = ticket & (WAITED - 1);
+    struct slot *slot = index < SLOTS ? &c->slots[index] : NULL;
+    if (!slot || slot->state == FREE || slot->tag != ticket || slot->forgotten)
+        return lite_fail(LT_ERR_BAD_ARGUMENT, "this thread has no such ticket");
+    while (slot->state == RUNNING) {
+        int failed = take(c, 0);
+        if (failed)
+            return failed;
+    }
+    slot->state = FREE;
+    if (length)
+        *length = slot->length;
+    return slot->status ? lite_fail(slot->status, "%s", LT_strerror(slot->status)) : 0;
+}
+
+EXPORT int LT_read(LT_handle handle, uint64_t offset, void *data, size_t length)
+{
+    struct connection *c = lite_connection();
+    struct lite_request request = {.op = LITE_READ, .handle = handle, .offset = offset, .length = length};
+    struct lite_reply reply;
+    if (!c)
+        return LT_ERR_NOT_JOINED;
+    place_in(&request, data, length, &request.address, true);
+    return transact(c, &request, NULL, 0, data, length, &reply);
+}
+
+EXPORT int LT_write(LT_handle handle, uint64_t offset, const void *data, size_t length)
+{
+    struct connection *c = lite_connection();
+    struct lite_request request = {.op = LITE_WRITE, .handle = handle, .offset = offset};
+    struct lite_reply reply;
+    if (!c)
+        return LT_ERR_NOT_JOINED;
+    size_t inlined = place_out(&request, data, length, true);
+    return transact(c, &request, data, inlined, NULL, 0, &reply);
+}
+
+EXPORT int LT_read_async(LT_handle handle, uint64_t offset, void *data, size_t length, LT_ticket *ticket)
+{
+    struct connection *c = lite_connection();
+    struct lite_request request = {.op = LITE_READ, .handle = handle, .offset = offset, .length = length};
+    if (!c)
+        return LT_ERR_NOT_JOINED;
+    place_in(&request, data, length, &request.address, true);
+    return start(c, &request, NULL, 0, data, length, ticket);
+}
+
+EXPORT int LT_write_async(LT_handle handle, uint64_t offset, const void *data, size_t length, LT_ticket *ticket)
+{
+    struct connection *c = lite_connection();
+    struct lite_request request = {.op = LITE_WRITE, .handle = handle, .offset = offset};
+    if (!c)
+        return LT_ERR_NOT_JOINED;
+    size_t inlined = place_out(&request, data, length, true);
+    return start(c, &request, data, inlined, NULL, 0, ticket);
+}
+
+EXPORT int LT_wait(LT_ticket ticket)
+{
+    struct connection *c = lite_connection();
+    return c ? finish(c, ticket, NULL) : LT_ERR_NOT_JOINED;
+}
+
+EXPORT int LT_done(LT_ticket ticket)
+{
+    struct connection *c = lite_connection();
+    unsigned index = ticket & (WAITED - 1);
+    if (!c)
+        return LT_ERR_NOT_JOINED;
+    if (index >= SLOTS || c->slots[index].state == FREE || c->slots[index].tag != ticket)
+        return lite_fail(LT_ERR_BAD_ARGUMENT, "this thread has no such ticket");
+    while (c->slots[index].state == RUNNING) {
+        int failed = take(c, MSG_DONTWAIT);
+        if (failed)
+            return failed > 0 ? 0 : failed;
+    }
+    return 1;
+}
+
+EXPORT int LT_fence(void)
+{
+    struct connection *c = lite_connection();
+    if (!c)
+        return LT_ERR_NOT_JOINED;
+    while (c->running) {
+        int failed = take(c, 0);
+        if (failed)
+            return failed;
+    }
+    int failed = c->failed;
+    c->failed = 0;
+    return failed ? lite_fail(failed, "%s", LT_strerror(failed)) : 0;
+}
+
+static int atomic(struct lite_request *request, uint64_t *before)
+{
+    struct connection *c = lite_connection();
+    struct lite_reply reply;
+    if (!c)
+        return LT_ERR_NOT_JOINED;
+    int failed = transact(c, request, NULL, 0, NULL, 0, &reply);
+    if (!failed && before)
+        *before = reply.value;
+    return failed;
+}
+
+EXPORT int LT_fetch_add(LT_handle handle, uint64_t offset, uint64_t addend, uint64_t *before)
+{
+    struct lite_request request = {.op = LITE_FETCH_ADD, .handle = handle, .offset = offset, .arg0 = addend};
+    return atomic(&request, before);
+}
+
+EXPORT int LT_test_set(LT_handle handle, uint64_t offset, uint64_t expected, uint64_t set, uint64_t *before)
+{
+    struct lite_request request = {
+        .op = LITE_CAS, .handle = handle, .offset = offset, .arg0 = expected, .arg1 = set};
+    return atomic(&request, before);
+}
+
+static size_t prepare_call(struct lite_request *request, int node, int port, const void *data, size_t length,
+                           void *reply, size_t max_reply, unsigned timeout_ms)
+{
+    *request = (struct lite_request){.op = LITE_CALL, .handle = (uint64_t)node, .arg0 = (uint64_t)port,
+                                     .arg1 = max_reply, .timeout_ms = timeout_ms};
+    size_t inlined = place_out(request, data, length, false);
+    place_in(request, reply, max_reply, &request->offset, false);
+    return inlined;
+}
+
+EXPORT int LT_RPC(int node, int port, const void *data, size_t length, void *reply, size_t max_reply,
+                  size_t *reply_length, unsigned timeout_ms)
+{
+    struct connection *c = lite_connection();
+    struct lite_request request;
+    struct lite_reply answer;
+    if (!c)
+        return LT_ERR_NOT_JOINED;
+    size_t inlined = prepare_call(&request, node, port, data, length, reply, max_reply, timeout_ms);
+    int failed = transact(c, &request, data, inlined, reply, max_reply, &answer);
+    if (!failed && reply_length)
+        *reply_length = answer.length;
+    return failed;
+}
+
+EXPORT int LT_multicast(int count, const int *nodes, int port, const void *data, size_t length, void *const *replies,
+                        size_t max_reply, size_t *lengths, int *results, unsigned timeout_ms)
+{
+    struct connection *c = lite_connection();
+    LT_ticket tickets[SLOTS];
+    int first = 0;
+    if (!c)
+        return LT_ERR_NOT_JOINED;
+    if (count < 0 || count > SLOTS)
+        return lite_fail(LT_ERR_BAD_ARGUMENT, "%d nodes at once; the most is %d", count, SLOTS);
+    for (int i = 0; i < count; i++) {
+        struct lite_request request;
+        size_t inlined =
+            prepare_call(&request, nodes[i], port, data, length, replies[i], max_reply, timeout_ms);
+        results[i] = start(c, &request, data, inlined, replies[i], max_reply, &tickets[i]);
+    }
+    for (int i = 0; i < count; i++) {
+        uint64_t came = 0;
+        if (!results[i])
+            results[i] = finish(c, tickets[i], &came);
+        lengths[i] = results[i] ? 0 : came;
+        if (!first)
+            first = results[i];
+    }
+    return first;
+}
+
+EXPORT int LT_send(int node, int port, const void *data, size_t length)
+{
+    struct connection *c = lite_connection();
+    struct lite_request request = {.op = LITE_SEND, .handle = (uint64_t)node, .arg0 = (uint64_t)port};
+    struct lite_reply reply;
+    if (!c)
+        return LT_ERR_NOT_JOINED;
+    size_t inlined = place_out(&request, data, length, true);
+    return transact(c, &request, data, inlined, NULL, 0, &reply);
+}
+
+static int receive_message(struct connection *c, struct lite_request *request, const void *reply, size_t inlined,
+                           void *data, size_t size, struct LT_message *message, unsigned timeout_ms)
+{
+    struct lite_reply answer;
+    if (timeout_ms == LT_NOW)
+        request->flags |= LITE_NO_WAIT;
+    else
+        request->timeout_ms = timeout_ms;
+    int failed = transact(c, request, reply, inlined, data, size, &answer);
+    if (!failed)
+        *message = (struct LT_message){answer.length, answer.value, (int)answer.value2};
+    return failed;
+}
+
+EXPORT int LT_recvRPC(int port, void *data, size_t size, struct LT_message *message, unsigned timeout_ms)
+{
+    struct connection *c = lite_connection();
+    struct lite_request request = {.op = LITE_RECEIVE, .arg0 = (uint64_t)port, .arg1 = size};
+    if (!c)
+        return LT_ERR_NOT_JOINED;
+    place_in(&request, data, size, &request.address, true);
+    return receive_message(c, &request, NULL, 0, data, size, message, timeout_ms);
+}
+
+EXPORT int LT_replyRPC(uint64_t descriptor, const void *data, size_t length)
+{
+    struct connection *c = lite_connection();
+    struct lite_request request = {.op = LITE_REPLY, .handle = descriptor};
+    struct lite_reply reply;
+    if (!c)
+        return LT_ERR_NOT_JOINED;
+    size_t inlined = place_out(&request, data, length, true);
+    return transact(c, &request, data, inlined, NULL, 0, &reply);
+}
+
+EXPORT int LT_reply_recvRPC(uint64_t descriptor, const void *reply, size_t length, int port, void *data, size_t size,
+                            struct LT_message *message, unsigned timeout_ms)
+{
+    struct connection *c = lite_connection();
+    struct lite_request request = {
+        .op = LITE_REPLY_RECEIVE, .handle = descriptor, .arg0 = (uint64_t)port, .arg1 = size};
+    if (!c)
+        return LT_ERR_NOT_JOINED;
+    size_t inlined = place_out(&request, reply, length, false);
+    place_in(&request, data, size, &request.offset, false);
+    return receive_message(c, &request, reply, inlined, data, size, message, timeout_ms);
+}
+
+EXPORT int LT_set_priority(int priority)
+{
+    struct connection *c = lite_connection();
+    if (!c)
+        return LT_ERR_NOT_JOINED;
+    if (priority < 0 || priority >= LITE_PRIORITIES)
+        return lite_fail(LT_ERR_BAD_ARGUMENT, "priority %d", priority);
+    c->priority = (uint8_t)priority;
+    return 0;
+}

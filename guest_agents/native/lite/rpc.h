@@ -1,0 +1,105 @@
+/* What travels between cores for RPC, and what each side remembers of it.
+ *
+ * A message is written into the ring of (client node, port) at the server, with an immediate that says where:
+ * struct message_head, then the data. The client owns the ring's tail; the server writes its head back into
+ * peer->heads of the client each quarter ring. The reply is written into the caller's slot: struct reply_head, data.
+ */
+#ifndef RACKLESS_LITE_RPC_H
+#define RACKLESS_LITE_RPC_H
+
+#include "core.h"
+
+enum {
+    MESSAGE_MAGIC = 0x4c495445,
+    SLOT_CLASSES = 5,
+    SLOT_HEAD = 32,     /* so that a struct lite_reply fits before the data; the reply's own head is the second half */
+    SMALLEST_RING = 256 << 10,
+    MOST_SLOTS = 4096,
+    MOST_CALLS = 1 << 16,
+};
+
+enum message_kind { MESSAGE_SEND, MESSAGE_CALL, MESSAGE_VOID };
+
+struct message_head {
+    uint32_t magic;
+    uint16_t port;
+    uint8_t kind, reserved;
+    uint32_t length, sequence;
+    uint32_t skipped;   /* bytes left unused before it, at the ring's end */
+    uint32_t max_reply, slot, ticket, slot_rkey;
+    uint32_t zero;
+    uint64_t slot_address;
+    uint64_t zeros[2];
+};
+_Static_assert(sizeof(struct message_head) == RING_UNIT, "data begin one unit after the head");
+
+struct reply_head {
+    int32_t status;
+    uint32_t ticket;
+    uint64_t length;
+};
+_Static_assert(sizeof(struct lite_reply) == SLOT_HEAD && sizeof(struct reply_head) == SLOT_HEAD / 2, "see SLOT_HEAD");
+
+/* Client's side of a ring. */
+struct ring_out {
+    struct link full;   /* rpc->full, if ops wait for room or for a slot */
+    struct link waiting;
+    struct peer *peer;
+    uint32_t port, rkey, sequence;
+    bool ready;         /* false: the tier is asking for it */
+    uint64_t address, size, max_message, tail, asked;
+};
+
+/* Server's side. */
+struct ring_in {
+    struct region region;
+    struct peer *peer;  /* NULL: it has gone, only messages that are being read keep the memory */
+    uint32_t port, first, held; /* first: sequence of the oldest message not yet done; held: messages */
+    uint64_t max_message, head, head_told;
+    uint32_t *span;     /* by sequence: bytes, and DONE */
+    uint32_t spans;
+};
+
+struct message {
+    struct link link;   /* port->messages, or the free list */
+    struct ring_in *ring;
+    struct message_head head;
+    uint8_t *data;
+};
+
+/* A call that was received and not yet replied to: what a descriptor means. */
+struct call {
+    struct client *client; /* NULL: free */
+    struct peer *peer;
+    uint32_t generation, session, slot, ticket, slot_rkey, max_reply;
+    uint64_t slot_address;
+};
+
+struct port {
+    struct client *client;
+    uint64_t max_message;
+    struct link receivers, messages;
+};
+
+struct rpc {
+    struct slot **slot;
+    uint32_t slots, tickets;
+    struct link idle[SLOT_CLASSES], bare; /* bare: slots without memory */
+    struct link regions;                  /* that small slots share */
+    struct link full;
+    struct port port[LITE_PORTS];
+    struct call *call;
+    uint32_t calls, free_call;
+    struct link free_messages;
+};
+
+/* slots.c */
+struct slot *slot_take(struct core *core, uint64_t capacity);
+void slot_idle(struct core *core, struct slot *slot);
+uint64_t slot_capacity(const struct slot *slot);
+void slots_close(struct core *core);
+
+/* messages.c */
+void message_post(struct core *core, struct op *op, struct peer *peer, uint64_t remote, uint32_t rkey, uint32_t imm);
+
+#endif

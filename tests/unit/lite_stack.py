@@ -1,0 +1,32 @@
+"""All of LITE on this machine: real tiers and directory over real native cores, which stand-in verbs join."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+from guest_agents.lite import core
+from guest_agents.lite.core import Config, Core
+from tests.unit import lite_blades, lite_pair
+
+MEMORY = 64 << 20
+
+
+def _core(_fabric: object) -> Core:
+    return Core(Config())
+
+
+@contextmanager
+def stack(folder: Path, *names: str) -> Iterator[dict[str, str]]:
+    """Blades with these names, the first the manager; for each the path of its socket for programs."""
+    with (
+        mock.patch.object(core, "LIBRARY", lite_pair.build(folder)),
+        mock.patch.object(lite_blades, "StandInCore", _core),
+    ):
+        rack = lite_blades.Rack(folder, list(names), memory=MEMORY)
+        try:
+            yield {name: str(blade.tier.settings.socket) for name, blade in rack.blades.items()}
+        finally:
+            rack.close()
