@@ -10,8 +10,7 @@ enum {
     POOL_SHARE_FIRST = 2,       /* the pool may hold half of the ExCache at first, */
     POOL_SHARE_MOST = 4,        /* and never the last quarter */
     POOL_LEAST = 2,             /* segments */
-    MARGIN_SHARE = 8,           /* a miss was a near one if an ExCache larger by an eighth had spared it */
-    READ_POINTS = 10,           /* what a READ costs, in unpackings */
+    READ_POINTS = 30,           /* a READ costs about 15 unpackings; twice that served gawk and sqlite3 best */
     SEGMENT_POINTS = 32,        /* so many move the pool's limit by a segment */
     STAMP_EVICTIONS = 16,       /* stamps of packed pages count evictions, so many at a time */
 };
@@ -119,12 +118,10 @@ static void spill(struct lines *l, size_t segment)
     }
 }
 
-static void make_segment(struct lines *l)
+static void make_segment(struct lines *l, size_t bytes)
 {
-    if (pool_is_holey(&l->pool)) {
-        pool_compact(&l->pool);
+    if (pool_compact(&l->pool, bytes))
         return;
-    }
     if (l->pool.held >= l->pool_limit)
         spill(l, pool_oldest(&l->pool));
     pool_grow(&l->pool);
@@ -144,11 +141,11 @@ static void pool_share(struct lines *l, int points)
         l->points = 0;
 }
 
-/* A page went a short while ago: with a larger pool it had still been there. */
+/* If the page went not long ago, it would still be in a pool that were larger by the whole ExCache. */
 void evict_weigh_read(struct lines *l, size_t page)
 {
-    size_t margin = l->budget / MARGIN_SHARE, held = pool_pages(&l->pool);
-    if (held && l->state[page] & PACKABLE && l->departures - l->where[page] < margin * l->pool.pages / held)
+    size_t held = pool_pages(&l->pool);
+    if (held && l->state[page] & PACKABLE && l->departures - l->where[page] < l->budget * l->pool.pages / held)
         pool_share(l, READ_POINTS);
 }
 
@@ -157,11 +154,11 @@ static uint16_t stamp(const struct lines *l)
     return (uint16_t)(l->count->evictions / STAMP_EVICTIONS);
 }
 
-/* A page was packed a short while ago: with more plain pages it had still been mapped. */
+/* If the page was packed not long ago, it would still be mapped with so many more plain pages. */
 void evict_weigh_unpacking(struct lines *l, size_t page)
 {
     uint16_t age = stamp(l) - pool_stamp(&l->pool, page);
-    if (age < l->budget / MARGIN_SHARE / STAMP_EVICTIONS)
+    if (age < l->budget / STAMP_EVICTIONS)
         pool_share(l, -1);
 }
 
@@ -191,7 +188,7 @@ static void shelve(struct lines *l, size_t page)
         l->count->zero_drops++;
     } else if (bytes) {
         while (!pool_put(&l->pool, page, stamp(l), packed, bytes))
-            make_segment(l);
+            make_segment(l, bytes);
         lines_set_state(l, page, PACKED | PACKABLE | (flags & (STORED | DIRTY)));
         l->count->packed++;
         l->count->packed_bytes += bytes;

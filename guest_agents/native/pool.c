@@ -10,8 +10,8 @@
 enum {
     GONE = UINT32_MAX,          /* page number of an entry that was taken out */
     UNIT = 8,                   /* entries start at multiples of it, and are numbered by them */
-    HOLEY_SHARE = 8,            /* compact when holes are more than such a part of the pool */
-    OVERREAD = 64,              /* bytes that may be read after the last entry */
+    LEAST_GAIN = SEGMENT_BYTES / 8, /* bytes for which a segment is worth copying */
+    ROOM = SEGMENT_BYTES - 8,   /* for entries: some bytes after the last one may be read */
 };
 
 struct entry {
@@ -20,6 +20,11 @@ struct entry {
     uint16_t stamp;
     uint8_t packed[];
 };
+
+static size_t whole_entry(size_t bytes)
+{
+    return (sizeof(struct entry) + bytes + UNIT - 1) & ~(size_t)(UNIT - 1);
+}
 
 static struct entry *entry_at(const struct pool *pool, size_t segment, size_t offset)
 {
@@ -33,7 +38,7 @@ static struct entry *entry_of(const struct pool *pool, size_t page)
 
 int pool_init(struct pool *pool, size_t segments, uint32_t *where)
 {
-    size_t bytes = segments * SEGMENT_BYTES + OVERREAD;
+    size_t bytes = segments * SEGMENT_BYTES;
     *pool = (struct pool){.most = segments, .open = segments, .where = where};
     pool->base = raw_memory(bytes);
     pool->segment = raw_memory(segments * sizeof *pool->segment);
@@ -46,8 +51,8 @@ int pool_init(struct pool *pool, size_t segments, uint32_t *where)
 
 bool pool_put(struct pool *pool, size_t page, uint16_t stamp, const void *packed, size_t bytes)
 {
-    size_t whole = (sizeof(struct entry) + bytes + UNIT - 1) & ~(size_t)(UNIT - 1);
-    if (pool->open == pool->most || pool->segment[pool->open].used + whole > SEGMENT_BYTES)
+    size_t whole = whole_entry(bytes);
+    if (pool->open == pool->most || pool->segment[pool->open].used + whole > ROOM)
         return false;
     struct segment *segment = &pool->segment[pool->open];
     struct entry *entry = entry_at(pool, pool->open, segment->used);
@@ -96,19 +101,16 @@ void pool_grow(struct pool *pool)
         pool_release(pool, full);
 }
 
-bool pool_is_holey(const struct pool *pool)
+bool pool_compact(struct pool *pool, size_t bytes)
 {
-    size_t bytes = pool->held * SEGMENT_BYTES, holes = bytes - pool->live;
-    return pool->held > HOLEY_SHARE / 2 && holes > bytes / HOLEY_SHARE;
-}
-
-void pool_compact(struct pool *pool)
-{
-    size_t emptiest = pool->most;
+    size_t emptiest = pool->most, gain = whole_entry(bytes);
     for (size_t i = 0; i < pool->most; i++)
         if (pool->segment[i].age && i != pool->open &&
             (emptiest == pool->most || pool->segment[i].live < pool->segment[emptiest].live))
             emptiest = i;
+    gain = gain < LEAST_GAIN ? LEAST_GAIN : gain;
+    if (emptiest == pool->most || pool->segment[emptiest].live + gain > ROOM)
+        return false;
     /* A copy, so that the segment itself can be filled anew: nothing more is held meanwhile. */
     static char copy[SEGMENT_BYTES];
     size_t used = pool->segment[emptiest].used;
@@ -126,6 +128,7 @@ void pool_compact(struct pool *pool)
         pool_put(pool, entry->page, entry->stamp, entry->packed, entry->bytes - sizeof *entry);
         pool->pages--; /* it was counted already */
     }
+    return true;
 }
 
 size_t pool_oldest(const struct pool *pool)

@@ -1,8 +1,8 @@
 /* Packed pages, in memory that grows and shrinks: a log of segments, as log-structured file systems have.
  *
- * Packed pages have all lengths; a log leaves no gaps between them. What has been taken out leaves a hole, and once
- * holes are an eighth of the pool, the emptiest segment is copied together (some microseconds per page). Every segment
- * counts whole, with its holes and headers, so `pool_pages` is what the pool really holds of the ExCache.
+ * Packed pages have all lengths; a log leaves no gaps between them. What has been taken out leaves a hole; a segment
+ * that has many is copied together before a new one is begun (some microseconds per page). Every segment counts whole,
+ * with its holes and headers, so `pool_pages` is what the pool really holds of the ExCache.
  */
 #ifndef RACKLESS_POOL_H
 #define RACKLESS_POOL_H
@@ -44,10 +44,9 @@ void pool_remove(struct pool *pool, size_t page);
 /* Begin a new segment; the pool must hold fewer than `most`. */
 void pool_grow(struct pool *pool);
 
-/* True if compacting pays. Then pool_compact makes room in the open segment, without holding more than before
- * when it returns. */
-bool pool_is_holey(const struct pool *pool);
-void pool_compact(struct pool *pool);
+/* Make room for `bytes` packed bytes by copying the emptiest segment together, holding no more memory than before;
+ * false, and nothing done, if its holes are too small for that. */
+bool pool_compact(struct pool *pool, size_t bytes);
 
 /* The segment that was begun first, except the open one; pool->most if there is none. */
 size_t pool_oldest(const struct pool *pool);

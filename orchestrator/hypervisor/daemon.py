@@ -242,7 +242,8 @@ def _wait_for_end(pid_file: Path) -> None:
         process = Path(f"/proc/{int(pid_file.read_text())}")
         deadline = time.monotonic() + _STOP_SECONDS
         while not (process / "cmdline").read_bytes() and time.monotonic() < deadline:
-            if (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z":
+            threads = len(os.listdir(process / "task"))  # the first may be gone long before the last
+            if threads == 1 and (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z":
                 return  # it has let go of everything, and only waits for its parent
             time.sleep(0.01)
     except (OSError, ValueError):

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from guest_agents.lite import core, wire
@@ -152,7 +152,8 @@ class Pair:
                 ring = self.nodes[event.node].ring_offer(number, 1, event.port)
                 node.ring_attach(event.node, event.incarnation, event.port, ring)
             except LiteError as error:
-                node.ring_refuse(event.node, event.incarnation, event.port, error.code)
+                with suppress(LiteError):  # the peer has gone meanwhile, and its requests with it
+                    node.ring_refuse(event.node, event.incarnation, event.port, error.code)
 
     @contextmanager
     def held(self) -> Iterator[None]:

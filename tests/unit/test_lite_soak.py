@@ -20,7 +20,8 @@ from guest_agents.membership import Timing
 from tests.unit.lite_blades import Program, Rack, eventually
 
 SEED = int(os.environ.get("RACKLESS_SEED", "2026"))
-SECONDS = float(os.environ.get("RACKLESS_SOAK_SECONDS", "8"))
+SECONDS = float(os.environ.get("RACKLESS_SOAK_SECONDS", "5"))
+TURNS = int(os.environ.get("RACKLESS_SOAK_TURNS", "1"))
 NAMES = ["a", "b", "c"]
 BLADES = ["gm0", "mb0", "mb1", "mb2"]
 UNEXPECTED = {errors.LiteError, errors.BadMessage, errors.BadArgument, errors.BadHandle, errors.OutOfRange}
@@ -166,7 +167,7 @@ class Worker(threading.Thread):
         self.program.kill()
 
 
-@pytest.mark.parametrize("turn", range(3))
+@pytest.mark.parametrize("turn", range(TURNS))
 def test_the_books_balance(tmp_path: Path, turn: int) -> None:
     chance = random.Random(SEED + turn)
     Worker.inside.clear()

@@ -1,4 +1,4 @@
-/* See json.h. The reader walks the text once per field: replies are short, and control messages are not the fast path. */
+/* See json.h. The reader walks the text once per field: replies are short, and this is not the fast path. */
 #define _GNU_SOURCE
 #include "json.h"
 

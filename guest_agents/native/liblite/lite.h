@@ -70,7 +70,8 @@ const char *LT_strerror(int code);
 const char *LT_error(void);        /* what went wrong last in this thread, in words */
 
 /* Memory. `nodes`: names with commas between, NULL for this node; `name` may be NULL. */
-int LT_malloc(const char *nodes, uint64_t size, const char *name, unsigned permissions, unsigned flags, LT_handle *handle);
+int LT_malloc(const char *nodes, uint64_t size, const char *name, unsigned permissions, unsigned flags,
+              LT_handle *handle);
 int LT_map(const char *name, unsigned permissions, LT_handle *handle, uint64_t *size); /* size may be NULL */
 int LT_unmap(LT_handle handle);
 int LT_free(LT_handle handle);

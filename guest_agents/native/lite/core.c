@@ -205,8 +205,6 @@ static void *run(void *argument)
     uint64_t active = core_clock(), gap = 4000ull * core->config.spin_us;
     while (!__atomic_load_n(&core->stopping, __ATOMIC_RELAXED)) {
         struct round round = work(core);
-        if (round.any)
-            sched_yield(); /* with one processor, what was posted or answered goes on only if somebody else runs */
         bool any = look(core, 0) || round.any;
         if (any) {
             uint64_t since = round.now - active, most = 4000ull * core->config.spin_us;

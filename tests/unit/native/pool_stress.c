@@ -9,7 +9,9 @@
 #include <string.h>
 #include <sys/mman.h>
 
-enum { PAGES = 2000, LIMIT = 24, MOST = 40, KINDS = 6 };
+enum { PAGES = 2000, LIMIT = 24, MOST = 40, KINDS = 7, LARGE = 6 };
+
+static bool only_large;             /* few fit a segment, and some of it stays free */
 
 static uint64_t seed;
 static struct pool pool;
@@ -31,19 +33,25 @@ static void check(int ok, const char *what)
     }
 }
 
+static size_t kind_of(size_t page)
+{
+    return only_large ? LARGE : page % KINDS;
+}
+
 /* A page as heaps have them; what is in it follows from its number and version. */
 static void fill(uint64_t *words, size_t page, uint32_t of)
 {
     uint64_t state = page * 0x9e3779b97f4a7c15ull + of + 1, base = 0x7f1200000000ull + (number(&state) & 0xffffff0);
     for (size_t i = 0; i < CODEC_WORDS; i++) {
         uint64_t random = number(&state);
-        switch (page % KINDS) {
+        switch (kind_of(page)) {
         case 0: words[i] = 0; break;
         case 1: words[i] = random % 4 ? 0 : base + random % 100000 * 16; break;
         case 2: words[i] = random % 3 ? random % 300 : 0; break;
         case 3: words[i] = random % 8 ? 0 : random; break;
         case 4: words[i] = i * (random % 2 ? 1 : ~0ull) << random % 41; break; /* differences of every length */
         case 5: words[i] = random; break;
+        case LARGE: words[i] = random % 2 ? random : 0; break;
         }
     }
 }
@@ -75,6 +83,7 @@ static void look(size_t page)
     static uint64_t expected[CODEC_WORDS], back[CODEC_WORDS];
     fill(expected, page, version[page]);
     codec_unpack(pool_get(&pool, page), back);
+    check(pool_stamp(&pool, page) == (uint16_t)page, "a stamp is not what it was");
     check(!memcmp(expected, back, sizeof back), "a page in the pool is not what was put there");
 }
 
@@ -94,6 +103,7 @@ int main(int argc, char **argv)
         return 2;
     seed = strtoull(argv[2], NULL, 10) * 1000003 + 88172645463325252ull;
     test_codec();
+    only_large = atoi(argv[2]) % 2;
     check(pool_init(&pool, MOST, where) == 0, "no pool");
     size_t compactions = 0, spilled = 0, inside = 0;
     for (int round = atoi(argv[1]); round; round--) {
@@ -111,10 +121,10 @@ int main(int argc, char **argv)
         size_t bytes = codec_pack(words, packed);
         if (!bytes)
             continue;
-        while (!pool_put(&pool, page, packed, bytes)) {
-            if (pool_is_holey(&pool)) {
-                size_t held = pool.held;
-                pool_compact(&pool);
+        for (int tries = 0; !pool_put(&pool, page, (uint16_t)page, packed, bytes); tries++) {
+            check(tries == 0, "what made room for a page made none");
+            size_t held = pool.held;
+            if (pool_compact(&pool, bytes)) {
                 check(pool.held <= held, "compacting took memory");
                 compactions++;
                 continue;
@@ -133,6 +143,7 @@ int main(int argc, char **argv)
         }
         version[page] = (uint32_t)round;
         inside++;
+        check(pool.pages == inside, "the pool counts its pages wrongly");
         check(pool.held <= LIMIT, "the pool is larger than it may be");
         check(resident() <= pool_pages(&pool), "the pool holds more memory than it says");
     }
