@@ -33,6 +33,13 @@ def test_a_killed_agent_is_started_again_and_keeps_its_node_id(rack: Rack) -> No
     assert "restart 1 in 1 s" in rack("logs", "mb1").stdout
 
 
+def test_a_restarted_process_monitor_serves_files_again(rack: Rack) -> None:
+    rack.on("sb0", "echo here > /srv/vnode/there.txt")
+    rack.on("pb0", "kill -9 $(cat /etc/rackless/services/agent/supervise/pid)")
+    _wait_ready(rack, "pb0")
+    assert rack.on("pb0", "cat /vnode/there.txt; rm /vnode/there.txt") == "here\n"
+
+
 def test_a_restarted_manager_gets_its_members_back(rack: Rack) -> None:
     rack.on("gm0", "kill -9 $(cat /etc/rackless/services/agent/supervise/pid)")
     for blade in ("gm0", "pb0", "mb0", "mb1", "sb0"):

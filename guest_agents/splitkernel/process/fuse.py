@@ -92,9 +92,9 @@ class Call(NamedTuple):
 
 def mount(where: Path) -> int:
     """Mount a FUSE file system at `where`; returns its descriptor. The kernel checks permissions by mode bits."""
-    where.mkdir(parents=True, exist_ok=True)
     libc = ctypes.CDLL(None, use_errno=True)
-    libc.umount2(os.fsencode(where), 2)  # MNT_DETACH what an agent that died left behind
+    libc.umount2(os.fsencode(where), 2)  # MNT_DETACH what an agent that died left behind: one cannot even look at it
+    where.mkdir(parents=True, exist_ok=True)
     fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     options = f"fd={fd},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other,max_read={MAX_DATA}"
     nosuid_nodev = 2 | 4
