@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
 
 import typer
 
-from orchestrator.cli.common import JsonOption, RackOption, complete_blade, current_rack
+from orchestrator.cli.common import BladesArgument, JsonOption, RackOption, current_rack
 
 
 def register(app: typer.Typer) -> None:
@@ -38,12 +37,7 @@ def list_agents(rack: RackOption = None, as_json: JsonOption = False) -> None:
 
 
 def push(
-    blades: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[BLADE...]", help="Names or patterns; all without.", autocompletion=complete_blade
-        ),
-    ] = None,
+    blades: BladesArgument = None,
     rack: RackOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -42,6 +42,10 @@ RackOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 BladeArgument = Annotated[str, typer.Argument(metavar="BLADE", help="Name of a blade.", autocompletion=complete_blade)]
+BladesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[BLADE...]", help="Names or patterns; all without.", autocompletion=complete_blade),
+]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.cli.common import JsonOption, RackOption, complete_blade, current_rack
+from orchestrator.cli.common import BladesArgument, JsonOption, RackOption, current_rack
 from orchestrator.errors import RacklessError
 
 RATES = ("reads", "writes", "atomics", "calls", "bytes_read", "bytes_written")
@@ -29,12 +29,7 @@ def _family() -> None:
 
 
 def stat(
-    blades: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[BLADE...]", help="Names or patterns; all without.", autocompletion=complete_blade
-        ),
-    ] = None,
+    blades: BladesArgument = None,
     rack: RackOption = None,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Time over which rates are measured.")] = 1.0,
     as_json: JsonOption = False,
