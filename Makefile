@@ -41,7 +41,7 @@ testbed: setup ## fresh machine -> a running default rack, a demo job on it, and
 test: test-unit test-rack ## fresh machine -> every test: unit first, then on real blades
 
 test-unit: setup ## the tests that need no blade (under a minute)
-	@$(PYTEST) tests/unit -n logical --dist loadfile $(ARGS)
+	@$(PYTEST) tests/unit -n 4 --dist loadfile $(ARGS)
 
 test-rack: setup ## the tests on real blades (minutes; root)
 	@$(PYTEST) tests/rack $(ARGS)

@@ -106,6 +106,8 @@ class Agent:
         for module in MONITORS[mine.kind]:
             handlers |= importlib.import_module(module).handlers(config)
         control.Server(("0.0.0.0", control.PORT), self.secret, handlers).start()
+        if self.manager is not None:
+            self.manager.start()
         tier.start()
         self.membership.start()
         log.info("%s of kind %s serves rack %s", mine.name, mine.kind, mine.rack)
@@ -118,7 +120,6 @@ class Agent:
         if self.manager is None:
             return made, made.handlers()
         directory = tiers.manager_directory(self.manager, made)
-        self.manager.start()
         return made, {**self.manager.handlers(), **made.handlers(directory)}
 
     def status(self, _request: control.Message) -> control.Message:

@@ -76,7 +76,7 @@ class Books:
     """What else a manager keeps about members, such as LITE's directory; does nothing by itself."""
 
     def joined(self, member: Member, report: Message) -> None:
-        """A life has joined, or claimed to go on after a restart of the manager; `report` is what it holds."""
+        """A life joins, or claims to go on after a restart of the manager; `report` is what it holds. Be quick."""
 
     def died(self, member: Member) -> None:
         """A life is over; called in order, from a thread of its own, and may take its time."""
@@ -99,7 +99,8 @@ class Manager:
         self._dead: dict[int, int] = {}  # node -> highest incarnation that is over
         self._departed: dict[str, Member] = {}  # by name, until a blade of that name joins
         self._missed: set[Life] = set()  # lives that members remember and that have not claimed to go on
-        self._started = time.monotonic()
+        self._started: float | None = None
+        self._settled = False
         # Higher than any that a manager before this one can have given, at less than one join per second.
         self._incarnation = int(time.time())
         self._version = 0
@@ -113,7 +114,8 @@ class Manager:
                 "member.list": self.list}  # fmt: skip
 
     def start(self) -> None:
-        """Watch over the members, in threads of their own."""
+        """Watch over the members, in threads of their own; call it when they can be heard: now their time begins."""
+        self._started = time.monotonic()
         threading.Thread(target=self._watch, name="members", daemon=True).start()
         threading.Thread(target=self._bury, name="burials", daemon=True).start()
 
@@ -132,7 +134,7 @@ class Manager:
             self._incarnation = max(self._incarnation, *(life.incarnation for life in (wanted, *others)))
             current = self._members.get(wanted.node)
             goes_on = wanted.incarnation > self._dead.get(wanted.node, 0) and (
-                current is None or current.life == wanted
+                current.life == wanted if current is not None else not self._settled
             )
             if not goes_on:
                 if current is not None:
@@ -143,12 +145,13 @@ class Manager:
             self._dead[wanted.node] = max(self._dead.get(wanted.node, 0), member.life.incarnation - 1)
             for namesake in [m for m in self._members.values() if m.name == member.name and m.life != member.life]:
                 self._end(namesake.life.node, namesake.life.incarnation, "it moved to another place")
+            # Its report first: whoever sees `all_here` has all reports.
+            self.books.joined(member, request.get("report", {}) if goes_on else {})
             self._members[wanted.node] = member
             self._departed.pop(member.name, None)
             self._missed = {life for life in self._missed | others if not self._is_known(life)}
             self._changed()
         log.info("%s joined as node %d, incarnation %d", member.name, member.life.node, member.life.incarnation)
-        self.books.joined(member, request.get("report", {}) if goes_on else {})
         return {"node_id": member.life.node, "incarnation": member.life.incarnation, **self.list(request)}
 
     def beat(self, request: Message) -> Message:
@@ -195,12 +198,17 @@ class Manager:
     def all_here(self) -> bool:
         """Whether every member there can be has joined: before that, books that members bring may be incomplete.
 
-        True also when `dead_after` has passed since the start: who has not claimed its life by then has lost it.
+        True also when `dead_after` has passed since the start: who has not claimed its life by then has lost it, and
+        begins anew when it comes.
         """
         with self._change:
-            if time.monotonic() - self._started > self.timing.dead_after and not self._missed:
-                return True
-            return {m.name for m in self._members.values()} >= set(self._expected()) and not self._missed
+            if not self._settled:
+                complete = {m.name for m in self._members.values()} >= set(self._expected())
+                self._settled = (complete or self._is_late(time.monotonic())) and not self._missed
+            return self._settled
+
+    def _is_late(self, now: float) -> bool:
+        return self._started is not None and now - self._started > self.timing.dead_after
 
     def _member(self, life: Life) -> Member | None:
         member = self._members.get(life.node)
@@ -242,7 +250,9 @@ class Manager:
                     member.seen += held_up
                     if now - member.seen > self.timing.dead_after and member.name != self._own_name:
                         self._end(member.life.node, member.life.incarnation, f"silent for {now - member.seen:.1f} s")
-                if self._missed and now - self._started > self.timing.dead_after:
+                if self._started is not None:
+                    self._started += held_up
+                if self._missed and self._is_late(now):
                     for life in self._missed:
                         self._end(life.node, life.incarnation, "it did not come back to this manager")
                     self._missed.clear()

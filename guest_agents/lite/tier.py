@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 SOCKET = Path("/run/rackless/lite.sock")
 _EVENT_SECONDS = 10.0
 _READY_SECONDS = 20.0
+_POLL_SECONDS = 0.05
 
 log = logging.getLogger("rackless.lite")
 
@@ -200,14 +201,7 @@ class Tier(Follower):
     def directory(self, op: str, timeout: float = 60.0, /, **fields: Any) -> Message:
         """A request to the directory. MANAGER_LOST, and what the directory answers."""
         own = self.life()
-        if not self.membership.joined.wait(_READY_SECONDS):
-            raise ManagerLost
-        for member in self.membership.members:
-            if member["address"] == self.settings.manager and member["state"] == "alive":
-                manager = Life(member["node_id"], member["incarnation"])
-                break
-        else:
-            raise ManagerLost
+        manager = self._find_manager()
         try:
             return self.links.call(manager, f"lite.directory.{op}", timeout, life=[own.node, own.incarnation], **fields)
         except NodeUnreachable:
@@ -346,6 +340,18 @@ class Tier(Follower):
         if self._is_over(life):
             raise NodeDead(f"node {life.node} (incarnation {life.incarnation}) is dead")
         self.bury({life.node: life.incarnation - 1})
+
+    def _find_manager(self) -> Life:
+        """Its present life; one that was restarted has a moment to join its own list."""
+        deadline = time.monotonic() + _READY_SECONDS
+        while self.membership.joined.wait(max(0.0, deadline - time.monotonic())):
+            for member in self.membership.members:
+                if member["address"] == self.settings.manager and member["state"] == "alive":
+                    return Life(member["node_id"], member["incarnation"])
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_SECONDS)
+        raise ManagerLost
 
     def _living(self) -> list[Life]:
         return [Life(m["node_id"], m["incarnation"]) for m in self.membership.members if m["state"] == "alive"]

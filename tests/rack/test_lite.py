@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import select
-import shlex
-import subprocess
-import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +15,7 @@ import pytest
 from orchestrator.hypervisor import daemon, domain
 from orchestrator.settings import RackPaths, Settings
 from tests.rack.conftest import Bench, Rack, unique
+from tests.rack.program import Program, end_all
 
 pytestmark = pytest.mark.rack
 
@@ -33,7 +30,6 @@ BLADES = {
     "mb1": {"kind": "memory", "memory": "320 MiB"},
 }
 QUEUE_PAIRS = 4
-BEGIN = "from guest_agents import lite; node = lite.connect(); say = lambda *w: print(*w, flush=True)\n"
 
 
 @pytest.fixture(scope="module")
@@ -50,36 +46,11 @@ def lite(bench: Bench) -> Iterator[Rack]:
     bench.rackless("down", name)
 
 
-class Program:
-    """A Python program on a blade that says a line when it has got somewhere, and goes on when it is told a line.
-
-    `source` finds `lite`, `node` and `say`.
-    """
-
-    def __init__(self, rack: Rack, blade: str, source: str) -> None:
-        command = rack.bench.command("ssh", "--rack", rack.name, blade, "--",
-                                     f"python3 -u -c {shlex.quote(BEGIN + textwrap.dedent(source))}")  # fmt: skip
-        self.process = subprocess.Popen(command, env=rack.bench.env(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.STDOUT, text=True)  # fmt: skip
-
-    def hear(self, seconds: float = 120) -> str:
-        """Its next line."""
-        assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
-        assert ready, f"the program said nothing for {seconds:g} s"
-        return self.process.stdout.readline().strip()
-
-    def tell(self, line: str = "") -> None:
-        """What its `input()` returns."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
-
-    def end(self) -> str:
-        """The rest of what it says, when it has ended well."""
-        output, _ = self.process.communicate(timeout=120)
-        assert self.process.returncode == 0, output
-        return output.strip()
+@pytest.fixture(autouse=True)
+def programs() -> Iterator[None]:
+    """None outlives its test."""
+    yield
+    end_all()
 
 
 def stat(rack: Rack, *blades: str) -> dict[str, Any]:
@@ -179,16 +150,15 @@ def test_queue_pairs_do_not_grow_with_programs(lite: Rack) -> None:
 
 def test_a_killed_program_leaves_nothing(lite: Rack) -> None:
     victim = Program(lite, "pb0", """
-        import os
         m = node.malloc(8 << 20, spread=True, name="big")
         b = node.buffer(65536)
         p = node.register(7)
         door = node.lock("door", home="mb1")
         door.acquire()
-        say(os.getpid())
+        say("ready")
         input()
     """)  # fmt: skip
-    pid = victim.hear()
+    assert victim.hear() == "ready"
     waiting = Program(lite, "mb0", """
         door = node.lock("door")
         say("waits")
@@ -198,7 +168,7 @@ def test_a_killed_program_leaves_nothing(lite: Rack) -> None:
         door.release()
     """)  # fmt: skip
     assert waiting.hear() == "waits"
-    lite.on("pb0", f"kill -9 {pid}")
+    lite.on("pb0", f"kill -9 {victim.pid}")
     assert waiting.hear(30) == "has it"
     waiting.tell()
     waiting.end()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from tests.unit import stand_in
+from tests.unit import lite_pair, stand_in
 from tests.unit.stand_in_rackless import SPLIT, Rackless
 
 # No deadline: how fast one example runs says more about the machine than about the code.
@@ -23,6 +25,19 @@ def stand_in_rack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[stand_in
         pytest.skip(reason)
     with stand_in.stand_in_rack(tmp_path_factory.mktemp("rack")) as rack:
         yield rack
+
+
+@pytest.fixture(scope="session")
+def lite_core(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LITE's core with stand-in verbs, compiled once for all workers of pytest-xdist."""
+    if reason := lite_pair.missing():
+        pytest.skip(reason)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with (folder / "lite_core.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return lite_pair.build(folder)
 
 
 @pytest.fixture

@@ -296,8 +296,8 @@ class Blade:
         self.tier.start()
         if self.manager is not None:
             assert self.directory is not None
-            self.directory.start()
             self.manager.start()
+            self.directory.start()
         self.membership.start()
         assert self.membership.joined.wait(10)
         return self

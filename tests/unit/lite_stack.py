@@ -9,7 +9,7 @@ from unittest import mock
 
 from guest_agents.lite import core
 from guest_agents.lite.core import Config, Core
-from tests.unit import lite_blades, lite_pair
+from tests.unit import lite_blades
 
 MEMORY = 64 << 20
 
@@ -19,10 +19,10 @@ def _core(_fabric: object) -> Core:
 
 
 @contextmanager
-def stack(folder: Path, *names: str) -> Iterator[dict[str, str]]:
+def stack(folder: Path, library: Path, *names: str) -> Iterator[dict[str, str]]:
     """Blades with these names, the first the manager; for each the path of its socket for programs."""
     with (
-        mock.patch.object(core, "LIBRARY", lite_pair.build(folder)),
+        mock.patch.object(core, "LIBRARY", library),
         mock.patch.object(lite_blades, "StandInCore", _core),
     ):
         rack = lite_blades.Rack(folder, list(names), memory=MEMORY)

@@ -29,8 +29,8 @@ Sockets = dict[str, str]
 
 
 @pytest.fixture(scope="module")
-def blades(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sockets]:
-    with stack(tmp_path_factory.mktemp("stack"), "gm0", "pb0", "pb1", "mb0") as sockets:
+def blades(tmp_path_factory: pytest.TempPathFactory, lite_core: Path) -> Iterator[Sockets]:
+    with stack(tmp_path_factory.mktemp("stack"), lite_core, "gm0", "pb0", "pb1", "mb0") as sockets:
         yield sockets
 
 

@@ -27,14 +27,9 @@ needs_verbs = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 PORT = 5
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return lite_pair.build(tmp_path_factory.mktemp("lite"))
-
-
 @pytest.fixture
-def pair(library: Path) -> Iterator[Pair]:
-    pair = Pair(library, Config(timeout_ms=5000))
+def pair(lite_core: Path) -> Iterator[Pair]:
+    pair = Pair(lite_core, Config(timeout_ms=5000))
     yield pair
     pair.close()
 
@@ -495,10 +490,11 @@ def test_programs_killed_in_the_middle_of_anything_leave_nothing(pair: Pair, see
 def test_nonsense_from_a_program_harms_nobody(pair: Pair, seed: int) -> None:
     chance = random.Random(seed)
     pair.lmr(1, (2, 65536), (1, 65536))
+    pair.lmr(2, (2, 65536))
     server, witness = Program(pair.nodes[2]), Program(pair.nodes[1])
     pair.nodes[2].port_open(server.client, PORT, 8192)
     Server(server).start()
-    handle = pair.nodes[1].handle_add(witness.client, 1, ALL)
+    handle = pair.nodes[1].handle_add(witness.client, 2, ALL)
     interesting = (0, 1, 2, 5, 7, 8, 63, 64, 8192, 8193, 65536, 131072, 2**31, 2**32 - 1, 2**63, 2**64 - 1, 1 << 32 | 1)
 
     def number() -> int:
@@ -619,10 +615,10 @@ def test_every_priority_gets_through_in_every_mode(pair: Pair, mode: str) -> Non
 
 
 @needs_verbs
-def test_joining_comes_first_and_limits_are_checked(library: Path) -> None:
+def test_joining_comes_first_and_limits_are_checked(lite_core: Path) -> None:
     from guest_agents.lite import core
 
-    core.LIBRARY = library
+    core.LIBRARY = lite_core
     with pytest.raises(errors.NotJoined):
         core.Core(Config(device="mlx5_0"))
     with pytest.raises(errors.BadArgument):
@@ -670,9 +666,9 @@ def test_ten_thousand_lmrs_and_handles(pair: Pair) -> None:
 
 
 @needs_verbs
-def test_closing_in_the_middle_of_work(library: Path) -> None:
+def test_closing_in_the_middle_of_work(lite_core: Path) -> None:
     """No clean-up before: what a stopping agent does."""
-    pair = Pair(library, Config())
+    pair = Pair(lite_core, Config())
     pair.lmr(1, (2, 65536))
     caller, server = Program(pair.nodes[1]), Program(pair.nodes[2])
     pair.nodes[2].port_open(server.client, PORT, 100)

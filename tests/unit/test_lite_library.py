@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from guest_agents.lite.errors import ERRORS
-from tests.unit import lite_pair
 from tests.unit.lite_stack import stack
 from tests.unit.stand_in_lite import StandIn
 
@@ -37,10 +36,8 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def blades(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    if lite_pair.missing() is not None:
-        pytest.skip(str(lite_pair.missing()))
-    with stack(tmp_path_factory.mktemp("stack"), "gm0", "pb0", "mb0") as sockets:
+def blades(tmp_path_factory: pytest.TempPathFactory, lite_core: Path) -> Iterator[dict[str, str]]:
+    with stack(tmp_path_factory.mktemp("stack"), lite_core, "gm0", "pb0", "mb0") as sockets:
         yield sockets
 
 

@@ -20,7 +20,7 @@ from guest_agents.membership import Timing
 from tests.unit.lite_blades import Program, Rack, eventually
 
 SEED = int(os.environ.get("RACKLESS_SEED", "2026"))
-SECONDS = float(os.environ.get("RACKLESS_SOAK_SECONDS", "5"))
+SECONDS = float(os.environ.get("RACKLESS_SOAK_SECONDS", "3"))
 TURNS = int(os.environ.get("RACKLESS_SOAK_TURNS", "1"))
 NAMES = ["a", "b", "c"]
 BLADES = ["gm0", "mb0", "mb1", "mb2"]

@@ -310,6 +310,40 @@ def test_when_all_are_here() -> None:
     assert book.all_here()
 
 
+def test_time_begins_when_the_manager_can_be_heard() -> None:
+    """A manager that is slow to start does not call those late whom it kept waiting."""
+    book = Manager("gm0", Timing(0.05, 0.1), lambda: ["gm0", "mb0"])
+    time.sleep(0.2)
+    assert not book.all_here()
+    book.start()
+    assert not book.all_here()
+    eventually(book.all_here)
+
+
+def test_who_claims_a_life_too_late_begins_anew() -> None:
+    book = Manager("gm0", Timing(0.05, 0.1), lambda: ["gm0", "mb0"])
+    book.books = ledger = Ledger()
+    book.start()
+    eventually(book.all_here)
+    late = book.join({**about("mb0", 2), "incarnation": 7, "report": {"holds": 1}})
+    assert late["incarnation"] > 7
+    assert ledger.reports == [("mb0", {})]
+
+
+def test_reports_are_there_before_all_are() -> None:
+    """Whoever takes over the books when all are here must not miss the last one's."""
+    book = Manager("gm0", Timing(0.1, 60.0), lambda: ["gm0", "mb0"])
+
+    class Early(Books):
+        def joined(self, member: Member, report: Message) -> None:
+            assert not book.all_here()
+
+    book.books = Early()
+    book.join(about("gm0", 1, "manager"))
+    book.join({**about("mb0", 2), "incarnation": 7, "report": {"holds": 1}})
+    assert book.all_here()
+
+
 def test_agents_that_join_at_once_get_different_lives(book: Manager) -> None:
     start = threading.Barrier(16)
     given: list[int] = []
