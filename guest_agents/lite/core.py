@@ -187,7 +187,7 @@ class _PeerStats(ctypes.Structure):
 
 _COUNTERS = (
     # since the start
-    "reads", "writes", "atomics", "calls", "sends", "receives", "replies", "fences", "cancels", "errors",
+    "reads", "writes", "atomics", "calls", "sends", "receives", "replies", "cancels", "errors",
     "bytes_read", "bytes_written", "bytes_local", "messages_in", "messages_dropped", "bad_requests", "bad_messages",
     "peers_broken", "parked", "ring_waits", "timeouts", "polls", "sleeps", "posts",
     # now
