@@ -21,6 +21,7 @@ from guest_agents.control import Handler, Message
 from guest_agents.lite.blocks import Blocks
 from guest_agents.lite.clients import VOID, Client, Clients, Handle
 from guest_agents.lite.copies import Copies
+from guest_agents.lite.core import Ring
 from guest_agents.lite.directory import directory_of
 from guest_agents.lite.errors import LiteError, ManagerLost, NodeDead, NodeUnreachable, NoSuchNode, NotJoined
 from guest_agents.lite.links import Links, guarded
@@ -386,7 +387,7 @@ class Tier(Follower):
             life, own = Life(node, member["incarnation"]), self.life()
             self.peers.connect(life)
             ring = self.links.call(life, "lite.rpc.bind", life=[own.node, own.incarnation], port=port)["ring"]
-            self.core.ring_attach(life.node, life.incarnation, port, tuple(ring))
+            self.core.ring_attach(life.node, life.incarnation, port, Ring(*ring))
         except LiteError as failure:
             try:
                 self.core.ring_refuse(node, incarnation, port, failure.code)

@@ -49,6 +49,11 @@ def build(folder: Path) -> Path:
     return library
 
 
+def address_of(memory: bytearray) -> int:
+    """Where its bytes are; it must stay and not change its size."""
+    return ctypes.addressof((ctypes.c_char * len(memory)).from_buffer(memory))
+
+
 class Program:
     """A program on a node: one data channel, used by one thread at a time."""
 
