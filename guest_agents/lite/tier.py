@@ -23,7 +23,7 @@ from guest_agents.lite.clients import VOID, Client, Clients, Handle
 from guest_agents.lite.copies import Copies
 from guest_agents.lite.core import Ring
 from guest_agents.lite.directory import directory_of
-from guest_agents.lite.errors import LiteError, ManagerLost, NodeDead, NodeUnreachable, NoSuchNode, NotJoined
+from guest_agents.lite.errors import Freed, LiteError, ManagerLost, NodeDead, NodeUnreachable, NoSuchNode, NotJoined
 from guest_agents.lite.links import Links, guarded
 from guest_agents.lite.lmrs import Lmrs
 from guest_agents.lite.locks import LOCKS, Locks
@@ -223,6 +223,7 @@ class Tier(Follower):
 
     def open_handle(self, client: Client, op: str, **fields: Any) -> tuple[int, Message]:
         """A handle for what the directory allocates or maps: its number, and the directory's reply."""
+        own = self.life()
         with self._maps:
             self._mapping += 1
             opening = next(self._openings)
@@ -232,14 +233,17 @@ class Tier(Follower):
             except ManagerLost:
                 self.owe("undo", opening=opening)  # it may have been done, and then nobody would ever close it
                 raise
-            lmr, ticket = reply["lmr"], reply["ticket"]
+            lmr, ticket, alone = reply["lmr"], reply["ticket"], "record" in reply
+            handle = Handle(lmr, ticket, reply["permissions"], reply["size"], alone)
             try:
+                if alone:
+                    self._put_alone(own, reply)
                 with self._maps:  # a revoke may have come before we knew this ticket
-                    permissions = self._early.pop((lmr, ticket), reply["permissions"])
-                    number = self.core.handle_add(client.number, self.lmrs.number(lmr), permissions)
-                    client.handles[number] = Handle(lmr, ticket, permissions, reply["size"])
+                    handle.permissions = self._early.pop((lmr, ticket), handle.permissions)
+                    number = self.core.handle_add(client.number, self.lmrs.number(lmr), handle.permissions)
+                    client.handles[number] = handle
             except LiteError:
-                self.owe("unmap", handles=[[lmr, ticket]])
+                self.give_up([handle])
                 raise
             return number, reply
         finally:
@@ -248,8 +252,18 @@ class Tier(Follower):
                 if not self._mapping:
                     self._early.clear()
 
+    def _put_alone(self, own: Life, reply: Message) -> None:
+        """Learn of an LMR that only this node can have, in the life that asked for it."""
+        self.lmrs.put(reply)
+        if self._life != own:  # what that life had was put an end to, perhaps a moment before
+            self.lmrs.kill({"lmr": reply["lmr"], "code": NodeDead.code})
+            raise NodeDead(f"this blade's life {own.incarnation} is over")
+
     def give_up(self, handles: list[Handle]) -> None:
         """Tell the directory that handles were closed."""
+        for handle in handles:
+            if handle.alone:  # the directory need not say so
+                self.lmrs.kill({"lmr": handle.lmr, "code": Freed.code})
         closed = [[handle.lmr, handle.ticket] for handle in handles if handle.ticket != VOID]
         if closed:
             self.owe("unmap", handles=closed)
@@ -286,9 +300,10 @@ class Tier(Follower):
     def _free(self, request: Message) -> Message:
         # Who is dead may have been writing here when it was last heard of.
         self.bury(dict(request["dead"]))
-        self.blocks.free(request["lmr"], request["addresses"])
-        if not any(held.owner == request["lmr"] for held in self.blocks.held()):
-            self._kept.pop(request["lmr"], None)
+        for lmr, addresses in request["blocks"]:
+            self.blocks.free(lmr, addresses)
+            if lmr in self._kept and not self.blocks.has(lmr):
+                self._kept.pop(lmr, None)
         return {}
 
     def _drop_lock(self, request: Message) -> Message:
