@@ -1,7 +1,7 @@
 """The memory that this node gives to LMRs and locks: slabs of registered memory, cut into blocks.
 
 Registering pins memory, so slabs come when they are needed and go when their last block does; the splitkernel's memory
-monitor draws on the same budget. It also takes long, so the first slabs are small. A block is zero when it is given out.
+monitor draws on the same budget. It also takes long: the first slabs are small. A block is zero when it is given out.
 """
 
 from __future__ import annotations
