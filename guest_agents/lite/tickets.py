@@ -65,7 +65,7 @@ class Tickets:
 
     def handlers(self) -> dict[str, Handler]:
         """Control operations of the homes."""
-        return {"lite.lock.grant": self.grant, "lite.lock.state": self.state}
+        return {"lite.lock.grant": self.grant}
 
     def acquire(
         self, name: str, place: Place, client: int, program: socket.socket | None, seconds: float | None

@@ -89,7 +89,7 @@ class Tier(Follower):
         self.peers = Peers(core, self.links, self.life, self._bury_before)
         self.lmrs = Lmrs(core, self._is_over, self.peers.reach)
         self.copies = Copies(core, self.blocks, self.links, self.life, self.peers.connect)
-        self.locks = Locks(core, self.blocks, self.links, self.life, self._living)
+        self.locks = Locks(core, self.blocks, self.links, self.life, self._living, lambda: list(self._buried.items()))
         self.tickets = Tickets(core, self.links, self.waits, self.life, self.peers.reach)
         self.requests = Requests(self)
         self.clients = Clients(core, settings.socket, self.requests.actions(), self.requests.greeting, self._gone)
@@ -100,7 +100,8 @@ class Tier(Follower):
             **self.peers.handlers(), **self.lmrs.handlers(), **self.copies.handlers(), **self.locks.handlers(),
             **self.tickets.handlers(), **(directory or {}),
             "lite.block.allocate": self._allocate, "lite.block.free": self._free, "lite.record.keep": self._keep,
-            "lite.lock.drop": self._drop_lock, "lite.handles.set": self._set_handles,
+            "lite.lock.drop": self._drop_lock, "lite.lock.state": self._lock_state,
+            "lite.handles.set": self._set_handles,
             "lite.rpc.bind": self._offer_ring, "lite.wake": self._wake,
         }  # fmt: skip
         self.links.handlers = guarded(lambda: self._life, asked)
@@ -309,6 +310,10 @@ class Tier(Follower):
     def _drop_lock(self, request: Message) -> Message:
         self.bury(dict(request["dead"]))
         return self.locks.drop(request)
+
+    def _lock_state(self, request: Message) -> Message:
+        self.bury(dict(request["dead"]))
+        return self.tickets.state(request)
 
     def _keep(self, request: Message) -> Message:
         record = Record.from_json(request["record"])

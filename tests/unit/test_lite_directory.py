@@ -356,10 +356,7 @@ def test_a_blade_that_was_paused_begins_anew(rack: Rack, monkeypatch: pytest.Mon
     paused.call("lock_create", name="door", home="mb0")
     paused.call("lock", name="door")
     life = rack["mb1"].membership.incarnation
-    manager = rack["gm0"].manager
-    assert manager is not None
-    with manager._change:  # as its silence would
-        manager._end(3, life or 0, "it was paused")
+    rack["mb1"].declare_dead()
     eventually(lambda: rack["mb1"].membership.incarnation != life and rack["mb1"].membership.joined.is_set())
     for handle in (mapped, mine["handle"]):
         with pytest.raises(errors.NodeDead):
