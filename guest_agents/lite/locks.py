@@ -254,7 +254,7 @@ class Locks:
             log.warning("lock %s: %s", name, failure)
 
     def _tickets(self, name: str, lock: _Lock) -> dict[Turn, str]:
-        """All tickets of the living nodes, when it is known of each whether it has the lock, and the dead reach none."""
+        """All tickets of the living nodes, when it is known of each whether it has the lock; the dead reach none."""
         found: dict[Turn, str] = {}
         for life in self._living():
             while not lock.gone:
