@@ -23,12 +23,21 @@ from guest_agents.lite.clients import VOID, Client, Clients, Handle
 from guest_agents.lite.copies import Copies
 from guest_agents.lite.core import Ring
 from guest_agents.lite.directory import directory_of
-from guest_agents.lite.errors import Freed, LiteError, ManagerLost, NodeDead, NodeUnreachable, NoSuchNode, NotJoined
+from guest_agents.lite.errors import (
+    BadArgument,
+    Freed,
+    LiteError,
+    ManagerLost,
+    NodeDead,
+    NodeUnreachable,
+    NoSuchNode,
+    NotJoined,
+)
 from guest_agents.lite.links import Links, guarded
 from guest_agents.lite.lmrs import Lmrs
 from guest_agents.lite.locks import LOCKS, Locks
 from guest_agents.lite.peers import Peers
-from guest_agents.lite.records import Record
+from guest_agents.lite.records import BLOCK, Record
 from guest_agents.lite.requests import Requests
 from guest_agents.lite.tickets import Tickets
 from guest_agents.lite.waits import Waits
@@ -295,12 +304,15 @@ class Tier(Follower):
     # Requests of the directory and of other tiers
 
     def _allocate(self, request: Message) -> Message:
-        held = self.blocks.allocate(request["lmr"], request["lengths"])
+        lengths = [int(length) for length in request["lengths"]]
+        if not all(0 < length <= BLOCK for length in lengths):
+            raise BadArgument("a block has 1 byte to 4 MiB")
+        held = self.blocks.allocate(int(request["lmr"]), lengths)
         return {"blocks": [(block.address, block.rkey) for block in held]}
 
     def _free(self, request: Message) -> Message:
         # Who is dead may have been writing here when it was last heard of.
-        self.bury(dict(request["dead"]))
+        self.bury({int(node): int(incarnation) for node, incarnation in request["dead"]})
         for lmr, addresses in request["blocks"]:
             self.blocks.free(lmr, addresses)
             if lmr in self._kept and not self.blocks.has(lmr):
@@ -308,11 +320,11 @@ class Tier(Follower):
         return {}
 
     def _drop_lock(self, request: Message) -> Message:
-        self.bury(dict(request["dead"]))
+        self.bury({int(node): int(incarnation) for node, incarnation in request["dead"]})
         return self.locks.drop(request)
 
     def _lock_state(self, request: Message) -> Message:
-        self.bury(dict(request["dead"]))
+        self.bury({int(node): int(incarnation) for node, incarnation in request["dead"]})
         return self.tickets.state(request)
 
     def _keep(self, request: Message) -> Message:
