@@ -83,11 +83,11 @@ def phases(bench: Bench) -> Iterator[dict[str, Report]]:
     found["resumed"] = until_all(program, 90)
     program.tell("stop")
     found["end"] = dict(json.loads(program.hear()))
+    print(json.dumps({phase: {op: one["outcomes"] for op, one in report.items()} for phase, report in found.items()}))
     program.end()
     server.process.stdin.close()  # type: ignore[union-attr]
     server.process.stdin = None
     server.end()
-    print(json.dumps({phase: {op: one["outcomes"] for op, one in report.items()} for phase, report in found.items()}))
     assert_books_are_empty(rack)
     print(books(rack))
     yield found

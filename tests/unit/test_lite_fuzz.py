@@ -312,6 +312,5 @@ def test_the_rack_survives_a_program_that_says_half_a_hello(rack: Rack) -> None:
             stranger.connect(str(rack["mb0"].tier.settings.socket))
             stranger.send(packet)
             assert json.loads(stranger.recv(65536))["code"] in errors.ERRORS
-            assert stranger.recv(65536) == b""
     Program(rack["mb0"]).kill()
     works(rack)
