@@ -314,8 +314,10 @@ API int lite_port_close(struct core *core, uint64_t client_id, uint32_t number)
     core_enter(core);
     struct client *client = client_of(core, client_id);
     bool own = client && number < LITE_PORTS && core->rpc->port[number].client == client;
-    if (own)
+    if (own) {
+        pieces_reap(core); /* who waits shall have what is here already */
         close_port(core, &core->rpc->port[number]);
+    }
     core_wake(core);
     core_leave(core);
     return own ? 0 : LITE_PORT_CLOSED;
