@@ -171,7 +171,8 @@ class Node:
     def send(self, node: str | int, port: int, data: Data, *, timeout: float | None = None) -> None:
         """Send a message that gets no reply (LT_send); returns when it is in the memory of the other node.
 
-        If the port is closed by then, or closes before somebody has received it, it is lost.
+        PortClosed: nobody has registered the port, or somebody closed it before he received an earlier message of this
+        process, which is lost then.
         """
         self.connection().channel.run(
             _SEND,
