@@ -132,6 +132,8 @@ def test_a_message_that_is_being_read_outlives_its_ring(pair: Pair) -> None:
     for i in range(200):  # unread answers fill the reader's socket, which then points into the ring
         reader.post(Op.RECEIVE, arg0=PORT, arg1=4096, flags=Flag.INLINE_REPLY)
         assert send(caller, bytes([i]) * 4096) == 0
+    while pair.nodes[2].stats()["messages_in"] < 200:  # a send has ended when its message is there, not when it is seen
+        time.sleep(0.01)
     pair.nodes[2].port_close(reader.client, PORT)
     settled(caller)
     pair.nodes[2].port_open(reader.client, PORT, 8192)
