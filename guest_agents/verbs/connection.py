@@ -85,9 +85,10 @@ class Connection:
         """Offer a buffer for one SEND of the peer."""
         self._qp.post_recv(RecvWR(wr_id=wr_id, num_sge=1, sg=[SGE(address, length, lkey)]))
 
-    def post_send(self, wr_id: int, address: int, length: int, lkey: int) -> None:
-        """SEND one message."""
-        self._post(E.IBV_WR_SEND, wr_id, address, length, lkey)
+    def post_send(self, wr_id: int, address: int, length: int, lkey: int, solicited: bool = False) -> None:
+        """SEND one message. solicited -- wake a peer that only waits for such."""
+        flags = E.IBV_SEND_SOLICITED if solicited else 0
+        self._post(E.IBV_WR_SEND, wr_id, address, length, lkey, flags=flags)
 
     def post_read(self, wr_id: int, address: int, length: int, lkey: int, remote: int, rkey: int) -> None:
         """RDMA READ `length` bytes at `remote` into `address`."""
@@ -98,14 +99,15 @@ class Connection:
         self._post(E.IBV_WR_RDMA_WRITE, wr_id, address, length, lkey, remote, rkey)
 
     def _post(
-        self, opcode: Any, wr_id: int, address: int, length: int, lkey: int, remote: int = 0, rkey: int = 0
-    ) -> None:
+        self, opcode: Any, wr_id: int, address: int, length: int, lkey: int, remote: int = 0, rkey: int = 0,
+        flags: int = 0,
+    ) -> None:  # fmt: skip
         request = SendWR(
             wr_id=wr_id,
             opcode=opcode,
             num_sge=1,
             sg=[SGE(address, length, lkey)],
-            send_flags=E.IBV_SEND_SIGNALED,
+            send_flags=E.IBV_SEND_SIGNALED | flags,
         )
         if rkey:
             request.set_wr_rdma(rkey, remote)
