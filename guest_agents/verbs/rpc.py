@@ -227,9 +227,7 @@ class _Link:
         for slot in range(SLOTS):
             self._free.put(slot)
 
-    def call(
-        self, opcode: int, first: bytes, second: bytes | memoryview, into: Callable[..., Any] | None
-    ) -> Any:
+    def call(self, opcode: int, first: bytes, second: bytes | memoryview, into: Callable[..., Any] | None) -> Any:
         try:
             slot = self._free.get(timeout=self._timeout)
         except queue.Empty:
@@ -265,7 +263,8 @@ class _Link:
                 index = mine.get(timeout=max(0.0, deadline - time.monotonic()))
                 if index != _LEAD:
                     return index
-                self._lead(mine, deadline)
+                if self._leader == slot:  # and not a word for the last call of this slot, answered meanwhile
+                    self._lead(mine, deadline)
         except queue.Empty:
             raise VerbsError(f"{self._where} has not answered for {self._timeout:g} s") from None
         finally:

@@ -181,9 +181,7 @@ def init_reply(body: memoryview) -> bytes:
     flags = (offered | more << 32) & wanted
     pages = MAX_DATA // os.sysconf("SC_PAGE_SIZE")
     minor, read_ahead = min(minor, 38), READ_AHEAD_KIB << 10
-    return _INIT_OUT.pack(
-        major, minor, read_ahead, flags & 0xFFFFFFFF, 16, 12, MAX_DATA, 1, pages, 0, flags >> 32
-    )
+    return _INIT_OUT.pack(major, minor, read_ahead, flags & 0xFFFFFFFF, 16, 12, MAX_DATA, 1, pages, 0, flags >> 32)
 
 
 def attributes(a: Attributes) -> bytes:

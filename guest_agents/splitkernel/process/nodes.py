@@ -11,6 +11,7 @@ import threading
 from dataclasses import dataclass, field
 
 from guest_agents.splitkernel.process.fuse import ROOT
+from guest_agents.splitkernel.storage.wire import Attributes
 
 DEEPEST = 2048
 """Most directories above a file: a path of MAX_PATH bytes has no more."""
@@ -26,8 +27,8 @@ class Node:
     """(parent, name), the latest confirmed last; a directory has one."""
     lookups: int = 0
     opens: int = 0
-    told: tuple[int, int] = (0, 0)
-    """Size and mtime that the kernel was last told."""
+    told: Attributes | None = None
+    """What the kernel was last told."""
     hidden: str | None = None
     """Removed while open: the path at the storage blade until the last close."""
 
@@ -100,16 +101,22 @@ class Nodes:
             number = self._children.get((parent, name))
             return None if number is None else self._nodes[number]
 
-    def tell(self, number: int, told: tuple[int, int]) -> None:
+    def tell(self, number: int, told: Attributes) -> None:
         """Remember what the kernel is told of a file."""
         with self._lock:
             if number in self._nodes:
                 self._nodes[number].told = told
 
-    def told(self, number: int) -> tuple[int, int]:
+    def told(self, number: int) -> Attributes | None:
         """What it was last told."""
         with self._lock:
             return self._nodes[number].told
+
+    def last(self, number: int) -> Attributes | None:
+        """What was told of a file that this blade has removed since."""
+        with self._lock:
+            node = self._nodes[number]
+            return None if node.names or node.hidden else node.told
 
     def hidden(self, number: int) -> bool:
         """Whether a file has been removed while open."""

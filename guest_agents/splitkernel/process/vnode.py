@@ -176,7 +176,7 @@ class Vnode:
 
     def _tell(self, node: int, found: Attributes) -> Attributes:
         """What the kernel is told of a file: one that has been removed has one name less than it seems."""
-        self._nodes.tell(node, (found.size, found.mtime))
+        self._nodes.tell(node, found)
         return found._replace(nlink=found.nlink - 1) if self._nodes.hidden(node) else found
 
     def _tell_reply(self, node: int, attributes: bytes) -> bytes:
@@ -294,7 +294,14 @@ class Vnode:
     # -- attributes --
 
     def _getattr(self, call: Call) -> bytes:
-        return self._tell_reply(call.node, self._file(Op.GETATTR, call.node))
+        try:
+            return self._tell_reply(call.node, self._file(Op.GETATTR, call.node))
+        except OSError as failure:
+            last = self._nodes.last(call.node) if failure.errno == errno.ESTALE else None
+            if last is None:
+                raise
+            # Somebody's working directory, or a FIFO that is open, which we are not told: it can still be looked at.
+            return fuse.attributes_reply(last._replace(nlink=0))
 
     def _setattr(self, call: Call) -> bytes:
         valid, _, _, size, _, at, mt, _, atn, mtn, _, mode, _, uid, gid, _ = fuse.SETATTR_IN.unpack_from(call.body)
@@ -315,9 +322,7 @@ class Vnode:
 
     def _statfs(self, call: Call) -> bytes:
         del call
-        size, blocks, free, available, files, free_files, longest = wire.STATFS.unpack(
-            self._ask(Op.STATFS, "")
-        )
+        size, blocks, free, available, files, free_files, longest = wire.STATFS.unpack(self._ask(Op.STATFS, ""))
         return fuse.STATFS_OUT.pack(blocks, free, available, files, free_files, size, longest, size, 0)
 
     # -- files --
@@ -330,7 +335,8 @@ class Vnode:
         except BaseException:
             self._close(call.node)
             raise
-        if self._nodes.told(call.node) != (found.size, found.mtime):  # changed elsewhere: close-to-open
+        told = self._nodes.told(call.node)
+        if told is None or (told.size, told.mtime) != (found.size, found.mtime):  # changed elsewhere: close-to-open
             fuse.distrust(self._fd, call.node, data=False)
         return _opened(flags)
 
@@ -372,9 +378,14 @@ class Vnode:
     def _write(self, call: Call) -> None:
         _, offset, size, how, _, flags, _ = fuse.WRITE_IN.unpack_from(call.body)
         data = call.body[fuse.WRITE_IN.size : fuse.WRITE_IN.size + size]
-        append = 0 if how & fuse.WRITE_CACHE else flags & os.O_APPEND
-        done, at = wire.WRITTEN.unpack(self._file(Op.WRITE, call.node, offset, flags=append, data=data))
+        how_there = 0
+        if not how & fuse.WRITE_CACHE:
+            how_there = flags & os.O_APPEND | (wire.DROP_SUID if call.uid else 0)
+        reply = self._file(Op.WRITE, call.node, offset, flags=how_there, data=data)
+        done, at, dropped = wire.WRITTEN.unpack(reply)
         self.counts["bytes_out"] += done
+        if dropped:  # the kernel does not do that itself for what bypasses its page cache
+            fuse.distrust(self._fd, call.node, data=False)
         fuse.reply(self._fd, call.unique, fuse.WRITE_OUT.pack(done, 0))
         if at != offset:  # others have appended: the kernel has size and perhaps data in the wrong place
             self._distrusted.put(call.node)
@@ -397,9 +408,7 @@ class Vnode:
     def _listing(self, call: Call) -> list[tuple[int, bytes, bytes]]:
         """What comes next in an open directory: type, name, and the entry for the kernel."""
         handle, offset, *_ = fuse.READ_IN.unpack_from(call.body)
-        entries = self._listings.entries(
-            handle, offset, lambda after: self._file(Op.READDIR, call.node, second=after)
-        )
+        entries = self._listings.entries(handle, offset, lambda after: self._file(Op.READDIR, call.node, second=after))
         secret = attic.NAME.encode() if call.node == fuse.ROOT else b""
         return [
             (ino, name, fuse.directory_entry(ino, number, kind, name))
@@ -456,5 +465,3 @@ def _name(body: memoryview) -> str:
 def _names(body: memoryview) -> tuple[str, str]:
     first, second, *_ = bytes(body).split(b"\0")
     return os.fsdecode(first), os.fsdecode(second)
-
-

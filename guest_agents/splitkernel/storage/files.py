@@ -93,7 +93,8 @@ class Files:
 
     def _write(self, r: Request, data: memoryview) -> bytes:
         with self._kept.file(r.path, r.identity) as file, _changing(file):
-            at = os.fstat(file.fd).st_size if r.flags & os.O_APPEND else r.a
+            status = os.fstat(file.fd)
+            at = status.st_size if r.flags & os.O_APPEND else r.a
             done = 0
             while done < len(data):
                 try:
@@ -102,8 +103,9 @@ class Files:
                     if not done:
                         raise
                     break  # what fitted was written; the next write says why no more
+            dropped = bool(r.flags & wire.DROP_SUID) and _drop_suid(file.fd, status.st_mode)
         self.counts["bytes_in"] += done
-        return wire.WRITTEN.pack(done, at)
+        return wire.WRITTEN.pack(done, at, dropped)
 
     def _open(self, r: Request) -> bytes:
         if r.flags & os.O_TRUNC:
@@ -306,6 +308,14 @@ def _own(directory: int, fd: int, uid: int, gid: int) -> None:
     if os.geteuid() == 0:
         inherits = os.fstat(directory).st_mode & stat.S_ISGID
         os.chown(f"/proc/self/fd/{fd}", uid, -1 if inherits else gid)
+
+
+def _drop_suid(fd: int, mode: int) -> bool:
+    """As the kernel does on a write; true if there was something to drop."""
+    drop = mode & stat.S_ISUID | (mode & stat.S_ISGID if mode & stat.S_IXGRP else 0)
+    if drop:
+        os.fchmod(fd, stat.S_IMODE(mode) & ~drop)
+    return bool(drop)
 
 
 def _timespec(nanoseconds: int, given: int, now: int) -> bytes:

@@ -25,7 +25,7 @@ class Op(IntEnum):
 
     GETATTR = 1  # -> attributes
     READ = 2  # [offset, size] -> second part: bytes, fewer at the end of the file
-    WRITE = 3  # [offset; flags O_APPEND: at the end] -> u64 bytes written, u64 where
+    WRITE = 3  # [offset; flags O_APPEND: at the end, DROP_SUID] -> u64 bytes written, u64 where, u64 whether dropped
     CREATE = 4  # [mode with type: regular, FIFO or socket; uid, gid] -> attributes; EEXIST if there is one
     OPEN = 5  # [flags O_TRUNC] -> attributes
     TRUNCATE = 6  # [size] -> attributes
@@ -49,6 +49,8 @@ class Op(IntEnum):
 
 SET_ATIME, SET_MTIME, SET_ATIME_NOW, SET_MTIME_NOW = 1, 2, 4, 8
 """Flags of UTIMENS; what no flag names stays."""
+DROP_SUID = 1
+"""Flag of WRITE: the writer is not root, so the file is set-user-ID and set-group-ID no more."""
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 MAX_PATH = 4095
 """Longest path below the root, bytes: the kernel takes no longer one either."""
@@ -58,7 +60,7 @@ _ATTRIBUTES = struct.Struct("<3Q3q7Q")
 _ENTRY = struct.Struct("<QII")
 STATFS = struct.Struct("<7Q")
 COUNT = struct.Struct("<Q")
-WRITTEN = struct.Struct("<QQ")
+WRITTEN = struct.Struct("<QQQ")
 _U64 = (1 << 64) - 1
 
 
@@ -95,9 +97,7 @@ class Attributes(NamedTuple):
 ATTRIBUTES_BYTES = _ATTRIBUTES.size
 
 
-def encode(
-    path: str, second: str = "", a: int = 0, b: int = 0, c: int = 0, flags: int = 0, identity: int = 0
-) -> bytes:
+def encode(path: str, second: str = "", a: int = 0, b: int = 0, c: int = 0, flags: int = 0, identity: int = 0) -> bytes:
     """A request's first part; OSError(ENAMETOOLONG) if a path is too long."""
     name, other = os.fsencode(path), os.fsencode(second)
     if len(name) > MAX_PATH or len(other) > MAX_PATH:
