@@ -76,6 +76,12 @@ class Side:
         with self._file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as fd:
             return os.write(fd, data)
 
+    def replace(self, path: str, data: bytes) -> None:
+        """As editors save."""
+        with self._file(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
+            os.write(fd, data)
+        os.rename(f"{path}.new", path, src_dir_fd=self.root, dst_dir_fd=self.root)
+
     def read(self, path: str, offset: int, size: int) -> bytes:
         with self._file(path, os.O_RDONLY) as fd:
             return os.pread(fd, size, offset)
@@ -200,7 +206,10 @@ Step = tuple[str, tuple[Any, ...]]
 
 
 class Steps:
-    """Makes up operations; `files_only`: what several blades may do to one set of files and see at once."""
+    """Makes up operations.
+
+    files_only -- what other blades see at once: they may take a second to notice that a name is gone
+    """
 
     def __init__(self, seed: int, files_only: bool = False) -> None:
         self.chance = random.Random(seed)
@@ -227,7 +236,7 @@ class Steps:
         pick = self.chance.random
         flags = self.chance.choice([os.O_RDWR, os.O_RDWR, os.O_WRONLY])
         flags |= os.O_CREAT if pick() < 0.7 else 0
-        flags |= os.O_EXCL if pick() < 0.15 else 0
+        flags |= os.O_EXCL if pick() < 0.15 and not self.files_only else 0
         flags |= os.O_TRUNC if pick() < 0.15 else 0
         return flags | (os.O_APPEND if pick() < 0.15 else 0)
 
@@ -239,10 +248,9 @@ class Steps:
             (4, "append", lambda: (self._path(), self._data())),
             (6, "read", lambda: (self._path(), self._offset(), c.randrange(1, 30000))),
             (3, "truncate", lambda: (self._path(), self._offset())),
-            (2, "unlink", lambda: (self._path(),)),
         ]
         if self.files_only:
-            many += [(2, "rename", lambda: (self._path(), self._path(), 0))]
+            many += [(3, "replace", lambda: (self._path(), self._data()))]
         else:
             many += [
                 (7, "open", lambda: (c.randrange(SLOTS), self._path(), self._flags(), self._mode())),
@@ -259,7 +267,7 @@ class Steps:
                 (5, "mkdir", lambda: (self._path(), c.choice([0o777, 0o777, 0o755, 0o2775, 0o1777, 0o700]))),
                 (1, "mkfifo", lambda: (self._path(), self._mode())),
                 (2, "rmdir", lambda: (self._path(),)),
-                (3, "unlink", lambda: (self._path(),)),
+                (5, "unlink", lambda: (self._path(),)),
                 (6, "rename", lambda: (self._path(), self._path(),
                                        c.choice([0, 0, 0, RENAME_NOREPLACE, RENAME_EXCHANGE]))),
                 (4, "link", lambda: (self._path(), self._path())),

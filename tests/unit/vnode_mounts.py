@@ -23,6 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from guest_agents.splitkernel.process.patience import Patient
+from guest_agents.splitkernel.process.vnode import Vnode
+from guest_agents.splitkernel.storage.files import Files
+from guest_agents.verbs.lost import LostError
+
 PROJECT = Path(__file__).resolve().parents[2]
 _MNT_DETACH = 2
 _PR_SET_PDEATHSIG, _SIGKILL = 1, 9
@@ -85,10 +90,8 @@ class Wire:
     """The network: calls the service, unless told otherwise."""
 
     def __init__(self, root: Path) -> None:
-        from guest_agents.splitkernel.storage.files import Files
-
-        self.serve = lambda: Files(root)
-        self.files = self.serve()
+        self.root = root
+        self.files = Files(root)
         self.down = False
         self.deaf = 0
         self.lock = threading.Lock()
@@ -97,8 +100,6 @@ class Wire:
     def call(
         self, opcode: int, first: bytes, second: bytes | memoryview = b"", into: Callable[..., Any] | None = None
     ) -> Any:
-        from guest_agents.verbs.lost import LostError
-
         if self.down:
             raise LostError("down", sent=False)
         if not hasattr(self.buffers, "out"):
@@ -113,9 +114,6 @@ class Wire:
 
 
 def _main(root: str, patience: str, top: str, *places: str) -> None:
-    from guest_agents.splitkernel.process.patience import Patient
-    from guest_agents.splitkernel.process.vnode import Vnode
-
     wire = Wire(Path(root))
     for number, place in enumerate(places):
         vnode = Vnode(Patient(wire, float(patience)), f"pb{number}", top)
@@ -134,7 +132,7 @@ def _main(root: str, patience: str, top: str, *places: str) -> None:
             case ["deaf", count]:
                 wire.deaf = int(count)
             case ["restart"]:
-                wire.files = wire.serve()
+                wire.files = Files(wire.root)
         print("done", flush=True)
 
 
