@@ -281,9 +281,12 @@ def test_mapped_files(here: Path, there: Path) -> None:
         assert (there / "f").read_bytes()[50_000:50_005] == b"hello"
         os.pwrite(file.fileno(), b"world", 4096)
         assert mapped[4096:4101] == b"world"
-        with (here / "f").open("ab") as end, mmap.mmap(end.fileno(), 4096, prot=mmap.PROT_READ,
-                                                       flags=mmap.MAP_PRIVATE) if False else mapped as again:  # fmt: skip
-            assert again[0:10] == data[:10]
+    with (here / "f").open("a+b", buffering=0) as file:  # bypasses the page cache, and can be mapped all the same
+        file.write(b"end")
+        with mmap.mmap(file.fileno(), 0) as mapped:
+            assert mapped[-3:] == b"end"
+            mapped[0:5] = b"begin"
+        assert os.pread(file.fileno(), 5, 0) == b"begin"
 
 
 def test_locks_hold_among_the_programs_of_a_blade(here: Path, there: Path) -> None:
