@@ -16,7 +16,7 @@ import pytest
 from guest_agents.splitkernel.storage import wire
 from guest_agents.splitkernel.storage.confine import open_beneath
 from guest_agents.splitkernel.storage.files import Files
-from guest_agents.splitkernel.storage.kept import KEPT_OPEN
+from guest_agents.splitkernel.storage.kept import KEPT_OPEN, Kept
 from guest_agents.splitkernel.storage.wire import Op
 
 
@@ -244,6 +244,11 @@ def test_every_change_has_another_time(service: Service, root: Path) -> None:
         service(Op.WRITE, "f", data=bytes([number]))
         times.append((root / "f").stat().st_mtime_ns)
     assert sorted(set(times)) == times
+    fd = os.open(root / "f", os.O_RDWR)
+    with Kept(fd, (0, 0), 0).changing():
+        os.utime(fd, ns=(times[-1], times[-1]))  # as a write in the same tick would leave it
+    assert os.fstat(fd).st_mtime_ns > times[-1]
+    os.close(fd)
     os.utime(root / "f", ns=(10**18 * 4, 10**18 * 4))  # in the year 2096
     service(Op.WRITE, "f", data=b"x")
     assert (root / "f").stat().st_mtime_ns < 10**18 * 3

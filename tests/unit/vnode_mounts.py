@@ -7,6 +7,7 @@ it is told on its stdin:
     down        every request is lost before it is sent
     up
     deaf N      the next N requests are carried out, and their answers lost
+    drag S      every answer takes S seconds
     restart     the service starts anew, with nothing kept open
 """
 
@@ -17,6 +18,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,6 +96,7 @@ class Wire:
         self.files = Files(root)
         self.down = False
         self.deaf = 0
+        self.drag = 0.0
         self.lock = threading.Lock()
         self.buffers = threading.local()
 
@@ -108,6 +111,8 @@ class Wire:
         head, data = self.files.handle(opcode, memoryview(first), memoryview(second), out)
         with self.lock:
             lost, self.deaf = self.deaf > 0, max(0, self.deaf - 1)
+        if self.drag:
+            time.sleep(self.drag)
         if lost:
             raise LostError("deaf", sent=True)
         return into(out[:head], out[head : head + data]) if into else None
@@ -131,6 +136,8 @@ def _main(root: str, patience: str, top: str, *places: str) -> None:
                 wire.down = False
             case ["deaf", count]:
                 wire.deaf = int(count)
+            case ["drag", seconds]:
+                wire.drag = float(seconds)
             case ["restart"]:
                 wire.files = Files(wire.root)
         print("done", flush=True)

@@ -8,14 +8,13 @@ import os
 import stat
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from guest_agents.splitkernel.storage import wire
 from guest_agents.splitkernel.storage.confine import check, identity_of, opened, parent
-from guest_agents.splitkernel.storage.kept import Kept, KeptFiles
+from guest_agents.splitkernel.storage.kept import KeptFiles
 from guest_agents.splitkernel.storage.wire import Op, Request
 
 _KEEP = 0xFFFFFFFF
@@ -92,7 +91,7 @@ class Files:
         return count
 
     def _write(self, r: Request, data: memoryview) -> bytes:
-        with self._kept.file(r.path, r.identity) as file, _changing(file):
+        with self._kept.file(r.path, r.identity) as file, file.changing():
             status = os.fstat(file.fd)
             at = status.st_size if r.flags & os.O_APPEND else r.a
             done = 0
@@ -121,7 +120,7 @@ class Files:
 
     def _change(self, r: Request, change: Callable[[int], object]) -> bytes:
         with self._kept.file(r.path, r.identity) as file:
-            with _changing(file):
+            with file.changing():
                 change(file.fd)
             return wire.pack_attributes(os.fstat(file.fd), file.identity)
 
@@ -270,21 +269,6 @@ class Files:
         with self._named(r) as fd:
             check(_libc.utimensat(fd, b"", atime + mtime, _AT_EMPTY_PATH), r.path)
             return _attributes(fd)
-
-
-@contextmanager
-def _changing(file: Kept) -> Iterator[None]:
-    """Change a file: afterwards it has another mtime, and a later one.
-
-    Clients keep what they have read while size and mtime stay the same, but the kernel's clock for mtime stands still
-    for milliseconds: two writes could not be told apart.
-    """
-    with file.lock:
-        before = os.fstat(file.fd).st_mtime_ns
-        yield
-        now = os.fstat(file.fd)
-        if now.st_mtime_ns <= before < now.st_mtime_ns + _SECOND:  # later than that: somebody has set it
-            os.utime(file.fd, ns=(now.st_atime_ns, max(time.time_ns(), before + 1)))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,12 @@ from guest_agents.splitkernel.storage.confine import identity_of, opened
 
 KEPT_OPEN = 64
 """Most files kept open that nobody is using."""
+_SECOND = 10**9
 
 
 @dataclass
 class Kept:
-    """One open file. Whoever changes it holds `lock`, so that sizes and times of before and after belong together."""
+    """One open file. Whoever changes it or its position holds `lock`."""
 
     fd: int
     inode: tuple[int, int]
@@ -27,6 +29,20 @@ class Kept:
     users: int = 0
     dropped: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Change the contents: afterwards it has another mtime, and a later one.
+
+        Clients keep what they have read while size and mtime stay the same, but the kernel's clock for mtime stands
+        still for milliseconds: two writes could not be told apart.
+        """
+        with self.lock:
+            before = os.fstat(self.fd).st_mtime_ns
+            yield
+            now = os.fstat(self.fd)
+            if now.st_mtime_ns <= before < now.st_mtime_ns + _SECOND:  # later than that: somebody has set it
+                os.utime(self.fd, ns=(now.st_atime_ns, max(time.time_ns(), before + 1)))
 
 
 class KeptFiles:
