@@ -11,13 +11,14 @@ import threading
 from dataclasses import dataclass, field
 
 from guest_agents.splitkernel.process.fuse import ROOT
+from guest_agents.splitkernel.storage import wire
 from guest_agents.splitkernel.storage.wire import Attributes
 
 DEEPEST = 2048
 """Most directories above a file: a path of MAX_PATH bytes has no more."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Node:
     """One file: its names, how often the kernel has looked it up, and how often it is open here."""
 
@@ -27,8 +28,8 @@ class Node:
     """(parent, name), the latest confirmed last; a directory has one."""
     lookups: int = 0
     opens: int = 0
-    told: Attributes | None = None
-    """What the kernel was last told."""
+    told: bytes = b""
+    """The attributes that the kernel was last told, packed: there may be a hundred thousand nodes."""
     hidden: str | None = None
     """Removed while open: the path at the storage blade until the last close."""
 
@@ -105,18 +106,19 @@ class Nodes:
         """Remember what the kernel is told of a file."""
         with self._lock:
             if number in self._nodes:
-                self._nodes[number].told = told
+                self._nodes[number].told = wire.repack_attributes(told)
 
     def told(self, number: int) -> Attributes | None:
         """What it was last told."""
         with self._lock:
-            return self._nodes[number].told
+            told = self._nodes[number].told
+            return wire.unpack_attributes(told) if told else None
 
     def last(self, number: int) -> Attributes | None:
         """What was told of a file that this blade has removed since."""
         with self._lock:
             node = self._nodes[number]
-            return None if node.names or node.hidden else node.told
+            return None if node.names or node.hidden else self.told(number)
 
     def hidden(self, number: int) -> bool:
         """Whether a file has been removed while open."""
