@@ -29,7 +29,7 @@ RNR_TIMER = 12
 """0.64 ms until a sender tries again after receiver-not-ready."""
 _SEND, _READ, _WRITE = int(E.IBV_WR_SEND), int(E.IBV_WR_RDMA_READ), int(E.IBV_WR_RDMA_WRITE)
 _SIGNALED = int(E.IBV_SEND_SIGNALED)
-_SOLICITED = _SIGNALED | int(E.IBV_SEND_SOLICITED)
+_SOLICITED = int(E.IBV_SEND_SOLICITED)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Connection:
     def __init__(self, device: Device, completions: Completions, depth: int = 64) -> None:
         self._device = device
         cap = QPCap(max_send_wr=depth, max_recv_wr=depth, max_send_sge=1, max_recv_sge=1)
-        init = QPInitAttr(qp_type=E.IBV_QPT_RC, scq=completions.cq, rcq=completions.cq, cap=cap)
+        init = QPInitAttr(qp_type=E.IBV_QPT_RC, scq=completions.cq, rcq=completions.cq, cap=cap, sq_sig_all=0)
         self._qp: Any = QP(device.pd, init)
         self._psn = secrets.randbits(24)
         self.address = Address(int(self._qp.qp_num), self._psn, device.gid)
@@ -89,9 +89,16 @@ class Connection:
         """Offer a buffer for one SEND of the peer."""
         self._qp.post_recv(_receive_request(wr_id, address, length, lkey))
 
-    def post_send(self, wr_id: int, address: int, length: int, lkey: int, solicited: bool = False) -> None:
-        """SEND one message. solicited -- wake a peer that only waits for such."""
-        self._qp.post_send(_send_request(_SEND, wr_id, address, length, lkey, _SOLICITED if solicited else _SIGNALED))
+    def post_send(
+        self, wr_id: int, address: int, length: int, lkey: int, solicited: bool = False, signaled: bool = True
+    ) -> None:
+        """SEND one message.
+
+        solicited -- wake a peer that only waits for such
+        signaled -- have a completion for it; without one only if it fails. Some must be: they free what the others used
+        """
+        flags = (_SIGNALED if signaled else 0) | (_SOLICITED if solicited else 0)
+        self._qp.post_send(_send_request(_SEND, wr_id, address, length, lkey, flags))
 
     def post_read(self, wr_id: int, address: int, length: int, lkey: int, remote: int, rkey: int) -> None:
         """RDMA READ `length` bytes at `remote` into `address`."""

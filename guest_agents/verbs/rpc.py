@@ -56,6 +56,7 @@ class Channel:
         self.completions = completions or Completions(device, depth=8 * SLOTS, solicited=True)
         self.connection = Connection(device, self.completions, depth=4 * SLOTS)
         self._arena = Arena(device, 2 * SLOTS * _SLOT_BYTES, LOCAL)
+        self._sent = 0
 
     def listen(self) -> None:
         """Post every receive buffer."""
@@ -86,7 +87,15 @@ class Channel:
         offset = (SLOTS + slot) * _SLOT_BYTES
         _HEADER.pack_into(self._arena.view, offset, code, slot, first, second)
         length = _HEADER.size + first + second
-        self.connection.post_send(_SEND | slot, self._arena.address + offset, length, self._arena.lkey, solicited=True)
+        self._sent += 1
+        self.connection.post_send(
+            _SEND | slot,
+            self._arena.address + offset,
+            length,
+            self._arena.lkey,
+            solicited=True,
+            signaled=self._sent % SLOTS == 0,  # each completion costs, and the answer tells as much
+        )
 
     def close(self) -> None:
         """Release everything."""
