@@ -378,32 +378,38 @@ def test_a_storage_blade_that_restarts_is_waited_for(here: Path, two: Mounts) ->
 def test_answers_that_are_lost(here: Path, two: Mounts) -> None:
     (here / "f").write_text("f")
     (here / "d").mkdir()
-    steps: list[Callable[[], object]] = [
-        lambda: (here / "f").open("r+").write("g"),
-        lambda: os.rename(here / "f", here / "g"),
-        lambda: os.chmod(here / "g", 0o600),
-        lambda: os.truncate(here / "g", 1),
-        lambda: os.rmdir(here / "d"),
-        lambda: (here / "g").unlink(),
+    steps: list[tuple[str, Callable[[], object]]] = [
+        ("GETATTR", lambda: (here / "new").exists()),
+        ("OPEN", lambda: (here / "f").read_text()),
+        ("WRITE", lambda: (here / "f").write_text("g")),
+        ("RENAME", lambda: os.rename(here / "f", here / "g")),
+        ("LINK", lambda: _unsure(lambda: os.link(here / "g", here / "h"))),
+        ("UNLINK", lambda: (here / "h").unlink()),
+        ("CHMOD", lambda: os.chmod(here / "g", 0o600)),
+        ("TRUNCATE", lambda: os.truncate(here / "g", 1)),
+        ("RMDIR", lambda: os.rmdir(here / "d")),
+        ("UNLINK", lambda: (here / "g").unlink()),
+        ("MKDIR", lambda: _unsure(lambda: os.mkdir(here / "e"))),
+        ("CREATE", lambda: _unsure(lambda: os.open(here / "i", os.O_CREAT | os.O_EXCL))),
+        ("WRITE", lambda: _unsure(lambda: _append(here / "i", b"once"))),
     ]
-    for step in steps:
-        os.listdir(here)  # looked up all names: the answer lost is that of the step, or of what goes before
-        two.tell("deaf 1")
+    for op, step in steps:
+        two.tell(f"deaf {op}")
         step()
-    two.tell("deaf 0")
-    assert os.listdir(here) == []
-    os.listdir(here)
-    unsure_steps: list[Callable[[], object]] = [
-        lambda: os.mkdir(here / "d"),
-        lambda: os.open(here / "f", os.O_CREAT | os.O_EXCL),
-    ]
-    for unsure in unsure_steps:
-        os.stat(here)
-        two.tell("deaf 2")  # a LOOKUP, and the making
-        with pytest.raises(OSError) as caught:
-            unsure()
-        assert caught.value.errno == errno.EIO  # not EEXIST: it may be this very call that made it
-    two.tell("deaf 0")
+    assert sorted(os.listdir(here)) == ["e", "i"]
+    assert (here / "i").read_bytes() == b"once"
+
+
+def _unsure(step: Callable[[], object]) -> None:
+    """Not EEXIST, which would say that somebody else was first, and not done twice."""
+    with pytest.raises(OSError) as caught:
+        step()
+    assert caught.value.errno == errno.EIO
+
+
+def _append(file: Path, data: bytes) -> None:
+    with file.open("ab", buffering=0) as end:
+        end.write(data)
 
 
 def test_a_storage_blade_that_stays_away_is_an_error(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ it is told on its stdin:
 
     down        every request is lost before it is sent
     up
-    deaf N      the next N requests are carried out, and their answers lost
+    deaf OP     the next request OP is carried out, and its answer lost
     drag S      every answer takes S seconds
     restart     the service starts anew, with nothing kept open
 """
@@ -28,6 +28,7 @@ from typing import Any
 from guest_agents.splitkernel.process.patience import Patient
 from guest_agents.splitkernel.process.vnode import Vnode
 from guest_agents.splitkernel.storage.files import Files
+from guest_agents.splitkernel.storage.wire import Op
 from guest_agents.verbs.lost import LostError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -95,9 +96,8 @@ class Wire:
         self.root = root
         self.files = Files(root)
         self.down = False
-        self.deaf = 0
+        self.deaf: Op | None = None
         self.drag = 0.0
-        self.lock = threading.Lock()
         self.buffers = threading.local()
 
     def call(
@@ -108,13 +108,19 @@ class Wire:
         if not hasattr(self.buffers, "out"):
             self.buffers.out = memoryview(bytearray((1 << 20) + (16 << 10)))
         out = self.buffers.out
-        head, data = self.files.handle(opcode, memoryview(first), memoryview(second), out)
-        with self.lock:
-            lost, self.deaf = self.deaf > 0, max(0, self.deaf - 1)
+        failure: OSError | None = None
+        head = data = 0
+        try:
+            head, data = self.files.handle(opcode, memoryview(first), memoryview(second), out)
+        except OSError as raised:
+            failure = raised
         if self.drag:
             time.sleep(self.drag)
-        if lost:
+        if opcode == self.deaf:
+            self.deaf = None
             raise LostError("deaf", sent=True)
+        if failure is not None:
+            raise failure
         return into(out[:head], out[head : head + data]) if into else None
 
 
@@ -134,8 +140,8 @@ def _main(root: str, patience: str, top: str, *places: str) -> None:
                 wire.down = True
             case ["up"]:
                 wire.down = False
-            case ["deaf", count]:
-                wire.deaf = int(count)
+            case ["deaf", name]:
+                wire.deaf = Op[name]
             case ["drag", seconds]:
                 wire.drag = float(seconds)
             case ["restart"]:
