@@ -4,7 +4,7 @@ In the manner of fsx and fsstress. After each step the results or errnos of both
 and reading tell of the files it was about; now and then, the whole trees. Some steps are done as an ordinary user, so
 that permissions count. A seed makes the same steps again:
 
-    RACKLESS_FSX_SEED=7 RACKLESS_FSX_STEPS=200000 pytest tests/unit/test_vnode.py -k random
+    RACKLESS_FSX_SEED=7 RACKLESS_FSX_STEPS=200000 pytest tests/unit/test_vnode_random.py
 """
 
 from __future__ import annotations

@@ -22,9 +22,6 @@ from tests.unit.vnode_mounts import Mounts, mounted
 
 pytestmark = pytest.mark.skipif(bool(vnode_mounts.missing()), reason=str(vnode_mounts.missing()))
 
-SEED = int(os.environ.get("RACKLESS_FSX_SEED", "20181008"))
-STEPS = int(os.environ.get("RACKLESS_FSX_STEPS", "10000"))
-
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounts]:
@@ -45,19 +42,6 @@ def here(two: Mounts, request: pytest.FixtureRequest) -> Path:
 def there(two: Mounts, here: Path) -> Path:
     """The same folder on the second blade."""
     return two.blades[1] / here.name
-
-
-# -- against a local directory --
-
-
-@pytest.mark.parametrize("blades", [1, 2])
-def test_random_operations_do_what_they_do_locally(tmp_path: Path, blades: int) -> None:
-    local = tmp_path / "local"
-    local.mkdir()
-    local.chmod(0o777)
-    with mounted(tmp_path, blades) as mounts:
-        mounts.root.chmod(0o777)
-        fsx.compare(mounts.blades, local, SEED, STEPS if blades == 1 else STEPS // 5)
 
 
 # -- names --
