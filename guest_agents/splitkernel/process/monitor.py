@@ -11,11 +11,14 @@ from guest_agents import control
 from guest_agents.config import AgentConfig
 from guest_agents.splitkernel.process.desk import Desk
 from guest_agents.splitkernel.process.memory import Lender
+from guest_agents.splitkernel.process.patience import Patient
 from guest_agents.splitkernel.process.vnode import Vnode
 from guest_agents.verbs.rpc import Client
 
 SOCKET = Path("/run/rackless/split.sock")
 JOBS = Path("/run/rackless/jobs")
+CONNECT_SECONDS = 10.0
+"""A storage blade that takes longer to answer counts as away, and is tried again."""
 log = logging.getLogger("rackless.process")
 
 
@@ -25,7 +28,7 @@ def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control
     port -- where other agents' control servers listen
     """
     SOCKET.parent.mkdir(parents=True, exist_ok=True)
-    vnode = Vnode(Client(config.node, "storage", lambda: _first_storage(config, port)))
+    vnode = _vnode(config, port)
     threading.Thread(target=_serve, args=(vnode, config.vnode), name="vnode", daemon=True).start()
 
     def storage() -> dict[str, Any]:
@@ -43,11 +46,20 @@ def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control
     return {"process.stats": stats}
 
 
-def _first_storage(config: AgentConfig, port: int) -> control.ControlClient:
+def _vnode(config: AgentConfig, port: int, blade: str | None = None, top: str = "") -> Vnode:
+    """The files of a storage blade, or a subtree `top` of them; without `blade` of the first there is."""
+    client = Client(config.node, "storage", lambda: _storage(config, port, blade))
+    return Vnode(Patient(client), config.name, top)
+
+
+def _storage(config: AgentConfig, port: int, blade: str | None) -> control.ControlClient:
     blades = config.peers("storage")
     if not blades:
         raise control.ControlError("the rack has no storage blade", "add one to have files under /vnode")
-    return control.ControlClient((blades[min(blades)], port), config.secret)
+    name = blade or min(blades)
+    if name not in blades:
+        raise control.ControlError(f"storage blade {name} is not there", "is it up?")
+    return control.ControlClient((blades[name], port), config.secret, CONNECT_SECONDS)
 
 
 def _serve(vnode: Vnode, where: Path) -> None:
