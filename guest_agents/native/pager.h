@@ -11,6 +11,7 @@
 
 struct pager_config {
     size_t excache_pages;
+    uint32_t copies;                /* of every page, on as many memory blades: 1 or 2 */
     const char *job;                /* directory for the counters of this program */
     void (*enter_thread)(void);     /* to be called first in a thread that must not use managed memory */
     void (*guard)(int file);        /* keep a descriptor open whatever the program closes */

@@ -1,0 +1,217 @@
+#define _GNU_SOURCE
+#include "replica.h"
+
+#include "lines.h"
+#include "wire.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+enum {
+    LOSSES_MOST = 3,            /* a blade that was lost so often is not used again */
+    BUSY_MS = 20,               /* until the process monitor is asked again: a thread of the program is asking it */
+    FULL_MS = 5000,             /* ... because there was no room */
+};
+
+static uint32_t bit(uint32_t link)
+{
+    return 1u << link;
+}
+
+/* Blades that cannot be used, as a bit set. */
+static uint32_t absent(const struct lines *l)
+{
+    uint32_t set = 0;
+    for (uint32_t link = 0; link < l->monitor.blades; link++)
+        if (!l->link[link].qp)
+            set |= bit(link);
+    return set;
+}
+
+static uint32_t present(const struct lines *l)
+{
+    return l->monitor.blades - (uint32_t)__builtin_popcount(absent(l));
+}
+
+static bool whole(const struct region *region)
+{
+    return region->at[1].link != NO_LINK && region->copied == REGION_PAGES;
+}
+
+static void count_degraded(struct lines *l)
+{
+    uint64_t n = 0;
+    for (size_t r = 0; r < l->regions; r++)
+        n += l->replica.copies > 1 && !whole(&l->region[r]);
+    l->count->degraded_regions = n;
+}
+
+/* Forget places on blades that have been lost. False if no place with everything remains. */
+static bool keep_living(const struct lines *l, struct region *region)
+{
+    if (region->at[1].link != NO_LINK && !l->link[region->at[1].link].qp)
+        region->at[1].link = NO_LINK;
+    if (l->link[region->at[0].link].qp)
+        return true;
+    if (!whole(region))
+        return false;
+    region->at[0] = region->at[1];
+    region->at[1].link = NO_LINK;
+    return true;
+}
+
+int replica_reserve(struct lines *l, pthread_mutex_t *lock)
+{
+    struct region region = {.at = {{.link = NO_LINK}, {.link = NO_LINK}}, .copied = REGION_PAGES};
+    do {
+        pthread_mutex_lock(lock);
+        uint32_t without = absent(l), copies = present(l) < l->replica.copies ? present(l) : l->replica.copies;
+        pthread_mutex_unlock(lock);
+        pthread_mutex_lock(&l->monitor.lock);
+        int error = monitor_region(&l->monitor, (uint64_t)REGION_PAGES << PAGE_SHIFT, copies, without, region.at);
+        pthread_mutex_unlock(&l->monitor.lock);
+        if (error)
+            return error;
+        pthread_mutex_lock(lock);
+        bool living = keep_living(l, &region); /* or was its blade lost meanwhile? */
+        if (living) {
+            l->region[l->regions++] = region;
+            l->count->regions++;
+            count_degraded(l);
+        }
+        pthread_mutex_unlock(lock);
+        if (living)
+            return 0;
+    } while (true);
+}
+
+void replica_lost(struct lines *l, uint32_t link, const char *why)
+{
+    if (!l->link[link].qp)
+        return;
+    fabric_link_destroy(&l->link[link]);
+    l->replica.release |= bit(link);
+    l->replica.back &= ~bit(link);
+    l->replica.losses[link]++;
+    for (size_t r = 0; r < l->regions; r++)
+        if (!keep_living(l, &l->region[r]))
+            lines_die("memory blade %s is lost (%s): the program's memory is no longer whole, it ends here",
+                      l->monitor.name[link], why);
+    wire_give_up(l, link);
+    l->count->failovers++;
+    count_degraded(l);
+}
+
+void replica_news(struct lines *l)
+{
+    uint32_t link;
+    for (char kind; (kind = monitor_news(&l->monitor, &link)) != 0;) {
+        if (kind == 'l')
+            replica_lost(l, link, "it has left the rack");
+        else if (!l->link[link].qp && l->replica.losses[link] < LOSSES_MOST)
+            l->replica.back |= bit(link);
+    }
+    l->fabric.other = l->monitor.news;
+}
+
+static void tell(struct lines *l, const char *why)
+{
+    if (!l->replica.told)
+        dprintf(STDERR_FILENO, "rackless: %s: the program goes on with one copy of some of its memory\n", why);
+    l->replica.told = true;
+}
+
+/* The process monitor's part, for one blade that was lost or is back; its lock is held. */
+static void tidy(struct lines *l)
+{
+    if (l->replica.release) {
+        uint32_t link = (uint32_t)__builtin_ctz(l->replica.release);
+        l->replica.release &= ~bit(link);
+        monitor_release(&l->monitor, link);
+    } else if (l->replica.back) {
+        uint32_t link = (uint32_t)__builtin_ctz(l->replica.back);
+        l->replica.back &= ~bit(link);
+        if (l->link[link].qp || fabric_link_create(&l->fabric, &l->link[link]))
+            return;
+        if (monitor_connect(&l->monitor, link, &l->fabric, &l->link[link])) {
+            fabric_link_destroy(&l->link[link]);
+            l->replica.losses[link]++;
+        }
+    }
+}
+
+/* A second place for a region; the process monitor's lock is held. False if there is none now. */
+static bool find_place(struct lines *l, struct region *region)
+{
+    struct place place[COPIES];
+    uint32_t without = absent(l) | bit(region->at[0].link);
+    if (monitor_region(&l->monitor, (uint64_t)REGION_PAGES << PAGE_SHIFT, 1, without, place)) {
+        tell(l, l->monitor.error);
+        return false;
+    }
+    region->at[1] = place[0];
+    region->copied = 0;
+    return true;
+}
+
+/* Copy the next pages of a region to its second place. Nothing may be flushed in between: a queue pair keeps its
+ * requests in order, so a flush posted before is part of what is read, and one posted afterwards overwrites it. */
+static void copy_some(struct lines *l, size_t r)
+{
+    struct region *region = &l->region[r];
+    size_t first = r * REGION_PAGES + region->copied, end = (r + 1) * REGION_PAGES, page = first, run = 0;
+    while (page < end && !(l->state[page] & STORED))
+        page++;
+    while (run < RUN_PAGES && page + run < end && l->state[page + run] & STORED)
+        run++;
+    if (run) {
+        wire_read(l, page, run, l->landing, ID_COPY, false);
+        wire_await(l, ID_COPY);
+        wire_copy(l, page, run, l->landing);
+        if (region->at[1].link == NO_LINK)
+            return; /* lost in its turn */
+        l->count->rereplicated_bytes += (uint64_t)run << PAGE_SHIFT;
+    }
+    region->copied = (uint32_t)(page + run - r * REGION_PAGES);
+    if (region->copied == REGION_PAGES)
+        count_degraded(l);
+}
+
+static size_t next_degraded(struct lines *l)
+{
+    for (size_t i = 0; i < l->regions; i++) {
+        size_t r = (l->replica.cursor + i) % l->regions;
+        if (!whole(&l->region[r]))
+            return l->replica.cursor = r;
+    }
+    return l->regions;
+}
+
+int replica_step(struct lines *l)
+{
+    bool asked = l->replica.release || l->replica.back;
+    size_t r = l->replica.copies > 1 && l->count->degraded_regions ? next_degraded(l) : l->regions;
+    struct region *region = r < l->regions ? &l->region[r] : NULL;
+    bool alone = present(l) < 2;
+    if (asked || (region && region->at[1].link == NO_LINK && !alone)) {
+        if (pthread_mutex_trylock(&l->monitor.lock))
+            return BUSY_MS;
+        bool found = true;
+        if (asked)
+            tidy(l);
+        else
+            found = find_place(l, region);
+        pthread_mutex_unlock(&l->monitor.lock);
+        return found ? 0 : FULL_MS;
+    }
+    if (!region)
+        return -1;
+    if (alone) {
+        tell(l, "no second memory blade is left");
+        return -1;
+    }
+    copy_some(l, r);
+    return 0;
+}
