@@ -107,11 +107,21 @@ int fabric_link_connect(struct fabric *f, struct fabric_link *link, uint32_t qpn
                               IBV_QP_MAX_QP_RD_ATOMIC);
 }
 
+void fabric_link_stop(struct fabric_link *link)
+{
+    struct ibv_qp_attr attr = {.qp_state = IBV_QPS_RESET}; /* unlike ERR, complete when the call returns */
+    ibv_modify_qp(link->qp, &attr, IBV_QP_STATE);
+    link->stopped = link->qp;
+    link->qp = NULL;
+}
+
 void fabric_link_destroy(struct fabric_link *link)
 {
     if (link->qp)
-        ibv_destroy_qp(link->qp);
-    link->qp = NULL;
+        fabric_link_stop(link);
+    if (link->stopped)
+        ibv_destroy_qp(link->stopped);
+    link->stopped = NULL;
 }
 
 int fabric_poll(struct fabric *f, struct ibv_wc *wc, int n)

@@ -26,6 +26,7 @@ struct fabric {
 
 struct fabric_link {
     struct ibv_qp *qp;                /* NULL: not connected */
+    struct ibv_qp *stopped;           /* to be destroyed */
     uint32_t psn;                     /* first packet number we send */
 };
 
@@ -39,8 +40,11 @@ int fabric_link_create(struct fabric *f, struct fabric_link *link);
 int fabric_link_connect(struct fabric *f, struct fabric_link *link, uint32_t qpn, uint32_t psn,
                         const union ibv_gid *gid);
 
-/* Destroy the queue pair. What it carries is given up: nothing of it arrives in our memory afterwards. Completions
- * that are already there stay, with a number that no queue pair has. */
+/* Stop the queue pair. What it carries is given up: nothing of it arrives in our memory afterwards. Completions that
+ * are already there stay, with a number that no link has. Allocates and frees nothing. */
+void fabric_link_stop(struct fabric_link *link);
+
+/* Free what is left of a queue pair, stopped or not. */
 void fabric_link_destroy(struct fabric_link *link);
 
 /* Reap up to `n` completions, waiting for at least one: poll a little, then sleep on the event channel.

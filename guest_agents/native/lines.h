@@ -141,6 +141,9 @@ void lines_set_state(struct lines *lines, size_t page, unsigned state);
 void lines_protect(struct lines *lines, size_t page, size_t count, bool on);
 void lines_unmap(struct lines *lines, size_t page, size_t count);
 
+/* One line on standard error. Allocates nothing. */
+void lines_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
 /* One line on standard error, then the end of the process: its memory is no longer whole. */
 _Noreturn void lines_die(const char *format, ...) __attribute__((format(printf, 1, 2)));
 

@@ -156,6 +156,14 @@ static void settle(void)
     pthread_mutex_unlock(&lock);
 }
 
+static void hush(bool on)
+{
+    if (on)
+        pthread_mutex_lock(&lines.replica.quiet);
+    else
+        pthread_mutex_unlock(&lines.replica.quiet);
+}
+
 static void before_fork(void)
 {
     family_before_fork(&family);
@@ -215,6 +223,7 @@ static const char *start(struct arena *arena, size_t *excache_pages)
 {
     static char why[400];
     lines = (struct lines){.uffd = -1};
+    pthread_mutex_init(&lines.replica.quiet, NULL);
     if (*excache_pages < LINES_MIN_PAGES)
         *excache_pages = LINES_MIN_PAGES;
     lines.count = open_counters(config->job, *excache_pages);
@@ -280,6 +289,7 @@ static const struct pager pager = {
     .reserve = reserve,
     .drop = drop,
     .settle = settle,
+    .hush = hush,
     .before_fork = before_fork,
     .after_fork_parent = after_fork_parent,
     .after_fork_child = after_fork_child,

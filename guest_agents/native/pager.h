@@ -25,6 +25,8 @@ struct pager {
     void (*drop)(struct arena *arena, size_t page, size_t count);
     /* Returns when no eviction that began before is under way. */
     void (*settle)(void);
+    /* Around fork and taking the heaps' locks for it: in between, the pager asks for no memory. */
+    void (*hush)(bool on);
     /* Around fork: `before` in the parent, then one of the others. The child's pages are served by its parent. */
     void (*before_fork)(void);
     void (*after_fork_parent)(void);

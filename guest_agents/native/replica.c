@@ -5,9 +5,7 @@
 #include "wire.h"
 
 #include <errno.h>
-#include <stdio.h>
 #include <string.h>
-#include <unistd.h>
 
 enum {
     LOSSES_MOST = 3,            /* a blade that was lost so often is not used again */
@@ -91,7 +89,7 @@ void replica_lost(struct lines *l, uint32_t link, const char *why)
 {
     if (!l->link[link].qp)
         return;
-    fabric_link_destroy(&l->link[link]);
+    fabric_link_stop(&l->link[link]);
     l->replica.release |= bit(link);
     l->replica.back &= ~bit(link);
     l->replica.losses[link]++;
@@ -119,41 +117,47 @@ void replica_news(struct lines *l)
 static void tell(struct lines *l, const char *why)
 {
     if (!l->replica.told)
-        dprintf(STDERR_FILENO, "rackless: %s: the program goes on with one copy of some of its memory\n", why);
+        lines_say("%s: the program goes on with one copy of some of its memory", why);
     l->replica.told = true;
 }
 
-/* The process monitor's part, for one blade that was lost or is back; its lock is held. */
-static void tidy(struct lines *l)
+/* Queue pairs, and the process monitor's part, for one blade that was lost or is back. */
+static int tidy(struct lines *l)
 {
+    /* libibverbs allocates: while a thread forks it holds the heaps' locks, and waits for us. */
+    if (pthread_mutex_trylock(&l->replica.quiet))
+        return BUSY_MS;
     if (l->replica.release) {
         uint32_t link = (uint32_t)__builtin_ctz(l->replica.release);
         l->replica.release &= ~bit(link);
+        fabric_link_destroy(&l->link[link]);
         monitor_release(&l->monitor, link);
-    } else if (l->replica.back) {
+    } else {
         uint32_t link = (uint32_t)__builtin_ctz(l->replica.back);
         l->replica.back &= ~bit(link);
-        if (l->link[link].qp || fabric_link_create(&l->fabric, &l->link[link]))
-            return;
-        if (monitor_connect(&l->monitor, link, &l->fabric, &l->link[link])) {
+        if (fabric_link_create(&l->fabric, &l->link[link]) ||
+            monitor_connect(&l->monitor, link, &l->fabric, &l->link[link])) {
             fabric_link_destroy(&l->link[link]);
             l->replica.losses[link]++;
         }
     }
+    pthread_mutex_unlock(&l->replica.quiet);
+    return 0;
 }
 
-/* A second place for a region; the process monitor's lock is held. False if there is none now. */
-static bool find_place(struct lines *l, struct region *region)
+/* A second place for the region that was found to need one. */
+static int find_place(struct lines *l)
 {
+    struct region *region = &l->region[l->replica.cursor];
     struct place place[COPIES];
     uint32_t without = absent(l) | bit(region->at[0].link);
     if (monitor_region(&l->monitor, (uint64_t)REGION_PAGES << PAGE_SHIFT, 1, without, place)) {
         tell(l, l->monitor.error);
-        return false;
+        return FULL_MS;
     }
     region->at[1] = place[0];
     region->copied = 0;
-    return true;
+    return 0;
 }
 
 /* Copy the next pages of a region to its second place. Nothing may be flushed in between: a queue pair keeps its
@@ -179,9 +183,10 @@ static void copy_some(struct lines *l, size_t r)
         count_degraded(l);
 }
 
+/* A region that should have another copy, or l->regions. */
 static size_t next_degraded(struct lines *l)
 {
-    for (size_t i = 0; i < l->regions; i++) {
+    for (size_t i = 0; l->count->degraded_regions && i < l->regions; i++) {
         size_t r = (l->replica.cursor + i) % l->regions;
         if (!whole(&l->region[r]))
             return l->replica.cursor = r;
@@ -189,29 +194,29 @@ static size_t next_degraded(struct lines *l)
     return l->regions;
 }
 
+/* Do with `work` what needs the process monitor, unless a thread of the program is asking it. */
+static int with_monitor(struct lines *l, int (*work)(struct lines *l))
+{
+    if (pthread_mutex_trylock(&l->monitor.lock))
+        return BUSY_MS;
+    int pause = work(l);
+    pthread_mutex_unlock(&l->monitor.lock);
+    return pause;
+}
+
 int replica_step(struct lines *l)
 {
-    bool asked = l->replica.release || l->replica.back;
-    size_t r = l->replica.copies > 1 && l->count->degraded_regions ? next_degraded(l) : l->regions;
-    struct region *region = r < l->regions ? &l->region[r] : NULL;
-    bool alone = present(l) < 2;
-    if (asked || (region && region->at[1].link == NO_LINK && !alone)) {
-        if (pthread_mutex_trylock(&l->monitor.lock))
-            return BUSY_MS;
-        bool found = true;
-        if (asked)
-            tidy(l);
-        else
-            found = find_place(l, region);
-        pthread_mutex_unlock(&l->monitor.lock);
-        return found ? 0 : FULL_MS;
-    }
-    if (!region)
+    if (l->replica.release || l->replica.back)
+        return with_monitor(l, tidy);
+    size_t r = next_degraded(l);
+    if (r == l->regions)
         return -1;
-    if (alone) {
+    if (present(l) < 2) {
         tell(l, "no second memory blade is left");
         return -1;
     }
+    if (l->region[r].at[1].link == NO_LINK)
+        return with_monitor(l, find_place);
     copy_some(l, r);
     return 0;
 }

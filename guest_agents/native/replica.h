@@ -24,6 +24,7 @@ struct replica {
     uint32_t back;              /* bit set: a lost blade that can be used again */
     uint8_t losses[16];         /* how often a blade was lost */
     size_t cursor;              /* region where the search for work goes on */
+    pthread_mutex_t quiet;      /* held while a thread forks: the pager must not allocate or free memory then */
     bool told;                  /* the program's user, that it goes on with single copies */
 };
 

@@ -150,8 +150,13 @@ struct heap *shim_managed(const void *address)
 
 /* ---- fork ---- */
 
+static _Thread_local bool hushed __attribute__((tls_model("initial-exec")));
+
 static void before_fork(void)
 {
+    hushed = pager && !is_child;
+    if (hushed)
+        pager->hush(true);
     pthread_mutex_lock(&managed.lock);
     pthread_mutex_lock(&local.lock);
     if (pager && !is_child)
@@ -164,6 +169,8 @@ static void after_fork_parent(void)
         pager->after_fork_parent();
     pthread_mutex_unlock(&local.lock);
     pthread_mutex_unlock(&managed.lock);
+    if (hushed)
+        pager->hush(false);
 }
 
 static void after_fork_child(void)

@@ -16,17 +16,30 @@ enum {
     SGES = 16,
 };
 
-_Noreturn void lines_die(const char *format, ...)
+static void say(const char *format, va_list args)
 {
     char text[512] = "rackless: ";
-    va_list args;
-    va_start(args, format);
     vsnprintf(text + 10, sizeof text - 12, format, args);
-    va_end(args);
     strcat(text, "\n");
     if (write(STDERR_FILENO, text, strlen(text)) < 0) {
         /* nobody to tell */
     }
+}
+
+void lines_say(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    say(format, args);
+    va_end(args);
+}
+
+_Noreturn void lines_die(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    say(format, args);
+    va_end(args);
     syscall(SYS_exit_group, 70); /* EX_SOFTWARE: with no exit handlers, which might touch lost memory */
     __builtin_unreachable();
 }

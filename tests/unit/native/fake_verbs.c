@@ -156,14 +156,13 @@ static void *run(void *unused)
             struct fake_qp *qp = qps[i];
             if (!qp || !qp->count)
                 continue;
+            any = 1;
             if (on_carry)
                 on_carry(++carried);
-            struct fake_qp *silent = qp->peer < QPS ? qps[qp->peer] : NULL;
-            if (silent && silent->broken > 1 && qp->state == IBV_QPS_RTS)
-                continue;
-            any = 1;
             struct work *w = &qp->queue[qp->first];
             struct fake_qp *peer = qp->peer < QPS ? qps[qp->peer] : NULL;
+            if (peer && peer->broken > 1 && qp->state == IBV_QPS_RTS)
+                continue;
             enum ibv_wc_status status = IBV_WC_WR_FLUSH_ERR;
             if (qp->state == IBV_QPS_RTS)
                 status = !peer || peer->state < IBV_QPS_RTR || peer->state > IBV_QPS_RTS || qp->broken || peer->broken
@@ -462,6 +461,8 @@ EXPORT int ibv_modify_qp(struct ibv_qp *ibqp, struct ibv_qp_attr *attr, int mask
     struct fake_qp *qp = (struct fake_qp *)ibqp;
     pthread_mutex_lock(&lock);
     qp->state = (int)attr->qp_state;
+    if (qp->state == IBV_QPS_RESET)
+        qp->count = 0;
     if (mask & IBV_QP_DEST_QPN)
         qp->peer = attr->dest_qp_num;
     pthread_mutex_unlock(&lock);
