@@ -57,7 +57,7 @@ struct batch {
 };
 
 /* Single requests somebody waits for, by number: wr_id and index of lines->request. */
-enum { ID_QUIET, ID_MISS, ID_PEEK, ID_COPY, ID_COPIED, ID_BATCH /* and more: flushes */ };
+enum { ID_QUIET, ID_MISS, ID_PEEK, ID_COPY, ID_BATCH /* and more: flushes */ };
 
 struct request {
     enum { ANSWERED, UNDERWAY, FAILED } state;

@@ -26,7 +26,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { MESSAGES = 16 };
+enum { MESSAGES = 16, DRAIN_MOST = 16 /* faults answered before the pager looks at what else there is to do */ };
 
 static struct lines lines;
 static struct family family;
@@ -84,7 +84,7 @@ static void on_arrival(struct lines *l, size_t page, const char *data)
 static void drain(int uffd)
 {
     struct uffd_msg message;
-    for (;;) {
+    for (int most = DRAIN_MOST; most; most--) {
         while (n_waiting) {
             n_waiting--;
             answer(waiting[n_waiting].uffd, &waiting[n_waiting].message);
@@ -114,7 +114,7 @@ static void *run(void *unused)
         watch[n++] = (struct pollfd){.fd = lines.monitor.news, .events = POLLIN};
         n += family_watch(&family, watch + n);
         pthread_mutex_unlock(&lock);
-        if (poll(watch, n, pause) < 0 && errno != EINTR)
+        if (poll(watch, n, n_waiting ? 0 : pause) < 0 && errno != EINTR)
             lines_die("the pager cannot wait for faults: %s", strerror(errno));
         pthread_mutex_lock(&lock);
         replica_news(&lines);

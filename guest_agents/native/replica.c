@@ -8,7 +8,7 @@
 #include <string.h>
 
 enum {
-    LOSSES_MOST = 3,            /* a blade that was lost so often is not used again */
+    LOSSES_MOST = 8,            /* a blade that was lost so often is not used again */
     BUSY_MS = 20,               /* until the process monitor is asked again: a thread of the program is asking it */
     FULL_MS = 5000,             /* ... because there was no room */
 };
@@ -165,21 +165,16 @@ static int find_place(struct lines *l)
 static void copy_some(struct lines *l, size_t r)
 {
     struct region *region = &l->region[r];
-    size_t first = r * REGION_PAGES + region->copied, end = (r + 1) * REGION_PAGES, page = first, run = 0;
-    while (page < end && !(l->state[page] & STORED))
-        page++;
-    while (run < RUN_PAGES && page + run < end && l->state[page + run] & STORED)
-        run++;
-    if (run) {
-        wire_read(l, page, run, l->landing, ID_COPY, false);
-        wire_await(l, ID_COPY);
-        wire_copy(l, page, run, l->landing);
-        if (region->at[1].link == NO_LINK)
-            return; /* lost in its turn */
-        l->count->rereplicated_bytes += (uint64_t)run << PAGE_SHIFT;
-    }
-    region->copied = (uint32_t)(page + run - r * REGION_PAGES);
-    if (region->copied == REGION_PAGES)
+    size_t at = region->copied, page[RUN_PAGES];
+    uint32_t n = 0;
+    for (; at < REGION_PAGES && n < RUN_PAGES; at++)
+        if (l->state[r * REGION_PAGES + at] & STORED)
+            page[n++] = r * REGION_PAGES + at;
+    if (n && !wire_copy(l, page, n))
+        return; /* the second blade was lost in its turn */
+    l->count->rereplicated_bytes += (uint64_t)n << PAGE_SHIFT;
+    region->copied = (uint32_t)at;
+    if (at == REGION_PAGES)
         count_degraded(l);
 }
 

@@ -284,26 +284,46 @@ void wire_await(struct lines *l, unsigned id)
     }
 }
 
-void wire_copy(struct lines *l, size_t page, size_t count, char *from)
+/* One leg of a copy: single pages between l->landing and one place, and wait. */
+static bool carry(struct lines *l, const size_t *page, uint32_t n, const struct place *place, enum ibv_wr_opcode opcode)
 {
-    const struct place *place = &region_of(l, page)->at[1];
-    uint32_t link = place->link;
-    struct ibv_sge sge = {(uintptr_t)from, (uint32_t)(count << PAGE_SHIFT), l->fabric.mr->lkey};
-    struct ibv_send_wr write = {
-        .wr_id = ID_COPIED,
-        .sg_list = &sge,
-        .num_sge = 1,
-        .opcode = IBV_WR_RDMA_WRITE,
-        .send_flags = IBV_SEND_SIGNALED,
-        .wr.rdma = {place->address + ((uint64_t)(page % REGION_PAGES) << PAGE_SHIFT), place->rkey},
-    };
-    l->request[ID_COPIED] = (struct request){UNDERWAY, link, page, count, from};
-    l->count->writes++;
-    l->count->bytes_out += (uint64_t)count << PAGE_SHIFT;
-    l->count->blade[link].bytes_out += (uint64_t)count << PAGE_SHIFT;
-    post(l, link, &write);
-    while (l->request[ID_COPIED].state == UNDERWAY)
+    static struct ibv_send_wr wr[RUN_PAGES];
+    static struct ibv_sge sge[RUN_PAGES];
+    struct request *request = &l->request[ID_COPY];
+    for (uint32_t i = 0; i < n; i++) {
+        sge[i] = (struct ibv_sge){(uintptr_t)l->landing + ((uint64_t)i << PAGE_SHIFT), PAGE_SIZE, l->fabric.mr->lkey};
+        wr[i] = (struct ibv_send_wr){
+            .wr_id = i + 1 == n ? ID_COPY : ID_QUIET,
+            .next = i + 1 == n ? NULL : &wr[i + 1],
+            .sg_list = &sge[i],
+            .num_sge = 1,
+            .opcode = opcode,
+            .send_flags = i + 1 == n ? IBV_SEND_SIGNALED : 0,
+            .wr.rdma = {place->address + ((uint64_t)(page[i] % REGION_PAGES) << PAGE_SHIFT), place->rkey},
+        };
+    }
+    *request = (struct request){.state = UNDERWAY, .link = place->link};
+    post(l, place->link, wr);
+    while (request->state == UNDERWAY)
         wire_reap(l, true);
+    return request->state == ANSWERED;
+}
+
+bool wire_copy(struct lines *l, const size_t *page, uint32_t n)
+{
+    const struct region *region = region_of(l, page[0]);
+    uint32_t from = region->at[0].link, to = region->at[1].link;
+    uint64_t bytes = (uint64_t)n << PAGE_SHIFT;
+    carry(l, page, n, &region->at[0], IBV_WR_RDMA_READ); /* if that blade is lost, so is the program */
+    if (region->at[1].link == NO_LINK)
+        return false;
+    l->count->reads += n;
+    l->count->bytes_in += bytes;
+    l->count->blade[from].bytes_in += bytes;
+    l->count->writes += n;
+    l->count->bytes_out += bytes;
+    l->count->blade[to].bytes_out += bytes;
+    return carry(l, page, n, &region->at[1], IBV_WR_RDMA_WRITE);
 }
 
 const char *lines_peek(struct lines *l, size_t page)

@@ -11,8 +11,9 @@ void wire_read(struct lines *l, size_t page, size_t count, char *to, unsigned id
 /* Wait until READ `id` has been answered, by another blade if need be. */
 void wire_await(struct lines *l, unsigned id);
 
-/* Write pages from registered memory to the second place of their vRegion and wait for it, or for that blade's loss. */
-void wire_copy(struct lines *l, size_t page, size_t count, char *from);
+/* Copy `n` <= RUN_PAGES pages of one vRegion from its first to its second place, by way of l->landing: two round trips.
+ * False if the second blade was lost before it had them all. */
+bool wire_copy(struct lines *l, const size_t *page, uint32_t n);
 
 /* What was under way to this blade has failed: its queue pair has gone. */
 void wire_give_up(struct lines *l, uint32_t link);
