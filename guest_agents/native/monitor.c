@@ -23,6 +23,12 @@ static int fail(struct monitor *m, int error, const char *format, ...)
     return error;
 }
 
+/* What came unasked before a reply. Nothing is missed: the blades that are there are asked for afterwards. */
+static int is_news(const char text[MESSAGE])
+{
+    return !strncmp(text, "lost ", 5) || !strncmp(text, "back ", 5);
+}
+
 /* One request, one reply: "ok words...", or "error ERRNO text". Returns the words after "ok" in `text`. */
 static int ask_at(struct monitor *m, int socket, char text[MESSAGE])
 {
@@ -31,7 +37,7 @@ static int ask_at(struct monitor *m, int socket, char text[MESSAGE])
         return fail(m, EPIPE, "the process monitor has gone: %s", strerror(errno));
     do
         got = recv(socket, text, MESSAGE - 1, 0);
-    while (got < 0 && errno == EINTR);
+    while ((got < 0 && errno == EINTR) || (got > 0 && is_news(text)));
     if (got <= 0)
         return fail(m, EPIPE, "the process monitor does not answer: %s", got ? strerror(errno) : "it has gone");
     text[got] = 0;

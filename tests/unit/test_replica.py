@@ -69,16 +69,16 @@ class Stage:
             subprocess.run(["cc", *flags, "-o", folder / target, *sources, "-lpthread"], check=True)
 
     def run(
-        self, *command: str, replicas: int = 2, events: str = "", excache: int = 4 << 20, stdin: str = "", **settings: int
+        self, *command: str, replicas: int = 2, events: str = "", excache: int = 4 << 20, stdin: str = "", **more: int
     ) -> Done:
-        """Run a program to its end."""
+        """Run a program to its end; `more` are other settings of fake_monitor.c."""
         job = self._folder / "job"
         shutil.rmtree(job, ignore_errors=True)
         job.mkdir()
         environment = {
             **os.environ, "LC_ALL": "C", "LD_PRELOAD": str(self._folder / "excache_shim.so"),
             "RACKLESS_EXCACHE": str(excache), "RACKLESS_JOB": str(job), "RACKLESS_REPLICAS": str(replicas),
-            "FAKE_EVENTS": events, **{f"FAKE_{name.upper()}": str(value) for name, value in settings.items()},
+            "FAKE_EVENTS": events, **{f"FAKE_{name.upper()}": str(value) for name, value in more.items()},
         }  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=SECONDS, input=stdin)
         return Done(done.returncode, done.stdout, done.stderr, counters.total(job))
