@@ -115,9 +115,7 @@ class Agent:
         log.info("%s of kind %s serves rack %s", mine.name, mine.kind, mine.rack)
 
     def _watch(self, kind: str, changed: Callable[[dict[str, int]], None]) -> None:
-        self.membership.watch(
-            lambda: changed({m["name"]: m["incarnation"] for m in self.membership.of_kind(kind)})
-        )
+        self.membership.watch(lambda: changed({m["name"]: m["incarnation"] for m in self.membership.of_kind(kind)}))
 
     def _lite(self, budget: Budget) -> tuple[tiers.Tier, dict[str, control.Handler]]:
         """The tier of LITE and, on the manager, the books of members and LMRs; what serves others."""

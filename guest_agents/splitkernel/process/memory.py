@@ -162,9 +162,7 @@ class Loan:
             if number in without or held is None or held.life != self._lender.life(blade):
                 continue
             try:
-                reply = self._lender.call(
-                    blade, "memory.allocate", connection=held.number, pid=self._pid, size=size
-                )
+                reply = self._lender.call(blade, "memory.allocate", connection=held.number, pid=self._pid, size=size)
             except control.ControlError as failure:
                 log.warning("%s gives no region: %s", blade, failure.error)
                 continue
