@@ -277,8 +277,8 @@ static const char *start(struct arena *arena, size_t *excache_pages)
         close(uffd);
         return why;
     }
-    const int ours[] = {uffd, lines.monitor.socket, lines.monitor.news, lines.fabric.channel->fd, lines.fabric.context->cmd_fd,
-                        lines.fabric.context->async_fd};
+    const int ours[] = {uffd, lines.monitor.socket, lines.monitor.news, lines.fabric.channel->fd,
+                        lines.fabric.context->cmd_fd, lines.fabric.context->async_fd};
     for (size_t i = 0; i < sizeof ours / sizeof *ours; i++)
         config->guard(ours[i]);
     lines_adopt(&lines, uffd);

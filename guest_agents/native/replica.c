@@ -60,29 +60,40 @@ static bool keep_living(const struct lines *l, struct region *region)
     return true;
 }
 
+/* After a refusal: did a blade die meanwhile, so that fewer copies are to be had now? */
+static bool lost_meanwhile(struct lines *l, pthread_mutex_t *lock, uint32_t copies)
+{
+    pthread_mutex_lock(lock);
+    replica_news(l);
+    bool lost = present(l) < copies;
+    pthread_mutex_unlock(lock);
+    return lost;
+}
+
 int replica_reserve(struct lines *l, pthread_mutex_t *lock)
 {
-    struct region region = {.at = {{.link = NO_LINK}, {.link = NO_LINK}}, .copied = REGION_PAGES};
-    do {
+    for (bool booked = false; !booked;) {
+        struct region region = {.at = {{.link = NO_LINK}, {.link = NO_LINK}}, .copied = REGION_PAGES};
         pthread_mutex_lock(lock);
         uint32_t without = absent(l), copies = present(l) < l->replica.copies ? present(l) : l->replica.copies;
         pthread_mutex_unlock(lock);
         pthread_mutex_lock(&l->monitor.lock);
         int error = monitor_region(&l->monitor, (uint64_t)REGION_PAGES << PAGE_SHIFT, copies, without, region.at);
         pthread_mutex_unlock(&l->monitor.lock);
+        if (error == ENOMEM && lost_meanwhile(l, lock, copies))
+            continue;
         if (error)
             return error;
         pthread_mutex_lock(lock);
-        bool living = keep_living(l, &region); /* or was its blade lost meanwhile? */
-        if (living) {
+        booked = keep_living(l, &region);
+        if (booked) {
             l->region[l->regions++] = region;
             l->count->regions++;
             count_degraded(l);
         }
         pthread_mutex_unlock(lock);
-        if (living)
-            return 0;
-    } while (true);
+    }
+    return 0;
 }
 
 void replica_lost(struct lines *l, uint32_t link, const char *why)

@@ -136,6 +136,20 @@ def test_two_blades_one_dies_and_comes_back(stage: Stage) -> None:
     assert done.counted["rereplicated_bytes"] > 1 << 20
 
 
+def test_a_program_may_grow_while_one_of_two_blades_dies(stage: Stage) -> None:
+    script = """if True:
+        import hashlib
+        blocks = []
+        for number in range(40):
+            block = bytearray(hashlib.shake_256(bytes([number])).digest(1 << 20))
+            blocks.append(block)
+        print(hashlib.md5(b"".join(hashlib.md5(block).digest() for block in blocks)).hexdigest())"""
+    expected = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    done = stage.run(sys.executable, "-c", script, events="0s100", blades=2)
+    assert (done.code, done.stdout, done.counted["failovers"]) == (0, expected, 1), done
+    assert done.counted["degraded_regions"] == done.counted["regions"] > 8
+
+
 def test_without_replicas_a_death_is_the_end(stage: Stage) -> None:
     for kind, why in (("x", "transport retry counter exceeded"), ("s", "it has left the rack")):
         done = stage.run(stage.stress, "mixed", "12", "8", events=f"1{kind}400", replicas=1)

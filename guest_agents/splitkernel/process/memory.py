@@ -93,10 +93,10 @@ class Lender:
             before, self._lives = self._lives, dict(lives)
             lost = [name for name, life in before.items() if lives.get(name) != life]
             silent = [self._clients.pop(name) for name in lost if name in self._clients]
-        for client in silent:
-            client.abort()
         for name in lost:
             self.announce("lost", name)
+        for client in silent:  # only now: a program that is refused something because of it has heard the reason
+            client.abort()
         for name, life in lives.items():
             if before.get(name) != life:
                 self.announce("back", name)

@@ -148,6 +148,9 @@ int monitor_region(struct monitor *m, uint64_t bytes, uint32_t copies, uint32_t 
             chosen[found++] = number;
     }
     turn++;
+    for (uint32_t number = 0; number < m->blades && found < copies; number++)
+        if (!(without >> number & 1) && blades[number].dead)
+            announce('l', number); /* the process monitor has waited for it until membership said so */
     if (found < copies || !copies) {
         snprintf(m->error, sizeof m->error, "the memory blades are full");
         return ENOMEM;
