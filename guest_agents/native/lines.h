@@ -144,7 +144,8 @@ void lines_unmap(struct lines *lines, size_t page, size_t count);
 /* One line on standard error. Allocates nothing. */
 void lines_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-/* One line on standard error, then the end of the process: its memory is no longer whole. */
+/* One line on standard error, then the end of the process: its memory is no longer whole. Calls `lines_end` before. */
+extern void (*lines_end)(void);
 _Noreturn void lines_die(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 #endif

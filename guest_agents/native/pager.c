@@ -150,6 +150,11 @@ static void drop(struct arena *arena, size_t page, size_t count)
     pthread_mutex_unlock(&lock);
 }
 
+static void end(void)
+{
+    family_kill(&family);
+}
+
 static void settle(void)
 {
     pthread_mutex_lock(&lock);
@@ -230,6 +235,7 @@ static const char *start(struct arena *arena, size_t *excache_pages)
     lines.on_busy = on_busy;
     lines.on_arrival = on_arrival;
     family.lines = &lines;
+    lines_end = end;
     family.guard = config->guard;
     family.close = config->close;
     if (!lines.count || monitor_attach(&lines.monitor, config->job))

@@ -16,6 +16,8 @@ enum {
     SGES = 16,
 };
 
+void (*lines_end)(void);
+
 static void say(const char *format, va_list args)
 {
     char text[512] = "rackless: ";
@@ -40,6 +42,8 @@ _Noreturn void lines_die(const char *format, ...)
     va_start(args, format);
     say(format, args);
     va_end(args);
+    if (lines_end)
+        lines_end();
     syscall(SYS_exit_group, 70); /* EX_SOFTWARE: with no exit handlers, which might touch lost memory */
     __builtin_unreachable();
 }

@@ -139,13 +139,12 @@ def test_two_blades_one_dies_and_comes_back(stage: Stage) -> None:
 def test_a_program_may_grow_while_one_of_two_blades_dies(stage: Stage) -> None:
     script = """if True:
         import hashlib
-        blocks = []
-        for number in range(40):
-            block = bytearray(hashlib.shake_256(bytes([number])).digest(1 << 20))
-            blocks.append(block)
+        blocks = [bytearray(4 << 20) for _ in range(8)]
+        for number, block in enumerate(blocks):
+            block[:] = hashlib.shake_256(bytes([number])).digest(len(block))
         print(hashlib.md5(b"".join(hashlib.md5(block).digest() for block in blocks)).hexdigest())"""
     expected = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    done = stage.run(sys.executable, "-c", script, events="0s100", blades=2)
+    done = stage.run(sys.executable, "-c", script, blades=2, asked=5)
     assert (done.code, done.stdout, done.counted["failovers"]) == (0, expected, 1), done
     assert done.counted["degraded_regions"] == done.counted["regions"] > 8
 
@@ -164,6 +163,13 @@ def test_both_copies_lost_is_the_end(stage: Stage) -> None:
     assert done.code == LOST
     assert "the program's memory is no longer whole" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_end_is_the_end_of_forked_children_too(stage: Stage) -> None:
+    # They hold standard output, for whose end `run` waits.
+    done = stage.run(stage.stress, "forks", "12", "1", events="1x1800", replicas=1)
+    assert done.code == LOST, done
+    assert done.counted["forks"] == 1
 
 
 @pytest.mark.parametrize(("replicas", "regions"), [(1, 12), (2, 6)])

@@ -2,6 +2,7 @@
  *
  *   FAKE_BLADES    how many memory blades there are (3)
  *   FAKE_REGIONS   how many vRegions each has room for (1000)
+ *   FAKE_ASKED     when so many vRegions have been asked for, blade 0 dies in silence
  *   FAKE_EVENTS    what happens after how many requests: "1x500 1+900 0s2000 2l2500": blade 1 dies, is there again
  *                  (empty), blade 0 dies in silence, which membership notices a little later; and blade 2 is
  *                  declared dead while it still answers
@@ -38,7 +39,7 @@ static struct event {
     char kind;
 } events[EVENTS];
 
-static size_t n_events, room = REGIONS, turn;
+static size_t n_events, room = REGIONS, turn, asked;
 static int news[2];
 
 static void announce(char kind, unsigned blade)
@@ -55,6 +56,13 @@ static void later(char kind, unsigned blade, uint64_t at)
     events[n_events++] = (struct event){at, blade, kind};
 }
 
+static void die(struct blade *blade, bool silent)
+{
+    blade->dead = true;
+    fake_break(blade->qpn, silent);
+    memset(blade->memory, 0xdb, blade->given * REGION_BYTES);
+}
+
 static void happen(uint64_t carried)
 {
     for (size_t i = 0; i < n_events; i++) {
@@ -66,9 +74,7 @@ static void happen(uint64_t carried)
         i = (size_t)-1;
         struct blade *blade = &blades[now.blade];
         if (now.kind == 'x' || now.kind == 's') {
-            blade->dead = true;
-            fake_break(blade->qpn, now.kind == 's');
-            memset(blade->memory, 0xdb, blade->given * REGION_BYTES);
+            die(blade, now.kind == 's');
             if (now.kind == 's')
                 later('l', now.blade, carried + NOTICE);
         } else {
@@ -142,6 +148,8 @@ int monitor_release(struct monitor *m, uint32_t number)
 int monitor_region(struct monitor *m, uint64_t bytes, uint32_t copies, uint32_t without, struct place place[COPIES])
 {
     uint32_t found = 0, chosen[COPIES];
+    if (++asked == setting("FAKE_ASKED", 0))
+        die(&blades[0], true);
     for (uint32_t i = 0; i < m->blades && found < copies; i++) {
         uint32_t number = (uint32_t)(turn + i) % m->blades;
         if (!(without >> number & 1) && !blades[number].dead && blades[number].held < room)
