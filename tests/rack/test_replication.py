@@ -45,20 +45,21 @@ where = mine["management"]["address"], control.PORT
 print(json.dumps(control.call(where, bytes.fromhex(mine["secret"]), "memory.stats")))
 """
 KILLER = f"""
-import os, random, signal, subprocess, time
+import glob, os, random, signal, subprocess
 chance = random.Random({SEED})
-ended = 0
+ended = paging = 0
 for number in range({KILLS}):
     words = ["split", "run", "--excache", "4194304", "--replicas", str(number % 2 + 1), "--", "{PROGRAM}", "sequential",
              "6"]
     run = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        run.wait(chance.uniform(0, 1))
+        run.wait(chance.uniform(0, 2))
         ended += 1
     except subprocess.TimeoutExpired:
+        paging += bool(glob.glob("/run/rackless/jobs/*/*.counters"))
         os.killpg(run.pid, signal.SIGKILL)
         run.wait()
-print(ended)
+print(ended, paging)
 """
 
 
@@ -175,8 +176,10 @@ def test_without_replicas_a_program_ends_with_one_line(three: Rack) -> None:
 
 
 def test_killed_programs_leave_nothing_behind(three: Rack) -> None:
-    ended = int(three("ssh", "pb0", "--", f"python3 -c {shlex.quote(KILLER)}", seconds=880).stdout)
-    print(f"seed {SEED}: {KILLS - ended} of {KILLS} were killed before they ended")
+    said = three("ssh", "pb0", "--", f"python3 -c {shlex.quote(KILLER)}", seconds=880).stdout
+    ended, paging = map(int, said.split())
+    print(f"seed {SEED}: {KILLS - ended} of {KILLS} were killed before they ended, {paging} with memory on blades")
     assert ended < KILLS // 2
+    assert paging > KILLS // 10
     assert_nothing_is_lent(three, *MEMORY)
     assert three.on("pb0", "ls /run/rackless/jobs").strip() == ""
