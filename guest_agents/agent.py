@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -101,6 +102,7 @@ class Agent:
             secret=self.secret,
             budget=budget,
             peers=lambda kind: {m["name"]: m["management"] for m in self.membership.of_kind(kind)},
+            watch=self._watch,
             excache=lambda: self.identity.excache or DEFAULT_EXCACHE,
         )
         for module in MONITORS[mine.kind]:
@@ -111,6 +113,9 @@ class Agent:
         tier.start()
         self.membership.start()
         log.info("%s of kind %s serves rack %s", mine.name, mine.kind, mine.rack)
+
+    def _watch(self, kind: str, changed: Callable[[dict[str, int]], None]) -> None:
+        self.membership.watch(lambda: changed({m["name"]: m["incarnation"] for m in self.membership.of_kind(kind)}))
 
     def _lite(self, budget: Budget) -> tuple[tiers.Tier, dict[str, control.Handler]]:
         """The tier of LITE and, on the manager, the books of members and LMRs; what serves others."""

@@ -301,6 +301,7 @@ class Membership:
         self.dead: dict[int, int] = {}
         self._version: int | None = None
         self._left = False
+        self._watchers: list[Callable[[], None]] = []
 
     def start(self) -> None:
         """Join and keep joined in a thread of its own."""
@@ -309,6 +310,10 @@ class Membership:
     def of_kind(self, kind: str) -> list[Message]:
         """The members of a kind that are alive, by node id, as the manager last said: it tells news at once."""
         return [m for m in self.members if m["kind"] == kind and m["state"] == "alive"]
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Have `changed` called whenever members come or go, by the membership thread: it must be quick."""
+        self._watchers.append(changed)
 
     def leave(self) -> None:
         """Tell the manager that this blade's agent ends."""
@@ -362,3 +367,5 @@ class Membership:
         if reply["members"] != self.members or dead != self.dead:
             self.members, self.dead = reply["members"], dead
             self.follower.news(self.members, dead)
+            for changed in self._watchers:
+                changed()

@@ -38,6 +38,8 @@ class Job:
     blade: str
     command: Sequence[str]
     excache: int | None = None
+    replicas: int | None = None
+    """Memory blades that keep each page; None means one."""
     stats: Path | None = None
     """Where the counters go on this host."""
     directory: str = VNODE
@@ -53,6 +55,8 @@ class Job:
         split = ["split", "run"]
         if self.excache is not None:
             split += ["--excache", str(self.excache)]
+        if self.replicas is not None:
+            split += ["--replicas", str(self.replicas)]
         if self.stats is not None:
             split += ["--stats", f"{self.folder}/stats.json"]
         missing = f"rackless: {self.blade} has no {self.directory}: is its agent ready?"

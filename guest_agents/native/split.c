@@ -1,4 +1,4 @@
-/* split run [--excache BYTES] [--stats FILE] -- COMMAND [ARGUMENT...]
+/* split run [--excache BYTES] [--replicas N] [--stats FILE] -- COMMAND [ARGUMENT...]
  *
  * Runs an unmodified program whose memory is managed by the process monitor. Thin on purpose: a Python client would
  * need seconds to start on an emulated blade. The program is a child with the caller's descriptors, environment and
@@ -119,17 +119,20 @@ static void write_stats(const char *file, int monitor, const char *job, double s
 
 int main(int argc, char **argv)
 {
-    const char *excache = "", *stats = NULL;
+    const char *excache = "", *stats = NULL, *replicas = "1";
     static const struct option options[] = {
-        {"excache", required_argument, NULL, 'e'}, {"stats", required_argument, NULL, 's'}, {0}};
+        {"excache", required_argument, NULL, 'e'}, {"stats", required_argument, NULL, 's'},
+        {"replicas", required_argument, NULL, 'r'}, {0}};
     if (argc < 2 || strcmp(argv[1], "run"))
-        die(USAGE, "usage: split run [--excache BYTES] [--stats FILE] -- COMMAND [ARGUMENT...]%s%s", "", "");
+        die(USAGE, "usage: split run [--excache BYTES] [--replicas 1|2] [--stats FILE] -- COMMAND [ARGUMENT...]%s%s", "", "");
     argv++, argc--;
     for (int c; (c = getopt_long(argc, argv, "+", options, NULL)) != -1;) {
         if (c == 'e')
             excache = optarg;
         else if (c == 's')
             stats = optarg;
+        else if (c == 'r')
+            replicas = optarg;
         else
             exit(USAGE);
     }
@@ -139,6 +142,8 @@ int main(int argc, char **argv)
     if (*excache && (strtoull(excache, &end, 10) == 0 || *end))
         die(USAGE, "--excache takes a number of bytes, not '%s'%s", excache, "");
 
+    if (strcmp(replicas, "1") && strcmp(replicas, "2"))
+        die(USAGE, "--replicas takes 1 or 2, not '%s'%s", replicas, "");
     char stats_path[PATH_MAX];
     if (stats && strcmp(stats, "-") && stats[0] != '/') {
         char *here = getcwd(stats_path, sizeof stats_path - strlen(stats) - 2);
@@ -166,6 +171,7 @@ int main(int argc, char **argv)
         sigprocmask(SIG_SETMASK, &before, NULL);
         setenv("RACKLESS_EXCACHE", size, 1);
         setenv("RACKLESS_JOB", job, 1);
+        setenv("RACKLESS_REPLICAS", replicas, 1);
         preload("/proc/self/exe");
         if (chdir(VNODE))
             die(CANNOT_RUN, "%s: %s", VNODE, strerror(errno));

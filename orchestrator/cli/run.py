@@ -27,13 +27,17 @@ def run(
     excache: Annotated[
         str | None, typer.Option(metavar="SIZE", help='Local memory of the program, such as "16 MiB".')
     ] = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, max=2, metavar="N", help="Memory blades that keep each page: 1 or 2.")
+    ] = None,
     stats: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the run's counters here, as JSON.")] = None,
     rack: RackOption = None,
 ) -> None:
     """Run an unmodified program on a processor blade.
 
     Its stdin, stdout, stderr and exit code are yours. It starts in /vnode, where the files of the storage
-    blades are; its memory beyond the ExCache is on the memory blades.
+    blades are; its memory beyond the ExCache is on the memory blades. With --replicas 2 each page is on two of
+    them, and the death of one does not end the program.
     """
     from orchestrator.remote_run import Job, run_job
     from orchestrator.ssh.shared import open_shared_connection
@@ -45,7 +49,7 @@ def run(
     address = processor_address(current, on)
     ssh_config = current.ssh_config()
     open_shared_connection(current.paths, ssh_config, on, address)
-    raise typer.Exit(run_job(Job(("ssh", "-F", str(ssh_config)), on, command, size, stats)))
+    raise typer.Exit(run_job(Job(("ssh", "-F", str(ssh_config)), on, command, size, replicas, stats)))
 
 
 def parse_excache(text: str | None) -> int | None:

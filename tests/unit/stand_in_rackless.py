@@ -18,11 +18,11 @@ SPLIT = """#!/bin/sh
 [ "$1" = run ] || exit 90
 shift
 while [ "$1" != -- ]; do
-    case $1 in --excache) excache=$2 ;; --stats) stats=$2 ;; esac
+    case $1 in --excache) excache=$2 ;; --replicas) replicas=$2 ;; --stats) stats=$2 ;; esac
     shift 2
 done
 shift
-[ -z "$stats" ] || echo "{\\"misses\\": 1, \\"excache\\": \\"$excache\\"}" > "$stats"
+[ -z "$stats" ] || echo "{\\"misses\\": 1, \\"excache\\": \\"$excache\\", \\"replicas\\": \\"$replicas\\"}" > "$stats"
 exec "$@"
 """
 

@@ -367,3 +367,13 @@ def test_an_incomplete_join_changes_nothing(book: Manager, field: str) -> None:
     with suppress(KeyError):
         book.join(request)
     assert book.list({})["members"] == []
+
+
+def test_who_watches_is_told_who_is_there(manager: Process, agents: Callable[..., Membership]) -> None:
+    stays = agents("mb0", 2, manager.address)
+    seen: list[list[str]] = []
+    stays.watch(lambda: seen.append(names(stays)))
+    goes = agents("mb1", 3, manager.address)
+    eventually(lambda: seen and seen[-1] == ["mb0", "mb1"])
+    goes.leave()
+    eventually(lambda: [m["name"] for m in stays.of_kind("memory")] == ["mb0"] and len(seen) > 1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,16 @@ class Granted:
     blade: int
     address: int
     rkey: int
+    number: int
+    """How the memory blade knows it."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A connection to a memory blade, in one of the blade's lives (None: membership has not told yet)."""
+
+    number: int
+    life: int | None
 
 
 class Lender:
@@ -39,6 +49,8 @@ class Lender:
         self._peers = peers
         self._port = port
         self._clients: dict[str, control.ControlClient] = {}
+        self._lives: dict[str, int] = {}
+        self._watchers: list[Callable[[str, str], None]] = []
         self._lock = threading.Lock()
 
     def open(self, pid: int) -> Loan:
@@ -47,20 +59,73 @@ class Lender:
 
     def call(self, blade: str, op: str, **fields: Any) -> control.Message:
         """A request to a memory blade, over a connection that is made again once if it has broken."""
-        with self._lock:
-            client = self._clients.get(blade)
-            if client is None:
-                address = self._peers().get(blade)
-                if address is None:
-                    raise control.ControlError(f"memory blade {blade} is not in the rack any more", None)
-                client = self._clients[blade] = control.ControlClient((address, self._port), self._secret)
+        client = self._client(blade)
         try:
             return client.call(op, **fields)
-        except control.ControlError as failure:
-            if isinstance(failure.__cause__, OSError | EOFError):
-                with self._lock:
-                    self._clients.pop(blade, None)
+        except control.LostError:
+            with self._lock:
+                if self._clients.get(blade) is client:
+                    del self._clients[blade]
             raise
+
+    def _client(self, blade: str) -> control.ControlClient:
+        with self._lock:
+            client = self._clients.get(blade)
+        if client is not None:
+            return client
+        address = self._peers().get(blade)
+        if address is None:
+            raise control.ControlError(f"memory blade {blade} is not in the rack any more", None)
+        # Without the lock: a blade that has just died must not hold up what goes to others.
+        made = control.ControlClient((address, self._port), self._secret)
+        with self._lock:
+            kept = self._clients.setdefault(blade, made)
+        if kept is not made:
+            made.close()
+        return kept
+
+    def members(self, lives: dict[str, int]) -> None:
+        """Memory blades came or went: name -> incarnation of those that are alive.
+
+        Who waits for one that is not gets an error now, and programs are told.
+        """
+        with self._lock:
+            before, self._lives = self._lives, dict(lives)
+            lost = [name for name, life in before.items() if lives.get(name) != life]
+            silent = [self._clients.pop(name) for name in lost if name in self._clients]
+        for name in lost:
+            self.announce("lost", name)
+        for client in silent:  # only now: a program that is refused something because of it has heard the reason
+            client.abort()
+        for name, life in lives.items():
+            if before.get(name) != life:
+                self.announce("back", name)
+
+    def life(self, blade: str) -> int | None:
+        """The incarnation of a blade that is alive."""
+        return self._lives.get(blade)
+
+    def watch(self, told: Callable[[str, str], None]) -> None:
+        """Have `told("lost" | "back", blade)` called; it must be quick."""
+        with self._lock:
+            self._watchers.append(told)
+
+    def unwatch(self, told: Callable[[str, str], None]) -> None:
+        """The opposite of `watch`; nothing happens if it was not watching."""
+        with self._lock, suppress(ValueError):
+            self._watchers.remove(told)
+
+    def announce(self, what: str, blade: str) -> None:
+        """Tell all who watch."""
+        with self._lock:
+            watchers = list(self._watchers)
+        for told in watchers:
+            told(what, blade)
+
+    def give_back(self, blade: str, held: Held) -> None:
+        """Return a connection and all that belongs to it, unless the blade has died: then its books have, too."""
+        if held.life == self.life(blade):
+            self.call(blade, "verbs.release", connection=held.number)
 
     @property
     def client_name(self) -> str:
@@ -75,35 +140,74 @@ class Loan:
         self._lender = lender
         self._pid = pid
         self.blades = blades
-        self._connections: dict[str, int] = {}
+        self._connections: dict[str, Held] = {}
         self._next = pid % len(blades) if blades else 0  # so that small programs do not all start on the first
 
     def connect(self, blade: str, qpn: int, psn: int, gid: str) -> Address:
         """Connect the program's queue pair to `blade`; returns the other end."""
+        life = self._lender.life(blade)
         reply = self._lender.call(
             blade, "verbs.accept", service="memory", client=self._lender.client_name, qpn=qpn, psn=psn, gid=gid
         )
-        self._connections[blade] = reply["connection"]
+        self._connections[blade] = Held(reply["connection"], life)
         return address_of(reply)
 
-    def region(self, size: int) -> Granted | None:
-        """A region on the next blade that has room; None if none has."""
+    def region(self, size: int, without: Collection[int] = ()) -> Granted | None:
+        """A region on the next blade that has room and is not one of `without`; None if there is none."""
         for _ in self.blades:
             number = self._next
             self._next = (number + 1) % len(self.blades)
             blade = self.blades[number]
+            held = self._connections.get(blade)
+            if number in without or held is None or held.life != self._lender.life(blade):
+                continue
             try:
-                reply = self._lender.call(
-                    blade, "memory.allocate", connection=self._connections[blade], pid=self._pid, size=size
-                )
+                reply = self._lender.call(blade, "memory.allocate", connection=held.number, pid=self._pid, size=size)
             except control.ControlError as failure:
                 log.warning("%s gives no region: %s", blade, failure.error)
                 continue
-            return Granted(number, reply["addr"], reply["rkey"])
+            return Granted(number, reply["addr"], reply["rkey"], reply["region"])
         return None
+
+    def regions(self, size: int, copies: int, without: Collection[int] = ()) -> list[Granted] | None:
+        """Regions on `copies` different blades, none of them in `without`; None, and nothing held, if that fails."""
+        granted: list[Granted] = []
+        turn = self._next
+        while len(granted) < copies:
+            one = self.region(size, {*without, *(other.blade for other in granted)})
+            if one is None:
+                for other in granted:
+                    self._free(other)
+                return None
+            granted.append(one)
+            if len(granted) == 1:
+                turn = self._next  # where the second copies are has no say in whose turn it is
+        self._next = turn
+        return granted
+
+    def _free(self, granted: Granted) -> None:
+        blade = self.blades[granted.blade]
+        with suppress(control.ControlError):  # that blade has gone
+            connection = self._connections[blade].number
+            self._lender.call(blade, "memory.free", connection=connection, region=granted.number)
+
+    def release(self, blade: str) -> None:
+        """Give back all on one blade, which the program cannot reach; does not wait for it.
+
+        Whoever watches hears "back" when the blade has answered.
+        """
+        held = self._connections.pop(blade, None)
+        if held is not None:
+            threading.Thread(target=self._release, args=(blade, held), name="release", daemon=True).start()
+
+    def _release(self, blade: str, held: Held) -> None:
+        with suppress(control.ControlError):
+            self._lender.give_back(blade, held)
+            if self._lender.life(blade) == held.life:
+                self._lender.announce("back", blade)
 
     def close(self) -> None:
         """Give everything back."""
-        for blade, connection in self._connections.items():
+        for blade, held in self._connections.items():
             with suppress(control.ControlError):  # that blade has gone, and its books with it
-                self._lender.call(blade, "verbs.release", connection=connection)
+                self._lender.give_back(blade, held)

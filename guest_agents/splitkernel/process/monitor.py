@@ -36,6 +36,7 @@ def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control
         return {name: dict(vnode.counts) for name in names}
 
     lender = Lender(config.name, config.secret, lambda: config.peers("memory"), port)
+    config.watch("memory", lender.members)
     desk = Desk(SOCKET, JOBS, config.excache, lender, storage)
     desk.start()
 
