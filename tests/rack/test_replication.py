@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,21 +113,26 @@ def destroy(rack: Rack, blade: str) -> None:
         domain.owned(conn, rack.name)[blade].domain.destroy()
 
 
-def run_and_destroy(rack: Rack, victim: str, seconds: float, *words: str) -> Any:
-    """Run a program on pb0 and cut the power of `victim` so many seconds after it lent something."""
+def run_and(rack: Rack, act: Callable[[], object], lender: str, seconds: float, *words: str) -> Any:
+    """Run a program on pb0 and act so many seconds after `lender` lent something."""
     command = rack.bench.command("run", "--rack", rack.name, "--on", "pb0", *words)
     process = subprocess.Popen(command, env=rack.bench.env(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)  # fmt: skip
     try:
-        while not books(rack, victim)["regions"]:
+        while not books(rack, lender)["regions"]:
             assert process.poll() is None, "it ended before it had outgrown its ExCache"
         time.sleep(seconds)
         assert process.poll() is None, "it ended too soon"
-        destroy(rack, victim)
+        act()
         output, errors = process.communicate(timeout=600)
     finally:
         process.kill()
     return process.returncode, output, errors.decode()
+
+
+def run_and_destroy(rack: Rack, victim: str, seconds: float, *words: str) -> Any:
+    """Run a program on pb0 and cut the power of `victim` so many seconds after it lent something."""
+    return run_and(rack, lambda: destroy(rack, victim), victim, seconds, *words)
 
 
 def assert_it_went_on(stats: Path) -> None:
@@ -173,6 +178,17 @@ def test_without_replicas_a_program_ends_with_one_line(three: Rack) -> None:
         r"rackless: memory blade mb1 is lost \(.*\): the program's memory is no longer whole, it ends here\n", errors
     )
     assert_nothing_is_lent(three, "mb0", "mb2")
+
+
+@pytest.mark.parametrize("replicas", ["1", "2"])
+def test_a_restart_of_the_manager_harms_no_program(three: Rack, replicas: str, tmp_path: Path) -> None:
+    stats = tmp_path / "stats.json"
+    kill = "kill -9 $(cat /etc/rackless/services/agent/supervise/pid)"
+    words = ("--replicas", replicas, "--excache", "4MiB", "--stats", str(stats), "--", PROGRAM, "mixed", "16", "3")
+    code, output, errors = run_and(three, lambda: three.on("gm0", kill), "mb0", 1, *words)
+    assert (code, errors) == (0, ""), output
+    assert json.loads(stats.read_text())["failovers"] == 0
+    assert_nothing_is_lent(three, *MEMORY)
 
 
 def test_killed_programs_leave_nothing_behind(three: Rack) -> None:
