@@ -6,6 +6,7 @@ import importlib
 import logging
 import time
 from dataclasses import replace
+from ipaddress import IPv4Interface
 from typing import Any
 
 from guest_agents import control, disk, fabric, identity, version
@@ -14,8 +15,9 @@ from guest_agents.config import AgentConfig
 from guest_agents.identity import Identity
 from guest_agents.lite import tier as tiers
 from guest_agents.lite.core import Core
-from guest_agents.membership import Manager, Membership, Timing
-from guest_agents.verbs.node import open_node, ping_handler
+from guest_agents.membership import Manager, Membership, SeveralBooks, SeveralFollowers, Timing
+from guest_agents.splitkernel.managers.line import Line
+from guest_agents.verbs.node import Node, open_node, ping_handler
 
 log = logging.getLogger("rackless.agent")
 
@@ -94,12 +96,14 @@ class Agent:
         handlers |= {**node.handlers(), "verbs.ping": ping_handler(node, self.secret)}
         budget = budget_of(mine.kind)
         tier, lite = self._lite(budget)
-        handlers |= lite
+        line = self._managers(node)
+        handlers |= {**lite, **line.handlers()}
         config = AgentConfig(
             name=mine.name,
             node=node,
             secret=self.secret,
             budget=budget,
+            holder=line.holder,
             peers=lambda kind: {m["name"]: m["management"] for m in self.membership.of_kind(kind)},
             excache=lambda: self.identity.excache or DEFAULT_EXCACHE,
         )
@@ -109,6 +113,8 @@ class Agent:
         if self.manager is not None:
             self.manager.start()
         tier.start()
+        line.start()
+        self.membership.follower = SeveralFollowers({"lite": tier, "splitkernel": line.holder})
         self.membership.start()
         log.info("%s of kind %s serves rack %s", mine.name, mine.kind, mine.rack)
 
@@ -121,6 +127,21 @@ class Agent:
             return made, made.handlers()
         directory = tiers.manager_directory(self.manager, made)
         return made, {**self.manager.handlers(), **made.handlers(directory)}
+
+    def _managers(self, node: Node) -> Line:
+        """The line to the splitkernel's global managers; on the manager they are at this end of it."""
+        mine, books = self.identity, self.manager
+        node.life = lambda: line.life()
+        line = Line(self.membership, self.secret, mine.manager, control.PORT, node.bury, books, self._vnode_address)
+        if books is not None and line.books is not None:
+            books.books = SeveralBooks({"lite": books.books, "splitkernel": line.books})
+        return line
+
+    def _vnode_address(self, number: int) -> str | None:
+        """vNodes have their addresses from the end of the management network, blades have theirs from its start."""
+        network = IPv4Interface(f"{self.identity.management['address']}/{self.identity.management['prefix']}").network
+        address = str(network[-1 - number]) if number < network.num_addresses // 2 else None
+        return None if address in self.identity.hosts.values() else address
 
     def status(self, _request: control.Message) -> control.Message:
         """Health of this blade as `rackless status` shows it."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from guest_agents.budget import Budget
+from guest_agents.splitkernel.managers.holder import Holder
 from guest_agents.verbs.node import Node
 
 
@@ -28,6 +29,9 @@ class AgentConfig:
 
     budget: Budget
     """The memory this blade gives to others."""
+
+    holder: Holder
+    """This blade's copy of the global managers' ledger, and its line to them."""
 
     excache: Callable[[], int] = lambda: 64 << 20
     """Default ExCache of a program on a processor blade."""
