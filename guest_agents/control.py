@@ -23,7 +23,7 @@ Messages known today (`?` marks an optional field, sizes are bytes, GIDs are str
                                                                   bytes_total, bytes_of_others, connections
     storage.stats   -                                             requests, bytes_in, bytes_out, bytes_total, bytes_free
     process.stats   -                                             programs, storage
-    process.kill    pid, signal                                   -
+    process.kill    id, signal                                    -
     vnode.create    name, processors?, memory?, storage?,         vnode
                     placement?
     vnode.delete    name                                          -

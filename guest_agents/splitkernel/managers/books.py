@@ -157,24 +157,31 @@ class GlobalManagers(Books):
 
     def _hear(self, request: Message) -> Message:
         """A blade begins a life, or its programs came or went."""
-        life = Life(*request["life"])
-        member = self._manager.alive().get(life.node)
-        if member is None or member.life != life:
-            raise NodeDead(f"node {life.node} is not a member (any more)")
-        self._take(life, member.name, request)
+        caller = self._caller(request)
+        self._take(caller.life, caller.name, request)
         return {"ledger": self._ledger.to_json()}
 
     def _load(self, request: Message) -> Message:
-        self.memory.report(request["blade"], int(request["free"]), int(request["requests"]))
+        """How a memory blade is: bytes `free`, `requests` so far."""
+        self.memory.report(self._caller(request).name, int(request["free"]), int(request["requests"]))
         return {}
 
     def _region(self, request: Message) -> Message:
         """On which of `blades` a region of a program of `vnode` shall go, in order."""
+        self._caller(request)
         vnode = self._ledger.vnodes.get(request["vnode"])
         placement = vnode.placement if vnode is not None else "round-robin"
         return {"blades": self.memory.order(placement, request["vnode"], request["blades"], int(request["size"]))}
 
     # Inside
+
+    def _caller(self, request: Message) -> Member:
+        """Who asks. NODE_DEAD if that life is over: it may not know it yet."""
+        life = Life(*request["life"])
+        member = self._manager.alive().get(life.node)
+        if member is None or member.life != life:
+            raise NodeDead(f"node {life.node} is not a member (any more)")
+        return member
 
     def _take(self, life: Life, name: str, told: Message) -> None:
         with self._adopting:

@@ -77,16 +77,16 @@ class Holder(Follower):
         self._news.set()
 
     def ask(self, op: str, timeout: float, /, **fields: object) -> Message:
-        """A request to the managers. LiteError (ManagerLost while the manager is away).
+        """A request to the managers, in this blade's name. LiteError (ManagerLost while the manager is away).
 
         When a manager did not answer in time, nobody waits for it again for some seconds.
         """
-        manager = self._manager()
-        if manager is None or time.monotonic() < self._quiet_until:
+        manager, own = self._manager(), self._own()
+        if manager is None or own is None or time.monotonic() < self._quiet_until:
             raise ManagerLost
         begun = time.monotonic()
         try:
-            return self._links.call(manager, op, timeout, **fields)
+            return self._links.call(manager, op, timeout, life=[own.node, own.incarnation], **fields)
         except LiteError:
             if time.monotonic() - begun >= timeout:
                 self._quiet_until = time.monotonic() + _AWAY_SECONDS
@@ -129,11 +129,8 @@ class Holder(Follower):
         while True:
             self._news.wait()
             self._news.clear()
-            own = self._own()
             try:
-                if own is None:
-                    raise ManagerLost
-                reply = self.ask("managers.hear", TELL_SECONDS, life=[own.node, own.incarnation], **self.report())
+                reply = self.ask("managers.hear", TELL_SECONDS, **self.report())
                 self._adopt(Ledger.from_json(reply["ledger"]))
             except LiteError as failure:
                 log.info("the managers are told later: %s", failure)

@@ -1,13 +1,14 @@
 """Remote memory for programs: connections to the memory blades, and regions spread over them.
 
-Until a global memory manager decides (a later issue), each region goes to the next blade in turn that has room.
+The global memory manager says where a region goes. While it is away, and when it knows a blade to have room that has
+none, the next blade in turn gets it.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,10 @@ from guest_agents import control
 from guest_agents.verbs.connection import Address, address_of
 
 log = logging.getLogger("rackless.process")
+
+
+Place = Callable[[list[str], int], list[str]]
+"""(blades, bytes) -> the blades for a region of that size, best first; none if nobody can tell."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +36,28 @@ class Lender:
     """Keeps one control connection to each memory blade, for all programs.
 
     peers -- the memory blades now in the rack: name -> management address
+    introduction -- what a memory blade is told of this one: its life, so that all goes back when it is over
     """
 
-    def __init__(self, name: str, secret: bytes, peers: Callable[[], dict[str, str]], port: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        secret: bytes,
+        peers: Callable[[], dict[str, str]],
+        port: int,
+        introduction: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
         self._name = name
+        self.introduction = introduction
         self._secret = secret
         self._peers = peers
         self._port = port
         self._clients: dict[str, control.ControlClient] = {}
         self._lock = threading.Lock()
 
-    def open(self, pid: int) -> Loan:
-        """A loan for the program `pid`, on the blades there are now."""
-        return Loan(self, pid, sorted(self._peers()))
+    def open(self, pid: int, among: Collection[str] | None = None, place: Place = lambda _blades, _size: []) -> Loan:
+        """A loan for the program `pid`, on the blades there are now, of `among` if that is given."""
+        return Loan(self, pid, sorted(name for name in self._peers() if among is None or name in among), place)
 
     def call(self, blade: str, op: str, **fields: Any) -> control.Message:
         """A request to a memory blade, over a connection that is made again once if it has broken."""
@@ -71,9 +85,10 @@ class Lender:
 class Loan:
     """What one program holds."""
 
-    def __init__(self, lender: Lender, pid: int, blades: list[str]) -> None:
+    def __init__(self, lender: Lender, pid: int, blades: list[str], place: Place) -> None:
         self._lender = lender
         self._pid = pid
+        self._place = place
         self.blades = blades
         self._connections: dict[str, int] = {}
         self._next = pid % len(blades) if blades else 0  # so that small programs do not all start on the first
@@ -81,17 +96,15 @@ class Loan:
     def connect(self, blade: str, qpn: int, psn: int, gid: str) -> Address:
         """Connect the program's queue pair to `blade`; returns the other end."""
         reply = self._lender.call(
-            blade, "verbs.accept", service="memory", client=self._lender.client_name, qpn=qpn, psn=psn, gid=gid
+            blade, "verbs.accept", service="memory", client=self._lender.client_name, qpn=qpn, psn=psn, gid=gid,
+            **self._lender.introduction(),
         )
         self._connections[blade] = reply["connection"]
         return address_of(reply)
 
     def region(self, size: int) -> Granted | None:
-        """A region on the next blade that has room; None if none has."""
-        for _ in self.blades:
-            number = self._next
-            self._next = (number + 1) % len(self.blades)
-            blade = self.blades[number]
+        """A region on the first blade in the order of choice that has room; None if none has."""
+        for blade in self._order(size):
             try:
                 reply = self._lender.call(
                     blade, "memory.allocate", connection=self._connections[blade], pid=self._pid, size=size
@@ -99,8 +112,15 @@ class Loan:
             except control.ControlError as failure:
                 log.warning("%s gives no region: %s", blade, failure.error)
                 continue
-            return Granted(number, reply["addr"], reply["rkey"])
+            return Granted(self.blades.index(blade), reply["addr"], reply["rkey"])
         return None
+
+    def _order(self, size: int) -> list[str]:
+        """The manager's choice, then the others in turn."""
+        in_turn = self.blades[self._next :] + self.blades[: self._next]
+        self._next = (self._next + 1) % len(self.blades) if self.blades else 0
+        chosen = [blade for blade in self._place(self.blades, size) if blade in self.blades]
+        return list(dict.fromkeys([*chosen, *in_turn]))
 
     def close(self) -> None:
         """Give everything back."""

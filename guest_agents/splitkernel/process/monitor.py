@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from guest_agents import control
 from guest_agents.config import AgentConfig
-from guest_agents.splitkernel.process.desk import Desk
+from guest_agents.splitkernel.process.belonging import Belonging
+from guest_agents.splitkernel.process.desk import Desk, Stock
 from guest_agents.splitkernel.process.memory import Lender
+from guest_agents.splitkernel.process.roots import Roots
 from guest_agents.splitkernel.process.vnode import Vnode
 from guest_agents.verbs.rpc import Client
 
@@ -24,30 +27,53 @@ def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control
 
     port -- where other agents' control servers listen
     """
+    mounts: dict[str, Vnode] = {}
     SOCKET.parent.mkdir(parents=True, exist_ok=True)
     vnode = Vnode(Client(config.node, "storage", lambda: _first_storage(config, port)))
     threading.Thread(target=_serve, args=(vnode, config.vnode), name="vnode", daemon=True).start()
 
-    def storage() -> dict[str, Any]:
-        names = sorted(config.peers("storage"))[:1]
-        return {name: dict(vnode.counts) for name in names}
+    def serve_blade(blade: str, where: Path) -> None:
+        mounts[blade] = Vnode(Client(config.node, "storage", lambda: _connect(config, "storage", blade, port)))
+        _serve(mounts[blade], where)
 
-    lender = Lender(config.name, config.secret, lambda: config.peers("memory"), port)
-    desk = Desk(SOCKET, JOBS, config.excache, lender, storage)
+    def call(blade: str, op: str, **fields: Any) -> control.Message:
+        with _connect(config, "processor", blade, port) as client:
+            return client.call(op, **fields)
+
+    def storage() -> dict[str, Any]:
+        counts = {name: Counter(vnode.counts) for name in sorted(config.peers("storage"))[:1]}
+        for blade, files in list(mounts.items()):
+            counts[blade] = counts.get(blade, Counter()) + Counter(files.counts)
+        return {blade: dict(sums) for blade, sums in counts.items()}
+
+    belonging = Belonging(config.name, config.holder, Roots(serve_blade).of, call)
+    lender = Lender(config.name, config.secret, lambda: config.peers("memory"), port, config.node.introduction)
+    desk = Desk(SOCKET, Stock(JOBS, config.excache, lender, belonging, storage))
     desk.start()
 
     def stats(request: control.Message) -> control.Message:
         del request
         return {"programs": desk.programs, "storage": storage()}
 
-    return {"process.stats": stats}
+    def kill(request: control.Message) -> control.Message:
+        belonging.programs.kill(str(request["id"]), int(request["signal"]))
+        return {}
+
+    return {"process.stats": stats, "process.kill": kill}
 
 
 def _first_storage(config: AgentConfig, port: int) -> control.ControlClient:
     blades = config.peers("storage")
     if not blades:
         raise control.ControlError("the rack has no storage blade", "add one to have files under /vnode")
-    return control.ControlClient((blades[min(blades)], port), config.secret)
+    return _connect(config, "storage", min(blades), port)
+
+
+def _connect(config: AgentConfig, kind: str, blade: str, port: int) -> control.ControlClient:
+    address = config.peers(kind).get(blade)
+    if address is None:
+        raise control.ControlError(f"no {kind} blade {blade} lives in the rack", "see `rackless status`")
+    return control.ControlClient((address, port), config.secret)
 
 
 def _serve(vnode: Vnode, where: Path) -> None:
