@@ -132,7 +132,8 @@ class Agent:
         """The line to the splitkernel's global managers; on the manager they are at this end of it."""
         mine, books = self.identity, self.manager
         node.life = lambda: line.life()
-        line = Line(self.membership, self.secret, mine.manager, control.PORT, node.bury, books, self._vnode_address)
+        line = Line(self.membership, self.secret, mine.manager, control.PORT, node.bury,
+                    identity.FILE.with_name("vnodes.json"), books, self._vnode_address)  # fmt: skip
         if books is not None and line.books is not None:
             books.books = SeveralBooks({"lite": books.books, "splitkernel": line.books})
         return line

@@ -239,7 +239,8 @@ def test_half_a_line_of_a_host_that_went_away_is_forgotten(monkeypatch: pytest.M
 def agent_module(monkeypatch: pytest.MonkeyPatch, kept: Path) -> Iterator[ModuleType]:
     """guest_agents.agent with stand-ins for what needs a blade: RDMA, network cards, tc."""
     node = ModuleType("guest_agents.verbs.node")
-    vars(node).update(Node=object, open_node=lambda _device: SimpleNamespace(handlers=lambda: {}),
+    made = SimpleNamespace(handlers=lambda: {}, bury=lambda _dead: None)
+    vars(node).update(Node=object, open_node=lambda _device: made,
                       ping_handler=lambda _node, _secret: lambda _request: {})  # fmt: skip
     monkeypatch.setitem(sys.modules, "guest_agents.verbs.node", node)
     for name in ("guest_agents.config", "guest_agents.agent"):

@@ -21,7 +21,6 @@ from guest_agents.lite.links import Links
 from guest_agents.membership import Follower, Life
 from guest_agents.splitkernel.managers.vnode import Ledger
 
-FILE = Path("/run/rackless/vnodes.json")
 TELL_SECONDS = 10.0
 _RETRY_SECONDS = 0.5
 _AWAY_SECONDS = 10.0
@@ -43,7 +42,7 @@ class Holder(Follower):
         own: Callable[[], Life | None],
         manager: Callable[[], Life | None],
         bury: Callable[[dict[int, int]], None],
-        file: Path = FILE,
+        file: Path,
     ) -> None:
         self._links = links
         self._own = own

@@ -9,7 +9,7 @@ from guest_agents.control import Handler
 from guest_agents.lite.links import Links, guarded
 from guest_agents.membership import Life, Manager, Membership
 from guest_agents.splitkernel.managers.books import GlobalManagers
-from guest_agents.splitkernel.managers.holder import FILE, Holder
+from guest_agents.splitkernel.managers.holder import Holder
 
 
 class Line:
@@ -19,6 +19,7 @@ class Line:
     bury -- is called with the lives that are over, in a thread of its own
     address_of -- the address of the vNode with an id, None when the rack has no more
     port -- where agents listen for control connections
+    file -- where the ledger of vNodes is kept
     manager -- the list of members, on the manager blade
     """
 
@@ -29,9 +30,9 @@ class Line:
         manager_address: str,
         port: int,
         bury: Callable[[dict[int, int]], None],
+        file: Path,
         manager: Manager | None = None,
         address_of: Callable[[int], str | None] = lambda _id: None,
-        file: Path = FILE,
     ) -> None:
         self._membership = membership
         self._manager_address = manager_address

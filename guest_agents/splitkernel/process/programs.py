@@ -80,7 +80,9 @@ class Programs:
                     with suppress(ProcessLookupError):  # its end has not been reported yet: as to a zombie
                         signal.pidfd_send_signal(program.handle, number)
                     return
-        raise control.ControlError(f"no program {name} runs on {self._blade}", "see `rackless ps` (`split ps` here)")
+        raise control.ControlError(
+            f"no program {name} runs on {self._blade}", "see `rackless ps`, on a blade `split ps`"
+        )
 
     def describe(self) -> list[Message]:
         """What the global process manager is told."""
