@@ -106,7 +106,7 @@ class Blade:
         Desk(self.desk_path, Stock(jobs, lambda: 64 << 20, lender, self.belonging, dict)).start()
 
         def kill(request: Message) -> Message:
-            self.belonging.programs.kill(str(request["id"]), int(request["signal"]))
+            self.belonging.kill(str(request["id"]), str(request["signal"]))
             return {}
 
         return {"process.kill": kill}

@@ -142,7 +142,7 @@ def test_ps_and_kill(split: Split) -> None:
     eventually(lambda: split.rack.programs()[name] == "exited")
     done = split("kill", name)
     hint = "see `rackless ps`, on a blade `split ps`"
-    assert done.stderr == f"rackless: no program {name.partition('.')[2]} runs on pb0 ({hint})\n"
+    assert done.stderr == f"rackless: no program {name} runs on pb0 ({hint})\n"
     assert done.returncode == 1
     assert split("kill").returncode == 2
 

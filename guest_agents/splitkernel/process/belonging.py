@@ -12,7 +12,7 @@ from guest_agents.lite.errors import LiteError
 from guest_agents.splitkernel.managers.holder import Holder
 from guest_agents.splitkernel.managers.vnode import DEFAULT, VNode
 from guest_agents.splitkernel.process.memory import Place
-from guest_agents.splitkernel.process.programs import Programs
+from guest_agents.splitkernel.process.programs import Programs, signal_number
 
 PLACE_SECONDS = 2.0
 """How long a program that grows waits for the global memory manager, before its region goes to the next in turn."""
@@ -66,13 +66,13 @@ class Belonging:
 
         return None if vnode is None else vnode.memory, place
 
-    def kill(self, name: str, number: int) -> None:
+    def kill(self, name: str, signal: str) -> None:
         """Send a signal to a program of this blade, or of another one by its full name. ControlError if none runs."""
-        blade, _, pid = name.rpartition(".")
+        blade, _, _pid = name.rpartition(".")
         if blade in ("", self._blade):
-            self.programs.kill(pid, number)
+            self.programs.kill(name, signal_number(signal))
         else:
-            self._call(blade, "process.kill", id=name, signal=number)
+            self._call(blade, "process.kill", id=name, signal=signal)
 
     def table(self) -> str:
         """The programs of the rack, for people; of this blade alone while the manager is away."""

@@ -38,7 +38,7 @@ from guest_agents.splitkernel.managers.vnode import DEFAULT
 from guest_agents.splitkernel.process import counters
 from guest_agents.splitkernel.process.belonging import Belonging
 from guest_agents.splitkernel.process.memory import Lender, Loan
-from guest_agents.splitkernel.process.programs import Program, signal_number
+from guest_agents.splitkernel.process.programs import Program
 
 MESSAGE = 64 << 10
 log = logging.getLogger("rackless.process")
@@ -178,8 +178,8 @@ class Visit:
     def _ps(self) -> list[str]:
         return [self._stock.belonging.table()]
 
-    def _kill(self, name: str, number: str = "TERM") -> list[str]:
-        self._stock.belonging.kill(name, signal_number(number))
+    def _kill(self, name: str, signal: str = "TERM") -> list[str]:
+        self._stock.belonging.kill(name, signal)
         return []
 
     def _attach(self, pid: str, job: str) -> list[str]:

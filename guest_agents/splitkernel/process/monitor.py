@@ -56,7 +56,7 @@ def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control
         return {"programs": desk.programs, "storage": storage()}
 
     def kill(request: control.Message) -> control.Message:
-        belonging.programs.kill(str(request["id"]), int(request["signal"]))
+        belonging.kill(str(request["id"]), str(request["signal"]))
         return {}
 
     return {"process.stats": stats, "process.kill": kill}
