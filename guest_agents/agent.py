@@ -6,6 +6,7 @@ import importlib
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 from ipaddress import IPv4Interface
 from typing import Any
 
@@ -15,7 +16,8 @@ from guest_agents.config import AgentConfig
 from guest_agents.identity import Identity
 from guest_agents.lite import tier as tiers
 from guest_agents.lite.core import Core
-from guest_agents.membership import Manager, Membership, SeveralBooks, SeveralFollowers, Timing
+from guest_agents.membership import Follower, Manager, Membership, SeveralBooks, SeveralFollowers, Timing
+from guest_agents.splitkernel.managers.homes import Homes
 from guest_agents.splitkernel.managers.line import Line
 from guest_agents.verbs.node import Node, open_node, ping_handler
 
@@ -114,7 +116,13 @@ class Agent:
             self.manager.start()
         tier.start()
         line.start()
-        self.membership.follower = SeveralFollowers({"lite": tier, "splitkernel": line.holder})
+        followers: dict[str, Follower] = {"lite": tier, "splitkernel": line.holder}
+        if mine.kind == "processor":
+            own = mine.management
+            homes = Homes(mine.name, line.holder, partial(fabric.hold, own["address"], own["prefix"]))
+            homes.start()
+            followers["homes"] = homes
+        self.membership.follower = SeveralFollowers(followers)
         self.membership.start()
         log.info("%s of kind %s serves rack %s", mine.name, mine.kind, mine.rack)
 

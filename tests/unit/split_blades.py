@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from guest_agents import control
 from guest_agents.budget import Budget
 from guest_agents.control import Handler, Message
 from guest_agents.membership import Manager, Membership, SeveralBooks, SeveralFollowers, Timing
+from guest_agents.splitkernel.managers.homes import Homes
 from guest_agents.splitkernel.managers.line import Line
 from guest_agents.splitkernel.managers.vnode import VNode
 from tests.unit import stand_in_pyverbs
@@ -43,6 +44,7 @@ class Blade:
     def __init__(self, rack: Rack, name: str, index: int) -> None:
         self.rack, self.name, self.index = rack, name, index
         self.kind = KINDS[name[:2]]
+        self.addresses: set[str] = set()
         self.address = f"127.0.0.{index + 1}"
         about = {"name": name, "kind": self.kind, "address": self.address, "management": self.address,
                  "node_id": index + 1}  # fmt: skip
@@ -70,7 +72,9 @@ class Blade:
         if self.manager is not None:
             self.manager.start()
         self.line.start()
-        self.membership.follower = SeveralFollowers({"splitkernel": self.line.holder})
+        homes = Homes(self.name, self.line.holder, self._hold)
+        homes.start()
+        self.membership.follower = SeveralFollowers({"splitkernel": self.line.holder, "homes": homes})
         self.membership.start()
         return self
 
@@ -91,6 +95,9 @@ class Blade:
         visitor = Visitor(self.desk_path)
         visitor.ask(text)
         return visitor
+
+    def _hold(self, addresses: Collection[str]) -> None:
+        self.addresses = set(addresses)
 
     def _memory(self) -> dict[str, Handler]:
         self.monitor = MemoryMonitor(self.node, self.budget)

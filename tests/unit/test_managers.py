@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,19 @@ def test_a_blade_made_anew_learns_the_vnodes(make: MakeRack) -> None:
     eventually(lambda: set(rack["pb0"].line.holder.ledger.vnodes) == {"web"})
 
 
+def test_a_vnodes_address_is_at_the_first_of_its_processors_that_lives(make: MakeRack) -> None:
+    rack = make(("gm0", "pb0", "pb1", "mb0"))
+    rack.host("vnode.create", name="web", processors=["pb1", "pb0"])
+    rack.host("vnode.create", name="db", processors=["pb0"])
+    eventually(lambda: (rack["pb0"].addresses, rack["pb1"].addresses) == ({"10.0.0.2"}, {"10.0.0.1"}))
+    rack["pb1"].kill()
+    eventually(lambda: rack["pb0"].addresses == {"10.0.0.1", "10.0.0.2"})
+    rack.restart("pb1", forgetting=True)
+    eventually(lambda: (rack["pb0"].addresses, rack["pb1"].addresses) == ({"10.0.0.2"}, {"10.0.0.1"}))
+    rack.host("vnode.delete", name="web")
+    eventually(lambda: rack["pb1"].addresses == set())
+
+
 # -- programs --
 
 
@@ -343,6 +357,27 @@ def test_regions_go_to_the_memory_blades_of_the_vnode_at_the_managers_choice(mak
     split.close()
     pager.close()
     eventually(lambda: {blade: load.free for blade, load in books.memory.loads().items()} == rack.memory)
+
+
+def test_a_manager_that_hangs_is_not_waited_for_twice(make: MakeRack) -> None:
+    rack = make(("gm0", "pb0", "mb0"))
+    books = rack["gm0"].line.books
+    assert books is not None
+    asked, over = [], threading.Event()
+
+    def hang(*arguments: Any) -> list[str]:
+        asked.append(arguments)
+        over.wait(60)
+        return []
+
+    books.memory.order = hang  # type: ignore[method-assign]
+    pager = rack["pb0"].ask("attach 1 /none")
+    connect(pager, "mb0")
+    for _ in range(3):
+        pager.ask(f"region {REGION}")
+    over.set()
+    assert len(asked) == 1
+    assert rack["mb0"].call("memory.stats")["regions"] == 3
 
 
 def test_a_blade_that_has_no_room_after_all_is_passed_over(make: MakeRack) -> None:

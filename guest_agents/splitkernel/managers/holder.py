@@ -57,6 +57,8 @@ class Holder(Follower):
         self._quiet_until = 0.0
         self.programs: Callable[[], list[Message]] = list
         """This blade's programs, set by a process monitor."""
+        self.on_change: Callable[[], None] = lambda: None
+        """Is called when the ledger has changed."""
 
     @property
     def ledger(self) -> Ledger:
@@ -123,6 +125,7 @@ class Holder(Follower):
                 part.write_text(json.dumps(ledger.to_json()))
                 part.replace(self._file)
                 self._ledger = ledger
+        self.on_change()
 
     def _tell(self) -> None:
         while True:
