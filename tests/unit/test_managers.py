@@ -370,7 +370,7 @@ def test_a_manager_that_hangs_is_not_waited_for_twice(make: MakeRack) -> None:
         over.wait(60)
         return []
 
-    books.memory.order = hang  # type: ignore[method-assign]
+    books.memory.order = hang  # type: ignore[method-assign,assignment]
     pager = rack["pb0"].ask("attach 1 /none")
     connect(pager, "mb0")
     for _ in range(3):
