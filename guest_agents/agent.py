@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from ipaddress import IPv4Interface
@@ -141,16 +142,18 @@ class Agent:
         mine, books = self.identity, self.manager
         node.life = lambda: line.life()
         line = Line(self.membership, self.secret, mine.manager, control.PORT, node.bury,
-                    identity.FILE.with_name("vnodes.json"), books, self._vnode_address)  # fmt: skip
+                    identity.FILE.with_name("vnodes.json"), books, self.vnode_addresses)  # fmt: skip
         if books is not None and line.books is not None:
             books.books = SeveralBooks({"lite": books.books, "splitkernel": line.books})
         return line
 
-    def _vnode_address(self, number: int) -> str | None:
-        """vNodes have their addresses from the end of the management network, blades have theirs from its start."""
+    def vnode_addresses(self) -> Iterator[str]:
+        """What vNodes may have: the end of the management network. The last address is the host's."""
         network = IPv4Interface(f"{self.identity.management['address']}/{self.identity.management['prefix']}").network
-        address = str(network[-1 - number]) if number < network.num_addresses // 2 else None
-        return None if address in self.identity.hosts.values() else address
+        for place in range(3, network.num_addresses // 2):
+            address = str(network[-place])
+            if address not in self.identity.hosts.values():
+                yield address
 
     def status(self, _request: control.Message) -> control.Message:
         """Health of this blade as `rackless status` shows it."""

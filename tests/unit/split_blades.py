@@ -54,7 +54,7 @@ class Blade:
         self.budget = Budget(rack.memory.get(name, MEMORY))
         self.file = rack.folder / f"{name}.vnodes.json"
         self.line = Line(self.membership, SECRET, rack.manager_address, rack.port, self.node.bury, self.file,
-                         self.manager, lambda number: f"10.0.0.{number}")  # fmt: skip
+                         self.manager, lambda: [f"10.0.0.{number}" for number in range(1, 5)])  # fmt: skip
         self.node.life = self.line.life
         if self.manager is not None:
             assert self.line.books is not None

@@ -152,7 +152,10 @@ def test_a_vnode_is_created_listed_and_deleted(make: MakeRack) -> None:
     assert vnodes(rack)[0]["processors"] == ["pb0", "pb1"]
     assert rack.host("vnode.list", name="web")["vnodes"] == [{**made, "programs": 0}]
     rack.host("vnode.delete", name="web")
-    assert rack.host("vnode.create", name="web")["vnode"]["id"] == 3  # ids are not used twice
+    again = rack.host("vnode.create", name="web")["vnode"]
+    assert (again["id"], again["address"]) == (3, "10.0.0.1")  # ids are not used twice
+    assert [rack.host("vnode.create", name=f"v{n}")["vnode"]["address"] for n in range(3)] == [
+        "10.0.0.3", "10.0.0.4", None]  # fmt: skip
     assert len({ledger.version for ledger in ledgers(rack)}) == 1
 
 

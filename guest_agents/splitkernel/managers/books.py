@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
@@ -34,13 +34,13 @@ class GlobalManagers(Books):
     """GPM, GMM and GSM.
 
     links -- to the holders of all blades
-    address_of -- the address of the vNode with an id, None when the rack has no more
+    addresses -- those that vNodes may have, in the order in which they are given
     """
 
-    def __init__(self, manager: Manager, links: Links, address_of: Callable[[int], str | None]) -> None:
+    def __init__(self, manager: Manager, links: Links, addresses: Callable[[], Iterable[str]]) -> None:
         self._manager = manager
         self._links = links
-        self._address_of = address_of
+        self._addresses = addresses
         self._ledger = Ledger()
         self._adopting = threading.Lock()
         self._changing = threading.Lock()
@@ -102,7 +102,8 @@ class GlobalManagers(Books):
         def add(old: Ledger) -> Ledger:
             name = str(request["name"])
             check_name(name, old.vnodes)
-            address = self._address_of(old.next_id)
+            taken = {vnode.address for vnode in old.vnodes.values()}
+            address = next((address for address in self._addresses() if address not in taken), None)
             blade = storage.choose(chosen["storage"], old.vnodes.values())
             made = VNode(name, old.next_id, address, chosen["processor"], chosen["memory"], blade, placement)
             return replace(old, next_id=old.next_id + 1, vnodes={**old.vnodes, name: made})

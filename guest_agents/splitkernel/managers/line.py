@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from guest_agents.control import Handler
@@ -17,7 +17,7 @@ class Line:
 
     manager_address -- of the manager on the fabric, as members know it
     bury -- is called with the lives that are over, in a thread of its own
-    address_of -- the address of the vNode with an id, None when the rack has no more
+    addresses -- those that vNodes may have, in the order in which they are given
     port -- where agents listen for control connections
     file -- where the ledger of vNodes is kept
     manager -- the list of members, on the manager blade
@@ -32,7 +32,7 @@ class Line:
         bury: Callable[[dict[int, int]], None],
         file: Path,
         manager: Manager | None = None,
-        address_of: Callable[[int], str | None] = lambda _id: None,
+        addresses: Callable[[], Iterable[str]] = tuple,
     ) -> None:
         self._membership = membership
         self._manager_address = manager_address
@@ -41,7 +41,7 @@ class Line:
         links = Links(secret, self.life, self._find)
         self._bury = bury
         self.holder = Holder(links, self.life, self._manager_life, self._end, file)
-        self.books = GlobalManagers(manager, links, address_of) if manager is not None else None
+        self.books = GlobalManagers(manager, links, addresses) if manager is not None else None
         links.handlers = guarded(self.life, {**self.holder.handlers(),
                                              **(self.books.member_handlers() if self.books else {})})  # fmt: skip
         self._links = links
