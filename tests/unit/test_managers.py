@@ -331,7 +331,7 @@ def test_a_dead_processor_blades_programs_are_lost_and_what_they_held_goes_back(
     eventually(lambda: [rack[blade].call("memory.stats")["regions"] for blade in ("mb0", "mb1")] == [3, 3])
     assert stand_in_pyverbs.open_queue_pairs() == queue_pairs - 2
     pagers[1].ask(f"region {REGION}")  # others go on
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="pb0 was declared dead"):  # should it not know it yet
         connect(pagers[0], "mb0")
     rack.restart("pb0", "gm0")
     assert rack.programs() == {f"pb0.{process.pid}": "lost"}  # not forgotten with the manager
