@@ -60,11 +60,11 @@ class MemoryMonitor:
 
     def allocate(self, request: control.Message) -> control.Message:
         """memory.allocate: a region of at least `size` bytes for a program of that connection's owner."""
-        connection = self._node.accepted(int(request["connection"]))
         size = -(-int(request["size"]) // mmap.PAGESIZE) * mmap.PAGESIZE
         if size <= 0:
             raise control.ControlError(f"cannot allocate {size} bytes", None)
-        with self._lock:
+        with self._lock:  # with which a connection that ends is forgotten: so no region can come after that
+            connection = self._node.accepted(int(request["connection"]))
             self._requests += 1
             slab, offset = self._place(size)
             number = next(self._numbers)
