@@ -158,15 +158,15 @@ def test_split_run_on_a_blade_is_like_a_shell(rack: Rack) -> None:
     assert rack.on("pb0", "cd /tmp/here && echo in | split run ./app") == "/tmp/here\nin\n"
     assert rack.on("pb0", "cd /tmp/here && split run --vnode web --cwd /vnode cat f") == "b c\n"
     rack.on("pb0", "head -c 64 /bin/true > /tmp/here/arm && printf '\\267' | "
-            "dd of=/tmp/here/arm bs=1 seek=18 conv=notrunc && chmod +x /tmp/here/arm")  # fmt: skip
+            "dd of=/tmp/here/arm bs=1 seek=18 conv=notrunc && chmod +x /tmp/here/arm && echo > /tmp/here/plain")  # fmt: skip
     for words, code, said in (
         (("--cwd", "/tmp/here", "--", "./arm"), 126, "is a program for another machine (aarch64)"),
-        (("--", "/etc/hostname"), 126, "chmod +x"),
+        (("--", "/tmp/here/plain"), 126, "chmod +x"),
         (("--", "no-such-program"), 127, "command not found"),
         (("--vnode", "wen", "--", "true"), 1, "there is no vNode 'wen'"),
     ):
         done = rack("run", *(words if "--vnode" in words else ("--on", "pb0", *words)), check=False)
-        assert done.returncode == code
+        assert done.returncode == code, done.stderr
         assert said in done.stderr
 
 
