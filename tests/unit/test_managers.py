@@ -341,6 +341,33 @@ def test_a_dead_processor_blades_programs_are_lost_and_what_they_held_goes_back(
     split.close()
 
 
+def test_programs_that_outlive_their_agent_are_seen_and_ended_again(
+    make: MakeRack, sleeper: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    rack = make(("gm0", "pb0", "mb0"))
+    rack.host("vnode.create", name="web")
+    goes_on, ends = sleeper(), sleeper()
+    splits = [rack["pb0"].ask("job - web") for _ in range(2)]
+    for split, process in zip(splits, (goes_on, ends), strict=True):
+        split.ask(f"began {process.pid} sleep")
+    eventually(lambda: len(rack.programs()) == 2)
+    jobs = rack.folder / "pb0.jobs"
+    kept = list(jobs.iterdir())
+    rack["pb0"].kill()
+    ends.kill()
+    ends.wait()
+    rack.restart("pb0")
+    eventually(lambda: rack.programs() == {f"pb0.{goes_on.pid}": "running", f"pb0.{ends.pid}": "lost"})
+    assert len(list(jobs.iterdir())) == 1
+    assert set(jobs.iterdir()) < set(kept)
+    Visitor(rack["pb0"].desk_path).ask(f"kill {goes_on.pid} KILL")
+    goes_on.wait(10)
+    eventually(lambda: rack.programs()[f"pb0.{goes_on.pid}"] == "exited")
+    eventually(lambda: not list(jobs.iterdir()))
+    for split in splits:
+        split.close()
+
+
 def test_regions_go_to_the_memory_blades_of_the_vnode_at_the_managers_choice(make: MakeRack) -> None:
     rack = make(memory={"mb0": 64 << 20, "mb1": 256 << 20, "mb2": 512 << 20})
     rack.host("vnode.create", name="web", memory=["mb0", "mb1"], placement="most-free")

@@ -35,7 +35,7 @@ from typing import Any
 
 from guest_agents import control
 from guest_agents.splitkernel.managers.vnode import DEFAULT
-from guest_agents.splitkernel.process import counters
+from guest_agents.splitkernel.process import counters, jobs
 from guest_agents.splitkernel.process.belonging import Belonging
 from guest_agents.splitkernel.process.memory import Lender, Loan
 from guest_agents.splitkernel.process.programs import Program
@@ -78,6 +78,8 @@ class Desk:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.bind(str(path))
         self._socket.listen(64)
+        for job in stock.jobs.iterdir():
+            jobs.adopt(job, stock.belonging.programs, stock.vnodes)
 
     def start(self) -> None:
         """Serve in the background."""
@@ -161,6 +163,7 @@ class Visit:
             raise RefusalError(errno.EINVAL, "no job, or it has begun")
         vnode = self._stock.vnodes[str(self._job)]
         self._program = self._stock.belonging.programs.begin(int(pid), vnode, " ".join(command))
+        jobs.note(self._job, self._program)
         return []
 
     def _report(self, job: str, seconds: str, code: str) -> list[str]:

@@ -47,14 +47,17 @@ class Programs:
         self._programs: list[Program] = []
         self._lock = threading.Lock()
 
-    def begin(self, pid: int, vnode: str, command: str) -> Program:
-        """Process `pid`, which its parent has not waited for yet, is a program. ControlError if there is none."""
+    def begin(self, pid: int, vnode: str, command: str, started: float | None = None) -> Program:
+        """Process `pid`, which its parent has not waited for yet, is a program. ControlError if there is none.
+
+        started -- if that was not now
+        """
         try:
             handle = os.pidfd_open(pid)
         except OSError as failure:
             raise control.ControlError(f"no process {pid}: {failure.strerror}", None) from failure
         shown = "".join(letter if letter.isprintable() else "?" for letter in command)
-        program = Program(pid, vnode, shown, time.time(), handle)
+        program = Program(pid, vnode, shown, time.time() if started is None else started, handle)
         with self._lock:
             self._programs.append(program)
         self._changed()
