@@ -153,6 +153,13 @@ def test_programs_are_placed_seen_and_ended(rack: Rack) -> None:
             busy.leave()
 
 
+def test_a_vnode_can_be_reached_at_its_address(rack: Rack) -> None:
+    address = json.loads(vnode(rack, "show", "web", "--json").stdout)["address"]
+    rack.on("mb0", f"ping -c 1 -W 20 {address}")
+    assert address in rack.on("pb0", "ip -4 addr show dev mgmt")
+    assert address not in rack.on("pb1", "ip -4 addr show dev mgmt")
+
+
 def test_split_run_on_a_blade_is_like_a_shell(rack: Rack) -> None:
     rack.on("pb0", "mkdir -p /tmp/here && printf '#!/bin/sh\\npwd; cat\\n' > /tmp/here/app && chmod +x /tmp/here/app")
     assert rack.on("pb0", "cd /tmp/here && echo in | split run ./app") == "/tmp/here\nin\n"
@@ -200,6 +207,8 @@ def test_a_manager_made_anew_knows_the_vnodes(rack: Rack) -> None:
 
 
 def test_a_dead_processor_blades_programs_are_reported_and_its_memory_returns(rack: Rack) -> None:
+    vnode(rack, "create", "moves", "--processors", "pb1,pb0")
+    address = json.loads(vnode(rack, "show", "moves", "--json").stdout)["address"]
     lost, stays = Busy(rack, "--vnode", "web", "--on", "pb1"), Busy(rack, "--on", "pb0")
     try:
         eventually(lambda: len(programs(rack)) == 2)
@@ -208,6 +217,7 @@ def test_a_dead_processor_blades_programs_are_reported_and_its_memory_returns(ra
         eventually(lambda: sorted(programs(rack).values()) == ["lost", "running"])
         assert next(name for name, state in programs(rack).items() if state == "lost").startswith("pb1.")
         eventually(lambda: 0 < sum(regions(rack).values()) < sum(held.values()))
+        assert address in rack.on("pb0", "ip -4 addr show dev mgmt")
         assert stays.end() == digest()
         eventually(lambda: regions(rack) == {"mb0": 0, "mb1": 0})
         done = rack("run", "--vnode", "web", "--on", "pb1", "--", "true", check=False)
