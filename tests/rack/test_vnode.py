@@ -217,7 +217,7 @@ def test_a_dead_processor_blades_programs_are_reported_and_its_memory_returns(ra
         eventually(lambda: sorted(programs(rack).values()) == ["lost", "running"])
         assert next(name for name, state in programs(rack).items() if state == "lost").startswith("pb1.")
         eventually(lambda: 0 < sum(regions(rack).values()) < sum(held.values()))
-        assert address in rack.on("pb0", "ip -4 addr show dev mgmt")
+        eventually(lambda: address in rack.on("pb0", "ip -4 addr show dev mgmt"))
         assert stays.end() == digest()
         eventually(lambda: regions(rack) == {"mb0": 0, "mb1": 0})
         done = rack("run", "--vnode", "web", "--on", "pb1", "--", "true", check=False)
