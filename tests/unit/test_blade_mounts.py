@@ -30,9 +30,8 @@ where, mounted = Path(sys.argv[1]), []
 def serve(blade, folder):
     mounted.append(blade)
     folder.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "none", folder], check=True)
-    if blade == "full":
-        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+    how = "ro" if blade == "full" else "rw"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", how, "none", folder], check=True)
 
 def vnode(name, storage):
     return VNode(name, 1, None, ("pb0",), ("mb0",), storage, "round-robin")
