@@ -326,6 +326,8 @@ def test_a_dead_processor_blades_programs_are_lost_and_what_they_held_goes_back(
     assert held == {"mb0": 6, "mb1": 6}
     queue_pairs = stand_in_pyverbs.open_queue_pairs()
     eventually(lambda: rack.programs() == {f"pb0.{process.pid}": "running"})
+    process.kill()  # and nobody notices: the blade has no power
+    process.wait()
     rack["pb0"].kill()  # its control connections to the memory blades stay open, as those of a blade without power do
     eventually(lambda: rack.programs() == {f"pb0.{process.pid}": "lost"})
     eventually(lambda: [rack[blade].call("memory.stats")["regions"] for blade in ("mb0", "mb1")] == [3, 3])
