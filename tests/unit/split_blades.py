@@ -6,6 +6,7 @@ processor, memory and storage blades.
 
 from __future__ import annotations
 
+import secrets
 import socket
 import threading
 import time
@@ -45,7 +46,7 @@ class Blade:
         self.rack, self.name, self.index = rack, name, index
         self.kind = KINDS[name[:2]]
         self.addresses: set[str] = set()
-        self.address = f"127.0.0.{index + 1}"
+        self.address = f"{rack.network}.{index + 1}"
         about = {"name": name, "kind": self.kind, "address": self.address, "management": self.address,
                  "node_id": index + 1}  # fmt: skip
         self.manager = Manager(name, FAST, lambda: rack.names) if index == 0 else None
@@ -153,7 +154,9 @@ class Rack:
 
     def __init__(self, folder: Path, names: Sequence[str], memory: dict[str, int] | None = None) -> None:
         self.folder, self.names, self.memory = folder, list(names), memory or {}
-        self.manager_address, self.port = "127.0.0.1", 0
+        # Of its own: while a manager is away, its port could become that of another test's.
+        self.network = f"127.{1 + secrets.randbelow(254)}.{secrets.randbelow(256)}"
+        self.manager_address, self.port = f"{self.network}.1", 0
         self.blades: dict[str, Blade] = {}
         for index, name in enumerate(names):
             self.blades[name] = Blade(self, name, index).start()
