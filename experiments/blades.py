@@ -33,8 +33,8 @@ def rack(rack_file: Path, name: str, emit: Emit) -> Iterator[tuple[RackPaths, di
 
 
 @contextmanager
-def serving(connection: Connection, command: str, port: int | None = None, seconds: float = 60) -> Iterator[None]:
-    """Run `command` on a blade, from when it is ready until the end of the block.
+def serving(connection: Connection, command: str, port: int | None = None, seconds: float = 60) -> Iterator[list[str]]:
+    """Run `command` on a blade, from when it is ready until the end of the block; gives the lines that it prints.
 
     It is ready when it listens on TCP `port`, or without one when it prints the line "ready". Its standard input
     ends, and it is killed, at the end. RacklessError, with what it said, when it is not ready after `seconds`.
@@ -64,7 +64,7 @@ def serving(connection: Connection, command: str, port: int | None = None, secon
                                 check=False).exit_code  # fmt: skip
         if not up:
             raise RacklessError(f"`{command}` did not get ready on {connection.host}: {''.join(heard).strip()[-300:]}")
-        yield
+        yield heard
     finally:
         client.run(connection, f"kill {pid}", check=False)
         channel.close()

@@ -36,7 +36,7 @@ LMRS = (1, 100, 10_000)
 PROCESSES = (1, 4, 16)
 PORT, TCP_PORT = 7, 7007
 _SOURCE = Path(__file__).with_name("lite_bench.c")
-_BENCH = "/root/lite_bench"
+BENCH = "/root/lite_bench"
 _RUN_SECONDS = 600
 
 
@@ -61,7 +61,7 @@ def prepared(rack_file: Path, emit: Emit) -> Iterator[Pair]:
         pair = Pair(here, there, far.name, str(far.fabric_address))
         for connection in (pair.near, pair.far):
             connection.put(str(_SOURCE), "/root/")
-            client.run(connection, f"gcc -O2 -o {_BENCH} /root/{_SOURCE.name} -llite")
+            client.run(connection, f"gcc -O2 -o {BENCH} /root/{_SOURCE.name} -llite")
         yield pair
 
 
@@ -93,7 +93,7 @@ def lite(pair: Pair) -> Sample:
         for what in ("read", "write"):
             result[f"{what}_{size}B"] = _bench(pair, what, size, COUNT, pair.name)
         result[f"write_{size}B_acked"] = result[f"write_{size}B"]
-    with serving(pair.far, f"{_BENCH} serve {PORT}"):
+    with serving(pair.far, f"{BENCH} serve {PORT}"):
         for size in CALL_SIZES:
             result[f"rpc_{size}B"] = _bench(pair, "rpc", size, COUNT, pair.name, PORT)
     for size in STREAM_SIZES:
@@ -107,7 +107,7 @@ def tcp(pair: Pair) -> Sample:
     """Calls over TCP, on the fabric's network."""
     result: Sample = {}
     for size in CALL_SIZES:
-        with serving(pair.far, f"{_BENCH} echo {TCP_PORT}", TCP_PORT):
+        with serving(pair.far, f"{BENCH} echo {TCP_PORT}", TCP_PORT):
             result[f"rpc_{size}B"] = _bench(pair, "tcp", size, COUNT, pair.address, TCP_PORT)
     return result
 
@@ -121,7 +121,7 @@ def sharing(pair: Pair) -> Sample:
         here = 1
         for count in PROCESSES:
             for _ in range(here, count):
-                others.enter_context(serving(pair.near, f"{_BENCH} hold {pair.name}"))
+                others.enter_context(serving(pair.near, f"{BENCH} hold {pair.name}"))
             here = count
             result[f"read_64B_{count}_processes"] = _bench(pair, "read", 64, COUNT, pair.name)
     return result
@@ -173,7 +173,7 @@ def figure(medians: dict[str, dict[str, float]], samples: dict[str, list[Sample]
 
 def _bench(pair: Pair, *words: object) -> list[float]:
     """Run the measuring program; what it printed."""
-    done = client.run(pair.near, f"{_BENCH} {' '.join(map(str, words))}", timeout=_RUN_SECONDS)
+    done = client.run(pair.near, f"{BENCH} {' '.join(map(str, words))}", timeout=_RUN_SECONDS)
     return [float(line) for line in done.stdout.split()]
 
 

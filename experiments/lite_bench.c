@@ -3,6 +3,9 @@
  *   lite_bench serve PORT                         answer every call with its own data
  *   lite_bench read|write SIZE COUNT NODE [LMRS]  one operation at a time, on the last of LMRS areas (default 1)
  *   lite_bench reads|writes SIZE COUNT NODE DEPTH  DEPTH operations outstanding; prints one figure: us per operation
+ *   lite_bench urgent SIZE COUNT NODE             reads as `read` does, of high priority
+ *   lite_bench bulk NODE                          writes of 64 KiB, 16 outstanding, of low priority, until it is killed;
+ *                                                 prints us per operation again and again
  *   lite_bench rpc SIZE COUNT NODE PORT           calls with a reply of the same size
  *   lite_bench hold NODE                          be one more process that uses LITE, until standard input ends
  *   lite_bench echo PORT                          the same as serve, over TCP
@@ -98,6 +101,27 @@ static void latency(bool write, size_t size, int count, const char *node, int lm
 {
     struct access a = {areas(node, lmrs, lmrs > 1 ? 4096 : MOST_BYTES), registered(MOST_BYTES), size, 1};
     measure(count, write ? one_write : one_read, &a);
+}
+
+static void bulk(const char *node)
+{
+    enum { DEPTH = 16 };
+    LT_handle area = areas(node, 1, MOST_BYTES * DEPTH);
+    char *buffer = registered(MOST_BYTES * DEPTH);
+    check(LT_set_priority(LT_LOW), "priority");
+    for (bool ready = false;; ready = true) {
+        double start = microseconds();
+        for (int i = 0; i < DEPTH; i++) {
+            size_t at = (size_t)i * MOST_BYTES;
+            check(LT_write_async(area, at, buffer + at, MOST_BYTES, NULL), "start");
+        }
+        check(LT_fence(), "fence");
+        if (ready)
+            printf("%.1f\n", (microseconds() - start) / DEPTH);
+        else
+            puts("ready");
+        fflush(stdout);
+    }
 }
 
 static void throughput(bool write, size_t size, int count, const char *node, int depth)
@@ -237,7 +261,12 @@ int main(int argc, char **argv)
         echo((int)size);
     else if (argc == 3 && !strcmp(what, "hold"))
         hold(argv[2]);
-    else if (argc >= 5 && size <= MOST_BYTES && last > 0 && (!strcmp(what, "read") || !strcmp(what, "write")))
+    else if (argc == 3 && !strcmp(what, "bulk"))
+        bulk(argv[2]);
+    else if (argc == 5 && size <= MOST_BYTES && !strcmp(what, "urgent")) {
+        check(LT_set_priority(LT_HIGH), "priority");
+        latency(false, size, count, node, 1);
+    } else if (argc >= 5 && size <= MOST_BYTES && last > 0 && (!strcmp(what, "read") || !strcmp(what, "write")))
         latency(what[0] == 'w', size, count, node, last);
     else if (argc == 6 && size <= MOST_BYTES && last > 0 && last <= MOST_DEPTH &&
              (!strcmp(what, "reads") || !strcmp(what, "writes")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from ipaddress import IPv4Interface
@@ -108,6 +108,7 @@ class Agent:
             budget=budget,
             holder=line.holder,
             peers=lambda kind: {m["name"]: m["management"] for m in self.membership.of_kind(kind)},
+            watch=self._watch,
             excache=lambda: self.identity.excache or DEFAULT_EXCACHE,
         )
         for module in MONITORS[mine.kind]:
@@ -126,6 +127,9 @@ class Agent:
         self.membership.follower = SeveralFollowers(followers)
         self.membership.start()
         log.info("%s of kind %s serves rack %s", mine.name, mine.kind, mine.rack)
+
+    def _watch(self, kind: str, changed: Callable[[dict[str, int]], None]) -> None:
+        self.membership.watch(lambda: changed({m["name"]: m["incarnation"] for m in self.membership.of_kind(kind)}))
 
     def _lite(self, budget: Budget) -> tuple[tiers.Tier, dict[str, control.Handler]]:
         """The tier of LITE and, on the manager, the books of members and LMRs; what serves others."""

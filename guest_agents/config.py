@@ -33,6 +33,9 @@ class AgentConfig:
     holder: Holder
     """This blade's copy of the global managers' ledger, and its line to them."""
 
+    watch: Callable[[str, Callable[[dict[str, int]], None]], None] = lambda kind, changed: None
+    """Have a function called whenever blades come or go, with those of a kind that are alive: name -> incarnation."""
+
     excache: Callable[[], int] = lambda: 64 << 20
     """Default ExCache of a program on a processor blade."""
 

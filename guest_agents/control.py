@@ -48,6 +48,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -232,6 +233,8 @@ class ControlClient:
         try:
             plain = (connect or socket.create_connection)(address, timeout)
             self._connection = _authenticated(plain, secret, server=False, timeout=timeout)
+            self._poll = select.poll()  # Connection.poll makes a selector each time
+            self._poll.register(self._connection.fileno(), select.POLLIN)
         except AuthenticationError:
             raise ControlError(f"the agent at {where} has another secret", "is it a blade of this rack?") from None
         except (OSError, EOFError) as failure:
@@ -249,7 +252,7 @@ class ControlClient:
         with self._lock:
             try:
                 self._connection.send_bytes(json.dumps({"op": op, **fields}).encode())
-                if not self._connection.poll(wait):
+                if not self._poll.poll(wait * 1000):
                     self.close()
                     raise LostError(f"{op}: no reply from {where} in {wait:g} s", "is the blade up?")
                 reply: Message = json.loads(self._connection.recv_bytes(MAX_MESSAGE))
@@ -266,11 +269,8 @@ class ControlClient:
 
     def stale(self) -> bool:
         """Whether a new request cannot succeed: the connection is closed, here or there."""
-        try:
-            # An agent says nothing unasked: what can be read is the end.
-            return self._connection.closed or self._connection.poll()
-        except OSError:
-            return True
+        # An agent says nothing unasked: what can be read is the end.
+        return self._connection.closed or bool(self._poll.poll(0))
 
     def abort(self) -> None:
         """Make the request that another thread waits for fail now; the connection is of no use afterwards."""

@@ -14,6 +14,8 @@ class Extents:
         self.size = size // unit * unit
         self._free: list[tuple[int, int]] = [(0, self.size)] if self.size else []  # (offset, length), sorted
         self._taken: dict[int, int] = {}
+        self.allocated = 0
+        """Bytes given out."""
 
     def allocate(self, size: int) -> int | None:
         """Offset of a free piece of at least `size` bytes, or None."""
@@ -25,12 +27,14 @@ class Extents:
                 else:
                     self._free[number] = (offset + size, length - size)
                 self._taken[offset] = size
+                self.allocated += size
                 return offset
         return None
 
     def free(self, offset: int) -> None:
         """Give a piece back; KeyError if there is none at `offset`."""
         length = self._taken.pop(offset)
+        self.allocated -= length
         number = bisect_left(self._free, (offset, 0))
         if number < len(self._free) and self._free[number][0] == offset + length:
             length += self._free.pop(number)[1]
@@ -38,8 +42,3 @@ class Extents:
             before, more = self._free.pop(number - 1)
             offset, length = before, more + length
         insort(self._free, (offset, length))
-
-    @property
-    def allocated(self) -> int:
-        """Bytes given out."""
-        return sum(self._taken.values())

@@ -286,6 +286,16 @@ class Manager:
                 log.exception("the books of %s are not settled", member.name)
 
 
+def living(before: Collection[Message], members: Collection[Message], dead: Mapping[int, int]) -> list[Message]:
+    """The members that are alive, by node id, after news (see Follower.news); `before`: those before the news.
+
+    A manager that was restarted does not know everybody yet: who is missing in its list, and not dead, is alive.
+    """
+    lives = {m["node_id"]: m for m in (*before, *members)
+             if m["state"] == "alive" and m["incarnation"] > dead.get(m["node_id"], 0)}  # fmt: skip
+    return [lives[node] for node in sorted(lives)]
+
+
 class Follower:
     """Who wants to know what happens to this blade's membership; does nothing by itself.
 
@@ -341,15 +351,21 @@ class Membership:
         self.members: list[Message] = []
         self.dead: dict[int, int] = {}
         self._version: int | None = None
+        self._living: list[Message] = []
         self._left = False
+        self._watchers: list[Callable[[], None]] = []
 
     def start(self) -> None:
         """Join and keep joined in a thread of its own."""
         threading.Thread(target=self._run, name="membership", daemon=True).start()
 
     def of_kind(self, kind: str) -> list[Message]:
-        """The members of a kind that are alive, by node id, as the manager last said: it tells news at once."""
-        return [m for m in self.members if m["kind"] == kind and m["state"] == "alive"]
+        """The members of a kind that are alive, by node id; managers tell news at once. See `living`."""
+        return [m for m in self._living if m["kind"] == kind]
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Have `changed` called whenever members come or go, by the membership thread: it must be quick."""
+        self._watchers.append(changed)
 
     def leave(self) -> None:
         """Tell the manager that this blade's agent ends."""
@@ -402,4 +418,7 @@ class Membership:
         dead = {int(node): int(incarnation) for node, incarnation in reply["dead"]}
         if reply["members"] != self.members or dead != self.dead:
             self.members, self.dead = reply["members"], dead
+            self._living = living(self._living, self.members, dead)
             self.follower.news(self.members, dead)
+            for changed in self._watchers:
+                changed()

@@ -39,6 +39,8 @@ class Job:
     blade: str
     command: Sequence[str]
     excache: int | None = None
+    replicas: int | None = None
+    """Memory blades that keep each page; None means one."""
     stats: Path | None = None
     """Where the counters go on this host."""
     directory: str = VNODE
@@ -60,6 +62,8 @@ class Job:
         split = ["split", "run"]
         if self.excache is not None:
             split += ["--excache", str(self.excache)]
+        if self.replicas is not None:
+            split += ["--replicas", str(self.replicas)]
         if self.stats is not None:
             split += ["--stats", f"{self.folder}/stats.json"]
         for setting in self.env:

@@ -1,7 +1,7 @@
 """The memory that this node gives to LMRs and locks: slabs of registered memory, cut into blocks.
 
 Registering pins memory, so slabs come when they are needed and go when their last block does; the splitkernel's memory
-monitor draws on the same budget. A block is zero when it is given out.
+monitor draws on the same budget. It also takes long: the first slabs are small. A block is zero when it is given out.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from guest_agents.lite.errors import Freed, NoMemory
 UNIT = 64
 """Blocks are multiples of this; a cache line, so that two locks never share one."""
 USER = "lite"
+_SMALLEST = 1 << 20
 
 
 class Slab(Protocol):
@@ -62,7 +63,7 @@ class Held:
 class Blocks:
     """All of them, by owner: an LMR's id, or 0 for locks. Thread-safe.
 
-    slab -- bytes that are registered at once, if there is room
+    slab -- most bytes that are registered at once, unless more are asked for
     """
 
     def __init__(self, core: Memory, budget: Budget, slab: int) -> None:
@@ -71,6 +72,8 @@ class Blocks:
         self._slab = slab
         self._shelves: list[_Shelf] = []
         self._held: dict[int, tuple[_Shelf, Held]] = {}
+        self._owned: dict[int, dict[int, Held]] = {}
+        """By owner, then by address."""
         self._busy: Counter[int] = Counter()
         """Copies of this tier under way, by the address of the block."""
         self._lock = threading.Condition()
@@ -106,9 +109,8 @@ class Blocks:
     def using(self, owner: int, address: int, length: int) -> Iterator[None]:
         """Keep the block of a range from being given back meanwhile. FREED unless it is one block of that owner."""
         with self._lock:
-            for _shelf, held in self._held.values():
-                end = held.address + held.length
-                if held.owner == owner and held.address <= address and address + length <= end:
+            for held in self._owned.get(owner, {}).values():
+                if held.address <= address and address + length <= held.address + held.length:
                     break
             else:
                 raise Freed("this memory does not belong to that LMR any more")
@@ -122,6 +124,11 @@ class Blocks:
                 if not self._busy[block]:
                     del self._busy[block]
                 self._lock.notify_all()
+
+    def has(self, owner: int) -> bool:
+        """Whether it has any block here."""
+        with self._lock:
+            return owner in self._owned
 
     def held(self) -> list[Held]:
         """All blocks that are given out."""
@@ -153,11 +160,13 @@ class Blocks:
         shelf.used = max(shelf.used, offset + length)
         held = Held(owner, address, shelf.slab.rkey, length)
         self._held[address] = (shelf, held)
+        self._owned.setdefault(owner, {})[address] = held
         return held
 
     def _register(self, more: int) -> _Shelf:
         room = self._budget.room
-        size = min(max(self._slab, -(-more // mmap.PAGESIZE) * mmap.PAGESIZE), room // mmap.PAGESIZE * mmap.PAGESIZE)
+        usual = min(self._slab, max(_SMALLEST, sum(shelf.slab.bytes for shelf in self._shelves)))
+        size = min(max(usual, -(-more // mmap.PAGESIZE) * mmap.PAGESIZE), room // mmap.PAGESIZE * mmap.PAGESIZE)
         if size < more or not self._budget.take(USER, size):
             raise NoMemory(f"{more} bytes asked, {room} can still be registered on this node")
         try:
@@ -176,6 +185,9 @@ class Blocks:
 
     def _return(self, address: int) -> None:
         shelf, held = self._held.pop(address)
+        del self._owned[held.owner][address]
+        if not self._owned[held.owner]:
+            del self._owned[held.owner]
         shelf.extents.free(held.address - shelf.slab.address)
         if not shelf.extents.allocated:
             self._shelves.remove(shelf)

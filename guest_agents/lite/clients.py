@@ -37,6 +37,8 @@ class Handle:
     ticket: int
     permissions: int
     size: int
+    alone: bool = False
+    """The LMR has no name, so this is the only handle there can be."""
 
 
 @dataclass

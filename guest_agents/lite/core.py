@@ -47,9 +47,9 @@ class Config:
     """Most registered memory for the buffers of one client."""
     timeout_ms: int = 30_000
     """For requests that give none: how long they may wait (for a ring, a reply, an LMR that moves)."""
-    spin_us: int = 500
-    """How long the thread looks around before it sleeps, at most; it adapts below that. More shortens a single READ a
-    little, but with one processor the scheduler makes others, whom a call needs too, wait for as long in turn."""
+    spin_us: int = 2000
+    """How long the thread looks around before it sleeps, at most; it adapts below that. A round trip between emulated
+    blades takes 500 to 1500 us, which waiting costs another 100 to 300."""
 
 
 class Block(NamedTuple):
@@ -88,6 +88,9 @@ class Ring(NamedTuple):
     rkey: int
     size: int
     max_message: int
+    generation: int
+    lost: int
+    """Mask of programs of the client node whose one-way messages, in the rings before this, nobody has read."""
 
 
 class Event(NamedTuple):
@@ -95,7 +98,8 @@ class Event(NamedTuple):
 
     kind          what happened
     peer_broken   a queue pair to `node` failed: its operations ended NODE_UNREACHABLE; connect anew if it lives
-    bind          a CALL or SEND to `port` of `node` found no ring: ring_offer there, ring_attach or ring_refuse here
+    bind          a CALL or SEND to `port` of `node` found no ring, or one of a port that was closed: ring_offer there,
+                  ring_attach or ring_refuse here
     channel_closed  a data channel of `client` closed (its program ended, closed it, or broke the protocol)
     """
 
@@ -157,8 +161,9 @@ class _Ring(ctypes.Structure):
         ("address", ctypes.c_uint64),
         ("size", ctypes.c_uint64),
         ("max_message", ctypes.c_uint64),
+        ("lost", ctypes.c_uint64),
         ("rkey", ctypes.c_uint32),
-        ("pad", ctypes.c_uint32),
+        ("generation", ctypes.c_uint32),
     )
 
 
@@ -187,7 +192,7 @@ class _PeerStats(ctypes.Structure):
 
 _COUNTERS = (
     # since the start
-    "reads", "writes", "atomics", "calls", "sends", "receives", "replies", "fences", "cancels", "errors",
+    "reads", "writes", "atomics", "calls", "sends", "receives", "replies", "cancels", "errors",
     "bytes_read", "bytes_written", "bytes_local", "messages_in", "messages_dropped", "bad_requests", "bad_messages",
     "peers_broken", "parked", "ring_waits", "timeouts", "polls", "sleeps", "posts",
     # now
@@ -485,12 +490,12 @@ class Core:
         """Server's side of a bind: the ring for messages from `node` to `port`. PORT_CLOSED, NODE_DEAD, NO_MEMORY."""
         out = _Ring()
         self._call("ring_offer", node, incarnation, port, ctypes.byref(out))
-        return Ring(out.address, out.rkey, out.size, out.max_message)
+        return Ring(out.address, out.rkey, out.size, out.max_message, out.generation, out.lost)
 
-    def ring_attach(self, node: int, incarnation: int, port: int, ring: Ring | tuple[int, int, int, int]) -> None:
-        """Client's side: the ring that `node` offered for `port`; what waits for it goes on."""
-        address, rkey, size, max_message = ring
-        native = _Ring(address, size, max_message, rkey)
+    def ring_attach(self, node: int, incarnation: int, port: int, ring: Ring) -> None:
+        """Client's side: the ring that `node` offered for `port`; what waits for it goes on, but who has lost a
+        one-way message in a ring before gets PORT_CLOSED for the next."""
+        native = _Ring(ring.address, ring.size, ring.max_message, ring.lost, ring.rkey, ring.generation)
         self._call("ring_attach", node, incarnation, port, ctypes.byref(native))
 
     def ring_refuse(self, node: int, incarnation: int, port: int, code: int) -> None:

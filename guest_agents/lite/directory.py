@@ -174,7 +174,9 @@ class Directory(Books):
             except BaseException:
                 self._release(entry)
                 raise
-        return {"lmr": record.lmr, "ticket": ticket, "permissions": int(rights), "size": size,
+        # What has a name may be changed by others from now on; else the reply is soon enough to tell the caller.
+        alone = {"record": record.to_json()} if record.name is None else {}
+        return {**alone, "lmr": record.lmr, "ticket": ticket, "permissions": int(rights), "size": size,
                 "blocks": [{"node": self._name_of(piece.life), "length": piece.length} for piece in record.blocks],
                 }  # fmt: skip
 
@@ -199,7 +201,8 @@ class Directory(Books):
             return {"lmr": entry.record.lmr, "ticket": ticket, "permissions": asked, "size": entry.record.size}
 
     def unmap(self, request: Message) -> Message:
-        """Handles were closed: `handles` is a list of [lmr, ticket]."""
+        """Handles were closed: `handles` is a list of [lmr, ticket]. Their tier has dropped LMRs without names."""
+        freed: list[Record] = []
         for lmr, ticket in request["handles"]:
             entry = self._entries.get(lmr)
             if entry is None:
@@ -209,10 +212,12 @@ class Directory(Books):
                 if entry.freed or holder is None or holder.life != Life(*request["life"]):
                     continue
                 del entry.holders[ticket]
-                if not entry.holders and not entry.record.keep:
-                    self._release(entry, holder.life)
-                elif holder.life not in entry.mappers():
+                if holder.life not in entry.mappers() and entry.record.name is not None:
                     self._tell([holder.life], "lite.lmr.kill", lmr=lmr, code=Freed.code)
+                if not entry.holders and not entry.record.keep:
+                    self._forget(entry)
+                    freed.append(entry.record)
+        self._give_back([(record.lmr, piece) for record in freed for piece in record.blocks])
         return {}
 
     def undo(self, request: Message) -> Message:
@@ -304,12 +309,12 @@ class Directory(Books):
             # Also when it failed: whoever is frozen goes on with the blocks there are now.
             self._publish(entry)
             self._tell(entry.mappers(), "lite.lmr.thaw", lmr=record.lmr)
-            self._give_back(record.lmr, [old if moved else new])
+            self._give_back([(record.lmr, old if moved else new)])
 
     def _hold(self, entry: Entry, life: Life, client: int, permissions: int, opening: int) -> int:
         if (life, opening) in self._undone:
             raise Cancelled("its tier did not wait for the answer")
-        if life not in entry.mappers():
+        if life not in entry.mappers() and entry.record.name is not None:
             self._links.call(life, "lite.lmr.put", record=entry.record.to_json())
         if not self._manager.is_alive(life):  # its handles have been taken from the books already
             raise NodeDead(f"node {life.node} (incarnation {life.incarnation}) is dead")
@@ -327,24 +332,31 @@ class Directory(Books):
         if entry.record.keep:
             self._tell(entry.record.hosts(), "lite.record.keep", record=record)
 
-    def _release(self, entry: Entry, also: Life | None = None) -> None:
+    def _release(self, entry: Entry) -> None:
         """Free an LMR whose lock is held: nobody uses it any more when its memory is given back."""
         record = entry.record
         entry.freed = True
-        self._tell(entry.mappers() | ({also} if also else set()), "lite.lmr.kill", lmr=record.lmr, code=Freed.code)
-        self._give_back(record.lmr, record.blocks)
+        self._tell(entry.mappers(), "lite.lmr.kill", lmr=record.lmr, code=Freed.code)
+        self._give_back([(record.lmr, piece) for piece in record.blocks])
+        self._forget(entry)
+
+    def _forget(self, entry: Entry) -> None:
+        """An LMR that nobody has a handle to any more leaves the books."""
+        record = entry.record
+        entry.freed = True
         entry.holders.clear()
         with self._lock:
             self._entries.pop(record.lmr, None)
             if record.name is not None and self._names.get(record.name) == record.lmr:
                 del self._names[record.name]
 
-    def _give_back(self, lmr: int, blocks: Iterable[Piece]) -> None:
-        by_host: dict[Life, list[int]] = {}
-        for piece in blocks:
-            by_host.setdefault(piece.life, []).append(piece.address)
-        for host, addresses in by_host.items():
-            self._tell([host], "lite.block.free", lmr=lmr, addresses=addresses, dead=self._dead())
+    def _give_back(self, blocks: Iterable[tuple[int, Piece]]) -> None:
+        """Blocks (LMR, piece) are free again, at the nodes that have them."""
+        by_host: dict[Life, dict[int, list[int]]] = {}
+        for lmr, piece in blocks:
+            by_host.setdefault(piece.life, {}).setdefault(lmr, []).append(piece.address)
+        for host, freed in by_host.items():
+            self._tell([host], "lite.block.free", blocks=list(freed.items()), dead=self._dead())
 
     def _tell(self, lives: Iterable[Life], op: str, **fields: Any) -> None:
         """Tell nodes something they must know before this change goes on; dead ones need not know any more."""
@@ -381,7 +393,7 @@ class Directory(Books):
                         given[life] = self._allocate(life, record, share)
             except LiteError as failure:
                 for pieces in given.values():
-                    self._give_back(record.lmr, pieces)
+                    self._give_back([(record.lmr, piece) for piece in pieces])
                 if not isinstance(failure, NoMemory):
                     raise
                 nodes = [other for other in nodes if other != life]
@@ -456,7 +468,7 @@ class Directory(Books):
                 self._names[record.name] = record.lmr
         self.locks.rebuild(self._rebuild.locks, self._rebuild.lock_users)
         for life, lmr, address in self._rebuild.strays():
-            self._best_effort(life, "lite.block.free", lmr=lmr, addresses=[address], dead=self._dead())
+            self._best_effort(life, "lite.block.free", blocks=[(lmr, [address])], dead=self._dead())
         for lmr, life in self._rebuild.idle:
             self._best_effort(life, "lite.lmr.kill", lmr=lmr, code=Freed.code)
         for lmr, life in self._rebuild.frozen:

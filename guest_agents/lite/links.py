@@ -7,10 +7,12 @@ the requests that wait for it end at once.
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
 
 from guest_agents import control
 from guest_agents.control import Handler, Message
@@ -42,6 +44,8 @@ class Links:
         self._seconds = seconds
         self._idle: dict[Life, list[control.ControlClient]] = defaultdict(list)
         self._busy: dict[Life, set[control.ControlClient]] = defaultdict(set)
+        self._opening: dict[Life, set[socket.socket]] = defaultdict(set)
+        """Sockets of connections that are being made."""
         self._dead: dict[int, int] = {}
         self._lock = threading.Lock()
         self.handlers: Mapping[str, Handler] = {}
@@ -88,6 +92,10 @@ class Links:
             for life in [life for life in self._busy if self.is_over(life)]:
                 for client in self._busy[life]:
                     client.abort()
+            for life in [life for life in self._opening if self.is_over(life)]:
+                for guard in self._opening[life]:
+                    with suppress(OSError):
+                        guard.shutdown(socket.SHUT_RDWR)
 
     def _take(self, life: Life) -> control.ControlClient:
         while True:
@@ -103,7 +111,7 @@ class Links:
                 client.close()
         address = self._find(life)
         try:
-            client = control.ControlClient(address, self._secret, self._seconds)
+            client = self._open(life, address)
         except control.ControlError as failure:
             raise self._lost(life, failure) from None
         with self._lock:
@@ -111,6 +119,27 @@ class Links:
             if self.is_over(life):
                 client.abort()
         return client
+
+    def _open(self, life: Life, address: tuple[str, int]) -> control.ControlClient:
+        """A new connection. A blade without power does not refuse it: the attempt, too, ends when that life does."""
+        with closing(socket.socket()) as plain, closing(plain.dup()) as guard:
+
+            def connect(where: tuple[str, int], seconds: float) -> socket.socket:
+                plain.settimeout(seconds)
+                plain.connect(where)
+                return plain
+
+            with self._lock:
+                if self.is_over(life):
+                    raise _dead(life)
+                self._opening[life].add(guard)
+            try:
+                return control.ControlClient(address, self._secret, self._seconds, connect)
+            finally:
+                with self._lock:
+                    self._opening[life].discard(guard)
+                    if not self._opening[life]:
+                        del self._opening[life]
 
     def _find(self, life: Life) -> tuple[str, int]:
         """Its address; news of a member may come a moment after the first request that has to do with it."""

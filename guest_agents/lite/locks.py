@@ -10,7 +10,9 @@ lock.
 
 A ticket whose node died is never taken back. It only costs speed, until `settle` finds the lock idle and clears the
 word. `settle` also finds locks whose owner has died. It first adds a ticket of its own, so that nobody can take or
-release the lock without the home; then all living nodes are asked for their tickets.
+release the lock without the home; then all living nodes are asked for their tickets. Before a node answers it destroys
+its queue pairs to the dead: a blade that was only paused, and goes on believing that it has the lock, reaches nobody's
+memory any more when the next owner gets it.
 """
 
 from __future__ import annotations
@@ -66,6 +68,7 @@ class Locks:
 
     own -- this node's life
     living -- all lives that are members now
+    dead -- lives that are over: (node, highest incarnation)
     """
 
     def __init__(
@@ -75,12 +78,14 @@ class Locks:
         links: Links,
         own: Callable[[], Life],
         living: Callable[[], Collection[Life]],
+        dead: Callable[[], list[tuple[int, int]]],
     ) -> None:
         self._core = core
         self._blocks = blocks
         self._links = links
         self._own = own
         self._living = living
+        self._dead = dead
         self._locks: dict[str, _Lock] = {}
         self._table = threading.Lock()
 
@@ -212,10 +217,15 @@ class Locks:
             except NodeDead:
                 accepted = False
                 break
-        if not accepted:
+        if accepted:
+            return
+        try:
             with lock.lock:
                 if lock.granted == turn and not lock.gone:
                     self._hand_over(name, lock)
+        except LiteError as failure:  # our loopback has failed, or this node ends
+            log.warning("lock %s: %s", name, failure)
+            self._settle(name)
 
     def _settle(self, name: str) -> None:
         """Give the lock to the next if its owner has died; clear the word if nobody has anything to do with it."""
@@ -244,12 +254,12 @@ class Locks:
             log.warning("lock %s: %s", name, failure)
 
     def _tickets(self, name: str, lock: _Lock) -> dict[Turn, str]:
-        """All tickets of the living nodes, when it is known of each whether it has the lock."""
+        """All tickets of the living nodes, when it is known of each whether it has the lock; the dead reach none."""
         found: dict[Turn, str] = {}
         for life in self._living():
             while not lock.gone:
                 try:
-                    states = self._links.call(life, "lite.lock.state", name=name)["tickets"]
+                    states = self._links.call(life, "lite.lock.state", name=name, dead=self._dead())["tickets"]
                 except NodeDead:
                     break
                 except NodeUnreachable:

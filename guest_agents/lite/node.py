@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import weakref
@@ -171,7 +172,8 @@ class Node:
     def send(self, node: str | int, port: int, data: Data, *, timeout: float | None = None) -> None:
         """Send a message that gets no reply (LT_send); returns when it is in the memory of the other node.
 
-        If the port is closed by then, or closes before somebody has received it, it is lost.
+        PortClosed: nobody has registered the port, or somebody closed it before he received an earlier message of this
+        process, which is lost then.
         """
         self.connection().channel.run(
             _SEND,
@@ -312,4 +314,11 @@ def _after_fork() -> None:
         node.after_fork()
 
 
+def _close_all() -> None:
+    """Before the interpreter ends: threads that it stops would take the replies for which the closing ones wait."""
+    for node in list(_nodes):
+        node.close()
+
+
 os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_close_all)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from guest_agents.lite.blocks import UNIT
@@ -56,7 +56,7 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         """For a control message."""
-        return asdict(self)
+        return {**vars(self), "blocks": list(self.blocks), "grants": dict(self.grants)}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Record:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from guest_agents.control import Handler, Message
-from guest_agents.lite.errors import LiteError, NodeDead, NodeUnreachable, NotHeld, TimedOut
+from guest_agents.lite.errors import Freed, LiteError, NodeDead, NodeUnreachable, NotHeld, TimedOut
 from guest_agents.lite.links import Links
 from guest_agents.lite.locks import Atomics
 from guest_agents.lite.waits import Waits
@@ -65,7 +65,7 @@ class Tickets:
 
     def handlers(self) -> dict[str, Handler]:
         """Control operations of the homes."""
-        return {"lite.lock.grant": self.grant, "lite.lock.state": self.state}
+        return {"lite.lock.grant": self.grant}
 
     def acquire(
         self, name: str, place: Place, client: int, program: socket.socket | None, seconds: float | None
@@ -79,7 +79,7 @@ class Tickets:
             doubt = False
             try:
                 self._reach(place.home)
-                if not self._core.fetch_add(place.home.node, place.address, place.rkey, 1):
+                if not self._atomic(place, self._core.fetch_add, 1):
                     ticket.state = "holding"
                     return
             except NodeUnreachable:
@@ -102,7 +102,7 @@ class Tickets:
         settle = False
         try:
             try:
-                free = self._core.cas(place.home.node, place.address, place.rkey, 1, 0) == 1
+                free = self._atomic(place, self._core.cas, 1, 0) == 1
                 if not free:
                     self._links.call(place.home, "lite.lock.unlock", name=name)
             except NodeUnreachable:
@@ -198,6 +198,15 @@ class Tickets:
             with self._lock:
                 ticket.waiter = 0
             self._waits.end(waiter)
+
+    def _atomic(self, place: Place, operation: Callable[..., int], *operands: int) -> int:
+        """On the word of a lock. NODE_DEAD also if its home has begun a new life, in which that is not its word."""
+        if self._links.is_over(place.home):
+            raise NodeDead("the home of the lock is dead, or was restarted since")
+        try:
+            return operation(place.home.node, place.address, place.rkey, *operands)
+        except Freed:
+            raise NodeDead("the home of the lock has begun anew") from None
 
     def _withdrawn(self, name: str, number: int, ticket: _Ticket) -> bool:
         """Whether our turn was given up in time; False: we have the lock."""

@@ -21,13 +21,23 @@ from guest_agents.control import Handler, Message
 from guest_agents.lite.blocks import Blocks
 from guest_agents.lite.clients import VOID, Client, Clients, Handle
 from guest_agents.lite.copies import Copies
+from guest_agents.lite.core import Ring
 from guest_agents.lite.directory import directory_of
-from guest_agents.lite.errors import LiteError, ManagerLost, NodeDead, NodeUnreachable, NoSuchNode, NotJoined
+from guest_agents.lite.errors import (
+    BadArgument,
+    Freed,
+    LiteError,
+    ManagerLost,
+    NodeDead,
+    NodeUnreachable,
+    NoSuchNode,
+    NotJoined,
+)
 from guest_agents.lite.links import Links, guarded
 from guest_agents.lite.lmrs import Lmrs
 from guest_agents.lite.locks import LOCKS, Locks
 from guest_agents.lite.peers import Peers
-from guest_agents.lite.records import Record
+from guest_agents.lite.records import BLOCK, Record
 from guest_agents.lite.requests import Requests
 from guest_agents.lite.tickets import Tickets
 from guest_agents.lite.waits import Waits
@@ -88,7 +98,7 @@ class Tier(Follower):
         self.peers = Peers(core, self.links, self.life, self._bury_before)
         self.lmrs = Lmrs(core, self._is_over, self.peers.reach)
         self.copies = Copies(core, self.blocks, self.links, self.life, self.peers.connect)
-        self.locks = Locks(core, self.blocks, self.links, self.life, self._living)
+        self.locks = Locks(core, self.blocks, self.links, self.life, self._living, lambda: list(self._buried.items()))
         self.tickets = Tickets(core, self.links, self.waits, self.life, self.peers.reach)
         self.requests = Requests(self)
         self.clients = Clients(core, settings.socket, self.requests.actions(), self.requests.greeting, self._gone)
@@ -99,7 +109,8 @@ class Tier(Follower):
             **self.peers.handlers(), **self.lmrs.handlers(), **self.copies.handlers(), **self.locks.handlers(),
             **self.tickets.handlers(), **(directory or {}),
             "lite.block.allocate": self._allocate, "lite.block.free": self._free, "lite.record.keep": self._keep,
-            "lite.lock.drop": self._drop_lock, "lite.handles.set": self._set_handles,
+            "lite.lock.drop": self._drop_lock, "lite.lock.state": self._lock_state,
+            "lite.handles.set": self._set_handles,
             "lite.rpc.bind": self._offer_ring, "lite.wake": self._wake,
         }  # fmt: skip
         self.links.handlers = guarded(lambda: self._life, asked)
@@ -222,6 +233,7 @@ class Tier(Follower):
 
     def open_handle(self, client: Client, op: str, **fields: Any) -> tuple[int, Message]:
         """A handle for what the directory allocates or maps: its number, and the directory's reply."""
+        own = self.life()
         with self._maps:
             self._mapping += 1
             opening = next(self._openings)
@@ -231,14 +243,17 @@ class Tier(Follower):
             except ManagerLost:
                 self.owe("undo", opening=opening)  # it may have been done, and then nobody would ever close it
                 raise
-            lmr, ticket = reply["lmr"], reply["ticket"]
+            lmr, ticket, alone = reply["lmr"], reply["ticket"], "record" in reply
+            handle = Handle(lmr, ticket, reply["permissions"], reply["size"], alone)
             try:
+                if alone:
+                    self._put_alone(own, reply)
                 with self._maps:  # a revoke may have come before we knew this ticket
-                    permissions = self._early.pop((lmr, ticket), reply["permissions"])
-                    number = self.core.handle_add(client.number, self.lmrs.number(lmr), permissions)
-                    client.handles[number] = Handle(lmr, ticket, permissions, reply["size"])
+                    handle.permissions = self._early.pop((lmr, ticket), handle.permissions)
+                    number = self.core.handle_add(client.number, self.lmrs.number(lmr), handle.permissions)
+                    client.handles[number] = handle
             except LiteError:
-                self.owe("unmap", handles=[[lmr, ticket]])
+                self.give_up([handle])
                 raise
             return number, reply
         finally:
@@ -247,8 +262,18 @@ class Tier(Follower):
                 if not self._mapping:
                     self._early.clear()
 
+    def _put_alone(self, own: Life, reply: Message) -> None:
+        """Learn of an LMR that only this node can have, in the life that asked for it."""
+        self.lmrs.put(reply)
+        if self._life != own:  # what that life had was put an end to, perhaps a moment before
+            self.lmrs.kill({"lmr": reply["lmr"], "code": NodeDead.code})
+            raise NodeDead(f"this blade's life {own.incarnation} is over")
+
     def give_up(self, handles: list[Handle]) -> None:
         """Tell the directory that handles were closed."""
+        for handle in handles:
+            if handle.alone:  # the directory need not say so
+                self.lmrs.kill({"lmr": handle.lmr, "code": Freed.code})
         closed = [[handle.lmr, handle.ticket] for handle in handles if handle.ticket != VOID]
         if closed:
             self.owe("unmap", handles=closed)
@@ -279,20 +304,28 @@ class Tier(Follower):
     # Requests of the directory and of other tiers
 
     def _allocate(self, request: Message) -> Message:
-        held = self.blocks.allocate(request["lmr"], request["lengths"])
+        lengths = [int(length) for length in request["lengths"]]
+        if not all(0 < length <= BLOCK for length in lengths):
+            raise BadArgument("a block has 1 byte to 4 MiB")
+        held = self.blocks.allocate(int(request["lmr"]), lengths)
         return {"blocks": [(block.address, block.rkey) for block in held]}
 
     def _free(self, request: Message) -> Message:
         # Who is dead may have been writing here when it was last heard of.
-        self.bury(dict(request["dead"]))
-        self.blocks.free(request["lmr"], request["addresses"])
-        if not any(held.owner == request["lmr"] for held in self.blocks.held()):
-            self._kept.pop(request["lmr"], None)
+        self.bury({int(node): int(incarnation) for node, incarnation in request["dead"]})
+        for lmr, addresses in request["blocks"]:
+            self.blocks.free(lmr, addresses)
+            if lmr in self._kept and not self.blocks.has(lmr):
+                self._kept.pop(lmr, None)
         return {}
 
     def _drop_lock(self, request: Message) -> Message:
-        self.bury(dict(request["dead"]))
+        self.bury({int(node): int(incarnation) for node, incarnation in request["dead"]})
         return self.locks.drop(request)
+
+    def _lock_state(self, request: Message) -> Message:
+        self.bury({int(node): int(incarnation) for node, incarnation in request["dead"]})
+        return self.tickets.state(request)
 
     def _keep(self, request: Message) -> Message:
         record = Record.from_json(request["record"])
@@ -386,7 +419,7 @@ class Tier(Follower):
             life, own = Life(node, member["incarnation"]), self.life()
             self.peers.connect(life)
             ring = self.links.call(life, "lite.rpc.bind", life=[own.node, own.incarnation], port=port)["ring"]
-            self.core.ring_attach(life.node, life.incarnation, port, tuple(ring))
+            self.core.ring_attach(life.node, life.incarnation, port, Ring(*ring))
         except LiteError as failure:
             try:
                 self.core.ring_refuse(node, incarnation, port, failure.code)

@@ -41,13 +41,12 @@ class Op(IntEnum):
     CAS = 4
     READV = 5
     WRITEV = 6
-    FENCE = 7
-    CALL = 8
-    SEND = 9
-    RECEIVE = 10
-    REPLY = 11
-    REPLY_RECEIVE = 12
-    CANCEL = 13
+    CALL = 7
+    SEND = 8
+    RECEIVE = 9
+    REPLY = 10
+    REPLY_RECEIVE = 11
+    CANCEL = 12
 
 
 class Flag(IntFlag):

@@ -36,6 +36,10 @@ struct counters {
     uint64_t packed_hits;       /* faults answered by unpacking */
     uint64_t spills;            /* pages that left the pool for their memory blades */
     uint64_t pool_bytes;        /* peak of what the pool held of the ExCache */
+    uint64_t replica_writes;    /* flushed pages that went to a second memory blade too */
+    uint64_t failovers;         /* memory blades lost, and the program went on */
+    uint64_t rereplicated_bytes;/* copied to give regions two copies again */
+    uint64_t degraded_regions;  /* vRegions that have one copy now, and should have two */
     uint64_t blades;
     struct blade_counters blade[COUNTERS_BLADES];
 };

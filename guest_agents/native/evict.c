@@ -54,7 +54,7 @@ void evict_release_slot(struct lines *l, size_t index)
     struct slot *slot = &l->slots[index];
     if (slot->state == SLOT_DIRTY) {
         l->dirty_slots--;
-        l->dirty_on[region_of(l, slot->page)->link]--;
+        l->dirty_on[region_of(l, slot->page)->at[0].link]--;
     }
     slot->page = NO_OWNER;
     if (slot->state != SLOT_FLUSHING)
@@ -87,7 +87,7 @@ static size_t take_slot(struct lines *l, size_t page, bool dirty)
             continue;
         *slot = (struct slot){.page = (uint32_t)page, .state = dirty ? SLOT_DIRTY : SLOT_CLEAN};
         l->dirty_slots += dirty;
-        l->dirty_on[region_of(l, page)->link] += dirty;
+        l->dirty_on[region_of(l, page)->at[0].link] += dirty;
         return index;
     }
 }

@@ -15,6 +15,7 @@ enum {
     ACK_TIMEOUT = 18,       /* 4.096 us << 18 = 1.07 s: an emulated blade may well be silent for a second */
     RETRIES = 6,            /* so a dead blade is noticed after about 7 s */
     RNR_TIMER = 1,          /* 10 us */
+    COMPLETIONS = 8 * FABRIC_DEPTH, /* all there can be when queue pairs fail: then every request has one */
     POLL_EVERY_MS = 1000,   /* safety net while sleeping: a lost event must not become a hang */
 };
 
@@ -51,7 +52,7 @@ int fabric_open(struct fabric *f, void *base, size_t bytes)
     if (!f->pd || !f->channel)
         return -errno;
     fcntl(f->channel->fd, F_SETFL, fcntl(f->channel->fd, F_GETFL) | O_NONBLOCK);
-    f->cq = ibv_create_cq(f->context, 4 * FABRIC_DEPTH, NULL, f->channel, 0);
+    f->cq = ibv_create_cq(f->context, COMPLETIONS, NULL, f->channel, 0);
     f->mr = ibv_reg_mr(f->pd, base, bytes, IBV_ACCESS_LOCAL_WRITE);
     return f->cq && f->mr ? 0 : -errno;
 }
@@ -106,6 +107,23 @@ int fabric_link_connect(struct fabric *f, struct fabric_link *link, uint32_t qpn
                               IBV_QP_MAX_QP_RD_ATOMIC);
 }
 
+void fabric_link_stop(struct fabric_link *link)
+{
+    struct ibv_qp_attr attr = {.qp_state = IBV_QPS_RESET}; /* unlike ERR, complete when the call returns */
+    ibv_modify_qp(link->qp, &attr, IBV_QP_STATE);
+    link->stopped = link->qp;
+    link->qp = NULL;
+}
+
+void fabric_link_destroy(struct fabric_link *link)
+{
+    if (link->qp)
+        fabric_link_stop(link);
+    if (link->stopped)
+        ibv_destroy_qp(link->stopped);
+    link->stopped = NULL;
+}
+
 int fabric_poll(struct fabric *f, struct ibv_wc *wc, int n)
 {
     return ibv_poll_cq(f->cq, n, wc);
@@ -128,9 +146,11 @@ int fabric_wait(struct fabric *f, struct ibv_wc *wc, int n)
         int got = ibv_poll_cq(f->cq, n, wc);
         if (got)
             return got;
-        struct pollfd sleep = {.fd = f->channel->fd, .events = POLLIN};
-        if (poll(&sleep, 1, POLL_EVERY_MS) < 0 && errno != EINTR)
+        struct pollfd sleep[] = {{.fd = f->channel->fd, .events = POLLIN}, {.fd = f->other, .events = POLLIN}};
+        if (poll(sleep, 2, POLL_EVERY_MS) < 0 && errno != EINTR)
             return -errno;
+        if (sleep[1].revents)
+            return 0;
         struct ibv_cq *cq;
         void *unused;
         if (ibv_get_cq_event(f->channel, &cq, &unused) == 0)

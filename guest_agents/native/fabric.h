@@ -21,10 +21,12 @@ struct fabric {
     union ibv_gid gid;
     int gid_index;
     enum ibv_mtu mtu;
+    int other;                        /* another descriptor that ends a wait when it can be read, or -1 */
 };
 
 struct fabric_link {
-    struct ibv_qp *qp;
+    struct ibv_qp *qp;                /* NULL: not connected */
+    struct ibv_qp *stopped;           /* to be destroyed */
     uint32_t psn;                     /* first packet number we send */
 };
 
@@ -38,8 +40,15 @@ int fabric_link_create(struct fabric *f, struct fabric_link *link);
 int fabric_link_connect(struct fabric *f, struct fabric_link *link, uint32_t qpn, uint32_t psn,
                         const union ibv_gid *gid);
 
+/* Stop the queue pair. What it carries is given up: nothing of it arrives in our memory afterwards. Completions that
+ * are already there stay, with a number that no link has. Allocates and frees nothing. */
+void fabric_link_stop(struct fabric_link *link);
+
+/* Free what is left of a queue pair, stopped or not. */
+void fabric_link_destroy(struct fabric_link *link);
+
 /* Reap up to `n` completions, waiting for at least one: poll a little, then sleep on the event channel.
- * Returns the number reaped, or a negative errno. */
+ * Returns the number reaped, 0 if it was `other` that ended the wait, or a negative errno. */
 int fabric_wait(struct fabric *f, struct ibv_wc *wc, int n);
 
 /* Reap what is there without waiting. */

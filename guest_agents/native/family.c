@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <linux/userfaultfd.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -172,13 +173,22 @@ void family_bury(struct family *f)
     }
 }
 
+void family_kill(struct family *f)
+{
+    for (size_t i = 0; i < f->count; i++) {
+        pid_t pid;
+        if (f->child[i].channel >= 0 && recv(f->child[i].channel, &pid, sizeof pid, MSG_DONTWAIT) == sizeof pid)
+            kill(pid, SIGKILL);
+    }
+}
+
 nfds_t family_watch(struct family *f, struct pollfd *watch)
 {
     nfds_t n = 0;
     for (size_t i = 0; i < f->count; i++) {
         watch[n++] = (struct pollfd){.fd = f->child[i].uffd, .events = POLLIN};
         if (f->child[i].channel >= 0)
-            watch[n++] = (struct pollfd){.fd = f->child[i].channel, .events = POLLIN};
+            watch[n++] = (struct pollfd){.fd = f->child[i].channel}; /* POLLHUP */
     }
     return n;
 }
@@ -217,5 +227,7 @@ void family_after_fork_child(struct family *f)
         return;
     f->close(f->channel[0]);
     f->lifeline = receive_descriptor(f->channel[1]);
+    pid_t self = getpid();
+    send(f->channel[1], &self, sizeof self, MSG_NOSIGNAL); /* for family_kill */
     f->guard(f->lifeline); /* both descriptors stay open until exec or exit */
 }

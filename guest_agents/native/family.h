@@ -42,6 +42,8 @@ void family_supply(struct family *f, size_t page, const char *data);
 void family_before_drop(struct family *f, size_t page, size_t count);
 void family_complete_all(struct family *f);
 void family_bury(struct family *f);
+/* This process ends without giving its children what they need: they end too, rather than wait for it for ever. */
+void family_kill(struct family *f);
 nfds_t family_watch(struct family *f, struct pollfd *watch);
 void family_check(struct family *f, const struct pollfd *watch, nfds_t n);
 

@@ -132,17 +132,14 @@ static void fetch(struct lines *l, size_t page, bool write)
     while (run < want && (page + run) % REGION_PAGES && (l->state[page + run] & STATE_MASK) == REMOTE)
         run++;
     l->next_fetch = page + run;
-    uint32_t link = region_of(l, page)->link;
-    struct ibv_sge sge;
-    struct ibv_send_wr read = wire_read(l, page, run, &sge, l->landing, ID_MISS);
-    wire_post(l, link, &read, l->dirty_on[link] >= wire_fair_share(l, 2));
+    uint32_t link = region_of(l, page)->at[0].link;
+    wire_read(l, page, run, l->landing, ID_MISS, l->dirty_on[link] >= wire_fair_share(l, 2));
     l->count->misses++;
     evict_weigh_read(l, page);
     l->count->blade[link].misses++;
     evict_make_room(l, run); /* while the data is on its way */
     uint64_t start = nanoseconds();
-    while (!l->landed[ID_MISS])
-        wire_reap(l, true);
+    wire_await(l, ID_MISS);
     l->count->wait_nanoseconds += nanoseconds() - start;
     write |= (l->state[page] & WRITTEN) != 0;
     const char *data = l->landing;

@@ -7,7 +7,7 @@
  * batches, because remote paging costs per round trip and not per byte (paging.md). Memory blades hold plain pages.
  * Mapped pages, pool and buffer together are the ExCache's size; evict.c shares it out.
  *
- * Where a page goes is fixed: vRegion (4 MiB) number of its address -> (memory blade, address there).
+ * Where a page goes follows from its address: vRegion (4 MiB) -> its one or two places at memory blades (replica.h).
  * Nothing here is thread-safe: callers hold the pager's lock.
  */
 #ifndef RACKLESS_LINES_H
@@ -18,6 +18,7 @@
 #include "fabric.h"
 #include "monitor.h"
 #include "pool.h"
+#include "replica.h"
 
 enum {
     REGION_PAGES = 1024,        /* a vRegion: 4 MiB */
@@ -48,9 +49,21 @@ struct slot {
 };
 #define NO_OWNER UINT32_MAX
 
+/* A flush. It is done when every blade that keeps a copy of its pages has confirmed it. */
 struct batch {
-    uint32_t count, link;
+    uint32_t count;
+    uint32_t links;             /* bit set: that blade has yet to confirm it */
     uint32_t slot[FLUSH_PAGES];
+};
+
+/* Single requests somebody waits for, by number: wr_id and index of lines->request. */
+enum { ID_QUIET, ID_MISS, ID_PEEK, ID_COPY, ID_BATCH /* and more: flushes */ };
+
+struct request {
+    enum { ANSWERED, UNDERWAY, FAILED } state;
+    uint32_t link;
+    size_t page, count;
+    char *to;
 };
 
 struct lines {
@@ -77,15 +90,16 @@ struct lines {
     size_t nslots, hand, dirty_slots;
     struct batch batch[FLUSH_BATCHES];
     unsigned free_batches;      /* bit set: batch is free */
-    unsigned batches_on[COUNTERS_BLADES];
-    size_t dirty_on[COUNTERS_BLADES];   /* dirty slots, by memory blade */
+    unsigned batches_on[COUNTERS_BLADES];   /* flushes a blade has yet to confirm */
+    size_t dirty_on[COUNTERS_BLADES];       /* dirty slots, by the memory blade of their region's first place */
 
     struct fabric fabric;
     struct fabric_link link[COUNTERS_BLADES];
     struct monitor monitor;
     struct region *region;
-
-    bool landed[3];             /* by kind of READ: it has completed */
+    size_t regions;             /* that have a place */
+    struct replica replica;
+    struct request request[ID_BATCH];
     size_t next_zero, zero_run; /* sequential zero-fills: next page expected, length of the last run */
     size_t next_fetch, fetch_run;
     size_t next_packed, packed_run;
@@ -127,7 +141,11 @@ void lines_set_state(struct lines *lines, size_t page, unsigned state);
 void lines_protect(struct lines *lines, size_t page, size_t count, bool on);
 void lines_unmap(struct lines *lines, size_t page, size_t count);
 
-/* One line on standard error, then the end of the process: its memory is no longer whole. */
+/* One line on standard error. Allocates nothing. */
+void lines_say(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/* One line on standard error, then the end of the process: its memory is no longer whole. Calls `lines_end` before. */
+extern void (*lines_end)(void);
 _Noreturn void lines_die(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 #endif

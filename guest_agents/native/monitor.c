@@ -12,6 +12,8 @@
 
 enum { MESSAGE = 1024, REPLY_SECONDS = 60 };
 
+static const struct timeval patience = {.tv_sec = REPLY_SECONDS};
+
 static int fail(struct monitor *m, int error, const char *format, ...)
 {
     va_list args;
@@ -21,15 +23,21 @@ static int fail(struct monitor *m, int error, const char *format, ...)
     return error;
 }
 
+/* What came unasked before a reply. Nothing is missed: the blades that are there are asked for afterwards. */
+static int is_news(const char text[MESSAGE])
+{
+    return !strncmp(text, "lost ", 5) || !strncmp(text, "back ", 5);
+}
+
 /* One request, one reply: "ok words...", or "error ERRNO text". Returns the words after "ok" in `text`. */
-static int ask(struct monitor *m, char text[MESSAGE])
+static int ask_at(struct monitor *m, int socket, char text[MESSAGE])
 {
     ssize_t got;
-    if (send(m->socket, text, strlen(text), MSG_NOSIGNAL) < 0)
+    if (send(socket, text, strlen(text), MSG_NOSIGNAL) < 0)
         return fail(m, EPIPE, "the process monitor has gone: %s", strerror(errno));
     do
-        got = recv(m->socket, text, MESSAGE - 1, 0);
-    while (got < 0 && errno == EINTR);
+        got = recv(socket, text, MESSAGE - 1, 0);
+    while ((got < 0 && errno == EINTR) || (got > 0 && is_news(text)));
     if (got <= 0)
         return fail(m, EPIPE, "the process monitor does not answer: %s", got ? strerror(errno) : "it has gone");
     text[got] = 0;
@@ -42,17 +50,35 @@ static int ask(struct monitor *m, char text[MESSAGE])
     return fail(m, error ? error : EPROTO, "%s", rest + (*rest == ' '));
 }
 
+static int ask(struct monitor *m, char text[MESSAGE])
+{
+    return ask_at(m, m->socket, text);
+}
+
+static int call(struct monitor *m, int *at)
+{
+    *at = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+    struct sockaddr_un name = {.sun_family = AF_UNIX, .sun_path = MONITOR_SOCKET};
+    if (*at < 0 || connect(*at, (struct sockaddr *)&name, sizeof name))
+        return fail(m, errno, "no process monitor at %s: %s", MONITOR_SOCKET, strerror(errno));
+    setsockopt(*at, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+    return 0;
+}
+
 int monitor_attach(struct monitor *m, const char *job)
 {
-    m->socket = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-    struct sockaddr_un name = {.sun_family = AF_UNIX, .sun_path = MONITOR_SOCKET};
-    struct timeval patience = {.tv_sec = REPLY_SECONDS};
-    if (m->socket < 0 || connect(m->socket, (struct sockaddr *)&name, sizeof name))
-        return fail(m, errno, "no process monitor at %s: %s", MONITOR_SOCKET, strerror(errno));
-    setsockopt(m->socket, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
-    char text[MESSAGE];
+    pthread_mutex_init(&m->lock, NULL);
+    m->news = m->socket = -1;
+    char text[MESSAGE] = "watch";
+    int error = call(m, &m->socket);
+    if (!error)
+        error = call(m, &m->news);
+    if (!error) /* before it is known which blades there are, so that no loss is missed */
+        error = ask_at(m, m->news, text);
+    if (error)
+        return error;
     snprintf(text, sizeof text, "attach %d %s", (int)getpid(), job);
-    int error = ask(m, text);
+    error = ask(m, text);
     if (error)
         return error;
     char *save = NULL;
@@ -60,6 +86,14 @@ int monitor_attach(struct monitor *m, const char *job)
         if (m->blades < COUNTERS_BLADES)
             snprintf(m->name[m->blades++], COUNTERS_NAME, "%.31s", word);
     return m->blades ? 0 : fail(m, ENOMEM, "the rack has no memory blade");
+}
+
+void monitor_leave(struct monitor *m)
+{
+    if (m->socket >= 0)
+        close(m->socket);
+    if (m->news >= 0)
+        close(m->news);
 }
 
 static void print_gid(char text[33], const union ibv_gid *gid)
@@ -95,16 +129,54 @@ int monitor_connect(struct monitor *m, uint32_t blade, struct fabric *f, struct 
     return error ? fail(m, -error, "no RDMA connection to %s: %s", m->name[blade], strerror(-error)) : 0;
 }
 
-int monitor_region(struct monitor *m, uint64_t bytes, struct region *region)
+int monitor_release(struct monitor *m, uint32_t blade)
 {
     char text[MESSAGE];
-    snprintf(text, sizeof text, "region %lu", (unsigned long)bytes);
+    snprintf(text, sizeof text, "release %s", m->name[blade]);
+    return ask(m, text);
+}
+
+int monitor_region(struct monitor *m, uint64_t bytes, uint32_t copies, uint32_t without, struct place place[COPIES])
+{
+    char text[MESSAGE], *at = text, *save = NULL;
+    at += sprintf(text, "region %lu %u", (unsigned long)bytes, copies);
+    for (uint32_t link = 0; link < m->blades; link++)
+        if (without >> link & 1)
+            at += sprintf(at, " %u", link);
     int error = ask(m, text);
     if (error)
         return error;
-    unsigned long address;
-    if (sscanf(text, "%u %lu %u", &region->link, &address, &region->rkey) != 3 || region->link >= m->blades)
-        return fail(m, EPROTO, "the process monitor's answer makes no sense: %.60s", text);
-    region->address = address;
+    char all[MESSAGE];
+    strcpy(all, text);
+    char *word = strtok_r(text, " ", &save);
+    for (uint32_t i = 0; i < copies; i++) {
+        char *words[3];
+        for (int k = 0; k < 3; k++, word = strtok_r(NULL, " ", &save))
+            words[k] = word ? word : "";
+        place[i].link = (uint32_t)strtoul(words[0], NULL, 10);
+        place[i].address = strtoull(words[1], NULL, 10);
+        place[i].rkey = (uint32_t)strtoul(words[2], NULL, 10);
+        if (!*words[2] || place[i].link >= m->blades)
+            return fail(m, EPROTO, "the process monitor's answer makes no sense: %.60s", all);
+    }
+    return 0;
+}
+
+char monitor_news(struct monitor *m, uint32_t *blade)
+{
+    char text[MESSAGE];
+    while (m->news >= 0) {
+        ssize_t got = recv(m->news, text, sizeof text - 1, MSG_DONTWAIT);
+        if (got < 0)
+            return 0;
+        if (got == 0)
+            break; /* the process monitor has gone */
+        text[got] = 0;
+        char *name = strchr(text, ' ');
+        for (*blade = 0; name && *blade < m->blades; ++*blade)
+            if (!strcmp(m->name[*blade], name + 1))
+                return text[0];
+    }
+    m->news = -1; /* its descriptor is one of those that the program cannot close: it stays until the end */
     return 0;
 }

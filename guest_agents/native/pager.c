@@ -26,7 +26,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { MESSAGES = 16 };
+enum { MESSAGES = 16, DRAIN_MOST = 16 /* faults answered before the pager looks at what else there is to do */ };
 
 static struct lines lines;
 static struct family family;
@@ -84,7 +84,7 @@ static void on_arrival(struct lines *l, size_t page, const char *data)
 static void drain(int uffd)
 {
     struct uffd_msg message;
-    for (;;) {
+    for (int most = DRAIN_MOST; most; most--) {
         while (n_waiting) {
             n_waiting--;
             answer(waiting[n_waiting].uffd, &waiting[n_waiting].message);
@@ -105,21 +105,24 @@ static void *run(void *unused)
     evict_make_room(&lines, 0); /* what the program had filled before is now to be shared with the line buffer */
     pthread_mutex_unlock(&lock);
     for (;;) {
-        struct pollfd watch[1 + 2 * FAMILY_CHILDREN];
+        struct pollfd watch[2 + 2 * FAMILY_CHILDREN];
         nfds_t n = 0;
         pthread_mutex_lock(&lock);
         family_bury(&family);
+        int pause = replica_step(&lines);
         watch[n++] = (struct pollfd){.fd = lines.uffd, .events = POLLIN};
+        watch[n++] = (struct pollfd){.fd = lines.monitor.news, .events = POLLIN};
         n += family_watch(&family, watch + n);
         pthread_mutex_unlock(&lock);
-        if (poll(watch, n, -1) < 0 && errno != EINTR)
+        if (poll(watch, n, n_waiting ? 0 : pause) < 0 && errno != EINTR)
             lines_die("the pager cannot wait for faults: %s", strerror(errno));
         pthread_mutex_lock(&lock);
+        replica_news(&lines);
         drain(lines.uffd);
         for (size_t i = 0; i < family.count; i++)
             if (family.child[i].uffd >= 0)
                 drain(family.child[i].uffd);
-        family_check(&family, watch + 1, n - 1);
+        family_check(&family, watch + 2, n - 2);
         pthread_mutex_unlock(&lock);
     }
     return NULL;
@@ -128,14 +131,12 @@ static void *run(void *unused)
 static int reserve(struct arena *arena, size_t top)
 {
     while (arena->reserved < top) {
-        size_t region = arena->reserved / REGION_PAGES;
-        int error = monitor_region(&lines.monitor, (uint64_t)REGION_PAGES << PAGE_SHIFT, &lines.region[region]);
+        int error = replica_reserve(&lines, &lock);
         if (error == ENOMEM)
             return ENOMEM; /* malloc returns NULL: for the program to say */
         if (error)
             lines_die("%s", lines.monitor.error);
-        lines.count->regions++;
-        arena->reserved = (region + 1) * REGION_PAGES;
+        arena->reserved = lines.regions * REGION_PAGES;
     }
     return 0;
 }
@@ -149,10 +150,23 @@ static void drop(struct arena *arena, size_t page, size_t count)
     pthread_mutex_unlock(&lock);
 }
 
+static void end(void)
+{
+    family_kill(&family);
+}
+
 static void settle(void)
 {
     pthread_mutex_lock(&lock);
     pthread_mutex_unlock(&lock);
+}
+
+static void hush(bool on)
+{
+    if (on)
+        pthread_mutex_lock(&lines.replica.quiet);
+    else
+        pthread_mutex_unlock(&lines.replica.quiet);
 }
 
 static void before_fork(void)
@@ -172,6 +186,7 @@ static void after_fork_child(void)
     family_after_fork_child(&family);
     config->close(lines.uffd);
     config->close(lines.monitor.socket);
+    config->close(lines.monitor.news);
 }
 
 static void before_exit(void)
@@ -212,12 +227,15 @@ static int open_uffd(void)
 static const char *start(struct arena *arena, size_t *excache_pages)
 {
     static char why[400];
+    lines = (struct lines){.uffd = -1};
+    pthread_mutex_init(&lines.replica.quiet, NULL);
     if (*excache_pages < LINES_MIN_PAGES)
         *excache_pages = LINES_MIN_PAGES;
     lines.count = open_counters(config->job, *excache_pages);
     lines.on_busy = on_busy;
     lines.on_arrival = on_arrival;
     family.lines = &lines;
+    lines_end = end;
     family.guard = config->guard;
     family.close = config->close;
     if (!lines.count || monitor_attach(&lines.monitor, config->job))
@@ -227,14 +245,25 @@ static const char *start(struct arena *arena, size_t *excache_pages)
         snprintf(why, sizeof why, "no RDMA device: %s", strerror(-error));
         return why;
     }
+    lines.fabric.other = lines.monitor.news;
     lines.count->blades = lines.monitor.blades;
+    uint32_t connected = 0;
     for (uint32_t i = 0; i < lines.monitor.blades; i++) {
         memcpy(lines.count->blade[i].name, lines.monitor.name[i], COUNTERS_NAME);
         if (fabric_link_create(&lines.fabric, &lines.link[i]))
             return "no more queue pairs";
         if (monitor_connect(&lines.monitor, i, &lines.fabric, &lines.link[i]))
-            return lines.monitor.error;
+            fabric_link_destroy(&lines.link[i]); /* its blade may be dying: others will do */
+        else
+            connected++;
     }
+    if (!connected)
+        return lines.monitor.error;
+    if (connected < config->copies) {
+        snprintf(why, sizeof why, "%u copies need as many memory blades, and there is %u", config->copies, connected);
+        return why;
+    }
+    lines.replica.copies = config->copies;
     arena->reserved = 0;
     if (reserve(arena, arena->top)) {
         arena->reserved = arena->top;
@@ -254,8 +283,8 @@ static const char *start(struct arena *arena, size_t *excache_pages)
         close(uffd);
         return why;
     }
-    const int ours[] = {uffd, lines.monitor.socket, lines.fabric.channel->fd, lines.fabric.context->cmd_fd,
-                        lines.fabric.context->async_fd};
+    const int ours[] = {uffd, lines.monitor.socket, lines.monitor.news, lines.fabric.channel->fd,
+                        lines.fabric.context->cmd_fd, lines.fabric.context->async_fd};
     for (size_t i = 0; i < sizeof ours / sizeof *ours; i++)
         config->guard(ours[i]);
     lines_adopt(&lines, uffd);
@@ -266,6 +295,7 @@ static const struct pager pager = {
     .reserve = reserve,
     .drop = drop,
     .settle = settle,
+    .hush = hush,
     .before_fork = before_fork,
     .after_fork_parent = after_fork_parent,
     .after_fork_child = after_fork_child,
@@ -279,6 +309,9 @@ const struct pager *pager_start(struct arena *arena, const struct pager_config *
     const char *why = start(arena, &excache_pages);
     if (why) {
         dprintf(STDERR_FILENO, "rackless: no remote memory: %s\n", why);
+        for (uint32_t i = 0; i < lines.monitor.blades; i++)
+            fabric_link_destroy(&lines.link[i]);
+        monitor_leave(&lines.monitor); /* what it lent us goes back: the program may try again */
         return NULL;
     }
     sigset_t all, before;

@@ -11,6 +11,7 @@
 
 struct pager_config {
     size_t excache_pages;
+    uint32_t copies;                /* of every page, on as many memory blades: 1 or 2 */
     const char *job;                /* directory for the counters of this program */
     void (*enter_thread)(void);     /* to be called first in a thread that must not use managed memory */
     void (*guard)(int file);        /* keep a descriptor open whatever the program closes */
@@ -24,6 +25,8 @@ struct pager {
     void (*drop)(struct arena *arena, size_t page, size_t count);
     /* Returns when no eviction that began before is under way. */
     void (*settle)(void);
+    /* Around fork and taking the heaps' locks for it: in between, the pager asks for no memory. */
+    void (*hush)(bool on);
     /* Around fork: `before` in the parent, then one of the others. The child's pages are served by its parent. */
     void (*before_fork)(void);
     void (*after_fork_parent)(void);

@@ -2,6 +2,7 @@
  *
  * RACKLESS_EXCACHE   bytes of the ExCache; without it nothing is ever paged
  * RACKLESS_JOB       directory for counters
+ * RACKLESS_REPLICAS  copies of remote memory; 1 without it
  */
 #define _GNU_SOURCE
 #include "shim.h"
@@ -29,6 +30,7 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 static _Thread_local bool thread_is_local __attribute__((tls_model("initial-exec")));
 
 static size_t excache_pages;
+static uint32_t copies = 1;
 static char job[200];
 static char pager_path[300];
 static const struct pager *pager;   /* once paging */
@@ -52,6 +54,7 @@ static void load_pager(void)
     config = config_template;
     config.excache_pages = excache_pages;
     config.job = job;
+    config.copies = copies;
     bool before = thread_is_local;
     thread_is_local = true; /* what libraries allocate now, the pager thread may use */
     void *library = dlopen(pager_path, RTLD_NOW | RTLD_LOCAL);
@@ -120,6 +123,9 @@ static void start(void)
     const char *excache = getenv("RACKLESS_EXCACHE"), *where = getenv("RACKLESS_JOB");
     if (!excache || !where)
         return;
+    const char *replicas = getenv("RACKLESS_REPLICAS");
+    if (replicas && !strcmp(replicas, "2"))
+        copies = 2;
     excache_pages = strtoull(excache, NULL, 10) >> PAGE_SHIFT;
     snprintf(job, sizeof job, "%s", where);
     if (excache_pages)
@@ -144,8 +150,13 @@ struct heap *shim_managed(const void *address)
 
 /* ---- fork ---- */
 
+static _Thread_local bool hushed __attribute__((tls_model("initial-exec")));
+
 static void before_fork(void)
 {
+    hushed = pager && !is_child;
+    if (hushed)
+        pager->hush(true);
     pthread_mutex_lock(&managed.lock);
     pthread_mutex_lock(&local.lock);
     if (pager && !is_child)
@@ -158,6 +169,8 @@ static void after_fork_parent(void)
         pager->after_fork_parent();
     pthread_mutex_unlock(&local.lock);
     pthread_mutex_unlock(&managed.lock);
+    if (hushed)
+        pager->hush(false);
 }
 
 static void after_fork_child(void)

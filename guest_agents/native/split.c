@@ -236,7 +236,7 @@ static _Noreturn void become(char **argv)
 /* ---- commands ---- */
 
 struct options {
-    const char *excache, *stats, *vnode, *directory;
+    const char *excache, *replicas, *stats, *vnode, *directory;
 };
 
 static void set_variable(char *text)
@@ -252,9 +252,9 @@ static void set_variable(char *text)
 static int read_options(int argc, char **argv, struct options *o)
 {
     static const struct option known[] = {
-        {"excache", required_argument, NULL, 'e'}, {"stats", required_argument, NULL, 's'},
-        {"vnode", required_argument, NULL, 'v'}, {"cwd", required_argument, NULL, 'c'},
-        {"env", required_argument, NULL, 'E'}, {0}};
+        {"excache", required_argument, NULL, 'e'}, {"replicas", required_argument, NULL, 'r'},
+        {"stats", required_argument, NULL, 's'}, {"vnode", required_argument, NULL, 'v'},
+        {"cwd", required_argument, NULL, 'c'}, {"env", required_argument, NULL, 'E'}, {0}};
     for (int c; (c = getopt_long(argc, argv, "+", known, NULL)) != -1;) {
         if (c == 'e')
             o->excache = optarg;
@@ -266,6 +266,8 @@ static int read_options(int argc, char **argv, struct options *o)
             o->directory = optarg;
         else if (c == 'E')
             set_variable(optarg);
+        else if (c == 'r')
+            o->replicas = optarg;
         else
             exit(USAGE);
     }
@@ -274,6 +276,8 @@ static int read_options(int argc, char **argv, struct options *o)
     char *end;
     if (o->excache && (strtoull(o->excache, &end, 10) == 0 || *end))
         die(USAGE, "--excache takes a number of bytes, not '%s'%s", o->excache, "");
+    if (strcmp(o->replicas, "1") && strcmp(o->replicas, "2"))
+        die(USAGE, "--replicas takes 1 or 2, not '%s'%s", o->replicas, "");
     if (strpbrk(o->vnode, " \t\n"))
         die(USAGE, "'%s' cannot name a vNode%s", o->vnode, "");
     return optind;
@@ -292,7 +296,7 @@ static void tell_begin(int monitor, char **argv)
 static int run(int argc, char **argv)
 {
     const char *own = getenv("RACKLESS_VNODE");
-    struct options o = {.vnode = own && *own ? own : "default"};
+    struct options o = {.replicas = "1", .vnode = own && *own ? own : "default"};
     argv += read_options(argc, argv, &o);
 
     char here[PATH_MAX], stats_path[2 * PATH_MAX];
@@ -328,6 +332,7 @@ static int run(int argc, char **argv)
         sigprocmask(SIG_SETMASK, &before, NULL);
         setenv("RACKLESS_EXCACHE", size, 1);
         setenv("RACKLESS_JOB", job, 1);
+        setenv("RACKLESS_REPLICAS", o.replicas, 1);
         setenv("RACKLESS_VNODE", o.vnode, 1);
         if (strcmp(root, "-")) {
             enter_root(root);
@@ -377,8 +382,8 @@ int main(int argc, char **argv)
         return ps();
     if ((argc == 3 || argc == 4) && !strcmp(argv[1], "kill"))
         return send_signal(argv[2], argc == 4 ? argv[3] : "TERM");
-    fputs("usage: split run [--vnode NAME] [--excache BYTES] [--stats FILE] [--cwd DIR] [--env NAME=VALUE]...\n"
-          "                 [--] COMMAND [ARGUMENT...]\n"
+    fputs("usage: split run [--vnode NAME] [--excache BYTES] [--replicas 1|2] [--stats FILE] [--cwd DIR]\n"
+          "                 [--env NAME=VALUE]... [--] COMMAND [ARGUMENT...]\n"
           "       split ps\n"
           "       split kill ID [SIGNAL]\n", stderr);
     return USAGE;

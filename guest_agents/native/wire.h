@@ -4,14 +4,19 @@
 
 #include "lines.h"
 
-enum { ID_MISS = 1, ID_PEEK = 2 }; /* kinds of READ: index of lines->landed */
+/* Ask for `count` pages, which lie in one vRegion, from its first place into registered memory, as request `id`; and
+ * behind that, if `flush`, send up to FLUSH_PAGES dirty pages of that blade. */
+void wire_read(struct lines *l, size_t page, size_t count, char *to, unsigned id, bool flush);
 
-/* A READ of `count` pages, which lie in one vRegion, into registered memory; to be posted. */
-struct ibv_send_wr wire_read(struct lines *l, size_t page, size_t count, struct ibv_sge *sge, char *to, uint64_t id);
+/* Wait until READ `id` has been answered, by another blade if need be. */
+void wire_await(struct lines *l, unsigned id);
 
-/* Post `read` (may be NULL) and, behind it, up to FLUSH_PAGES dirty pages of that blade, oldest first: one system
- * call, one wait. Adjacent pages share a WRITE. Returns the number of pages flushed. */
-uint32_t wire_post(struct lines *l, uint32_t link, struct ibv_send_wr *read, bool flush);
+/* Copy `n` <= RUN_PAGES pages of one vRegion from its first to its second place, by way of l->landing: two round trips.
+ * False if the second blade was lost before it had them all. */
+bool wire_copy(struct lines *l, const size_t *page, uint32_t n);
+
+/* What was under way to this blade has failed: its queue pair has gone. */
+void wire_give_up(struct lines *l, uint32_t link);
 
 /* Start flushing the blades that have at least so many dirty pages waiting. */
 void wire_flush(struct lines *l, size_t at_least);
@@ -20,7 +25,7 @@ void wire_flush(struct lines *l, size_t at_least);
  * touched again. Divided by two, those worth sending along with a READ to that blade. */
 size_t wire_fair_share(const struct lines *l, size_t divisor);
 
-/* Take note of what has completed; if `wait`, of one thing at least. */
+/* Take note of what has completed; if `wait` and something is under way, of one thing at least. */
 void wire_reap(struct lines *l, bool wait);
 
 static inline char *slot_data(const struct lines *l, size_t slot)

@@ -48,9 +48,13 @@ def _link(fd: int) -> str:
 
 
 class Completions:
-    """A completion queue with a channel of its own (pyverbs raises if a channel serves two queues)."""
+    """A completion queue with a channel of its own (pyverbs raises if a channel serves two queues).
 
-    def __init__(self, device: Device, depth: int = 256) -> None:
+    solicited -- sleep until a SEND comes that is marked so, or something fails: one's own SENDs wake nobody
+    """
+
+    def __init__(self, device: Device, depth: int = 256, solicited: bool = False) -> None:
+        self._solicited = solicited
         self._channel, self.fd = _channel(device)
         self.cq: Any = CQ(device.context, depth, None, self._channel, 0)
         self._poller = select.poll()
@@ -65,7 +69,7 @@ class Completions:
         if got:
             return list(entries)
         while True:
-            self.cq.req_notify()
+            self.cq.req_notify(self._solicited)
             got, entries = self.cq.poll(most)  # what came before arming raises no event
             if got:
                 return list(entries)

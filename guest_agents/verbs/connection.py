@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from pyverbs.addr import AHAttr, GlobalRoute
@@ -26,6 +27,9 @@ RETRIES = 6
 """A dead peer is noticed after about 7 s. 7 would mean for ever, for receiver-not-ready."""
 RNR_TIMER = 12
 """0.64 ms until a sender tries again after receiver-not-ready."""
+_SEND, _READ, _WRITE = int(E.IBV_WR_SEND), int(E.IBV_WR_RDMA_READ), int(E.IBV_WR_RDMA_WRITE)
+_SIGNALED = int(E.IBV_SEND_SIGNALED)
+_SOLICITED = int(E.IBV_SEND_SOLICITED)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Connection:
     def __init__(self, device: Device, completions: Completions, depth: int = 64) -> None:
         self._device = device
         cap = QPCap(max_send_wr=depth, max_recv_wr=depth, max_send_sge=1, max_recv_sge=1)
-        init = QPInitAttr(qp_type=E.IBV_QPT_RC, scq=completions.cq, rcq=completions.cq, cap=cap)
+        init = QPInitAttr(qp_type=E.IBV_QPT_RC, scq=completions.cq, rcq=completions.cq, cap=cap, sq_sig_all=0)
         self._qp: Any = QP(device.pd, init)
         self._psn = secrets.randbits(24)
         self.address = Address(int(self._qp.qp_num), self._psn, device.gid)
@@ -83,34 +87,47 @@ class Connection:
 
     def post_receive(self, wr_id: int, address: int, length: int, lkey: int) -> None:
         """Offer a buffer for one SEND of the peer."""
-        self._qp.post_recv(RecvWR(wr_id=wr_id, num_sge=1, sg=[SGE(address, length, lkey)]))
+        self._qp.post_recv(_receive_request(wr_id, address, length, lkey))
 
-    def post_send(self, wr_id: int, address: int, length: int, lkey: int) -> None:
-        """SEND one message."""
-        self._post(E.IBV_WR_SEND, wr_id, address, length, lkey)
+    def post_send(
+        self, wr_id: int, address: int, length: int, lkey: int, solicited: bool = False, signaled: bool = True
+    ) -> None:
+        """SEND one message.
+
+        solicited -- wake a peer that only waits for such
+        signaled -- have a completion for it; without one only if it fails. Some must be: they free what the others used
+        """
+        flags = (_SIGNALED if signaled else 0) | (_SOLICITED if solicited else 0)
+        self._qp.post_send(_send_request(_SEND, wr_id, address, length, lkey, flags))
 
     def post_read(self, wr_id: int, address: int, length: int, lkey: int, remote: int, rkey: int) -> None:
         """RDMA READ `length` bytes at `remote` into `address`."""
-        self._post(E.IBV_WR_RDMA_READ, wr_id, address, length, lkey, remote, rkey)
+        self._qp.post_send(_send_request(_READ, wr_id, address, length, lkey, _SIGNALED, remote, rkey))
 
     def post_write(self, wr_id: int, address: int, length: int, lkey: int, remote: int, rkey: int) -> None:
         """RDMA WRITE `length` bytes at `address` to `remote`."""
-        self._post(E.IBV_WR_RDMA_WRITE, wr_id, address, length, lkey, remote, rkey)
-
-    def _post(
-        self, opcode: Any, wr_id: int, address: int, length: int, lkey: int, remote: int = 0, rkey: int = 0
-    ) -> None:
-        request = SendWR(
-            wr_id=wr_id,
-            opcode=opcode,
-            num_sge=1,
-            sg=[SGE(address, length, lkey)],
-            send_flags=E.IBV_SEND_SIGNALED,
-        )
-        if rkey:
-            request.set_wr_rdma(rkey, remote)
-        self._qp.post_send(request)
+        self._qp.post_send(_send_request(_WRITE, wr_id, address, length, lkey, _SIGNALED, remote, rkey))
 
     def close(self) -> None:
         """Destroy the queue pair; what is in flight is lost."""
         self._qp.close()
+
+
+# Posting copies a request, so one can be posted many times, and a channel's buffers make the same few again and again.
+# Without KVM to make one costs a quarter of a millisecond, mostly pyverbs looking up a logger for each of its parts.
+
+
+@lru_cache(maxsize=256)
+def _receive_request(wr_id: int, address: int, length: int, lkey: int) -> Any:
+    return RecvWR(wr_id=wr_id, num_sge=1, sg=[SGE(address, length, lkey)])
+
+
+@lru_cache(maxsize=256)
+def _send_request(
+    opcode: int, wr_id: int, address: int, length: int, lkey: int, flags: int, remote: int = 0, rkey: int = 0
+) -> Any:
+    sge = SGE(address, length, lkey)
+    request = SendWR(wr_id=wr_id, opcode=opcode, num_sge=1, sg=[sge], send_flags=flags)
+    if rkey:
+        request.set_wr_rdma(rkey, remote)
+    return request

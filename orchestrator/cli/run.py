@@ -35,13 +35,17 @@ def run(
     excache: Annotated[
         str | None, typer.Option(metavar="SIZE", help='Local memory of the program, such as "16 MiB".')
     ] = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, max=2, metavar="N", help="Memory blades that keep each page: 1 or 2.")
+    ] = None,
     stats: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the run's counters here, as JSON.")] = None,
     rack: RackOption = None,
 ) -> None:
     """Run an unmodified program on a processor blade.
 
     Its stdin, stdout, stderr and exit code are yours. It starts in /vnode, where the files of its vNode are;
-    its memory beyond the ExCache is on the memory blades.
+    its memory beyond the ExCache is on the memory blades. With --replicas 2 each page is on two of them, and
+    the death of one does not end the program.
     """
     from orchestrator.managers import place
     from orchestrator.remote_run import Job, run_job
@@ -61,7 +65,7 @@ def run(
     ssh_config = current.ssh_config()
     open_shared_connection(current.paths, ssh_config, on, address)
     ssh = ("ssh", "-F", str(ssh_config))
-    raise typer.Exit(run_job(Job(ssh, on, command, size, stats, vnode=vnode, cwd=cwd, env=env or [])))
+    raise typer.Exit(run_job(Job(ssh, on, command, size, replicas, stats, vnode=vnode, cwd=cwd, env=env or [])))
 
 
 def parse_excache(text: str | None) -> int | None:

@@ -41,7 +41,7 @@ def lite(bench: Bench) -> Iterator[Rack]:
     bench.rackless("up", str(file))
     rack = Rack(bench, name, file)
     for blade in BLADES:
-        _copy_programs(rack, blade)
+        copy_programs(rack, blade)
     yield rack
     bench.rackless("down", name)
 
@@ -384,7 +384,7 @@ def test_a_blade_that_loses_its_power(lite: Rack) -> None:
     assert seconds < DEAD_AFTER + 5
     assert [owner.hear(), owner.hear()] == ["8", "NODE_DEAD"]
     owner.end()
-    _power_on(lite, "mb1")
+    power_on(lite, "mb1")
     again = Program(lite, "pb0", "m = node.malloc(65536, on='mb1'); m.write(b'x'); say(m.read(1).decode())")
     assert again.end() == "x"
     assert_books_are_empty(lite)
@@ -418,7 +418,7 @@ def test_soak(lite: Rack) -> None:
             power(lite, "mb1", "destroy")
             running = {number: blade for number, blade in running.items() if blade != "mb1"}
             time.sleep(DEAD_AFTER)
-            _power_on(lite, "mb1")
+            power_on(lite, "mb1")
             start("mb1")
             cut = cut + 150 if cut + 150 < SOAK_SECONDS else 0
         number = chance.choice(sorted(running))
@@ -454,12 +454,12 @@ def _kill_agent(rack: Rack, blade: str) -> None:
         time.sleep(0.5)
 
 
-def _power_on(rack: Rack, blade: str) -> None:
+def power_on(rack: Rack, blade: str) -> None:
     rack.bench.rackless("up", str(rack.file))
-    _copy_programs(rack, blade)
+    copy_programs(rack, blade)
 
 
-def _copy_programs(rack: Rack, blade: str) -> None:
+def copy_programs(rack: Rack, blade: str) -> None:
     for program in PROGRAMS.glob("*.py"):
         rack("cp", str(program), f"{blade}:/root/{program.name}")
 

@@ -36,7 +36,9 @@ from guest_agents.lite.tier import Settings, Tier
 from guest_agents.membership import Manager, Membership, Timing
 
 SECRET = b"s" * 32
-FAST = Timing(0.1, 2.0)
+PATIENT = Timing(0.1, 20.0)
+"""A process that shares its machine may well be held up for seconds: nobody shall die of that."""
+_NOTICED_SECONDS = 0.5
 
 
 class Slab:
@@ -302,8 +304,11 @@ class Blade:
         assert self.membership.joined.wait(10)
         return self
 
-    def kill(self) -> None:
-        """The blade loses its power: it answers nobody, and its memory cannot be reached."""
+    def kill(self, *, noticed: bool = True) -> None:
+        """The blade loses its power: it answers nobody, and its memory cannot be reached. `noticed`: the manager
+        declares it dead, after a while that is shorter than its silence would have to be."""
+        if noticed and self.manager is None:
+            threading.Timer(_NOTICED_SECONDS, self.declare_dead).start()
         self.core.gone = True
         self.membership._left = True
         if self.manager is not None:
@@ -312,6 +317,14 @@ class Blade:
         for node in range(1, len(self.rack.expected) + 1):  # its threads, which cannot be killed, can talk to nobody
             self.tier.links.end(node, 1 << 40)
         self.tier.clients.close()
+
+    def declare_dead(self) -> None:
+        """What the manager does when it has heard nothing from it for too long."""
+        manager, life = self.rack["gm0"].manager, self.membership
+        assert manager is not None
+        assert life.incarnation is not None
+        with manager._change:
+            manager._end(life.node_id, life.incarnation, "it is silent")
 
     def client(self) -> Program:
         return Program(self)
@@ -361,7 +374,7 @@ class Program:
 class Rack:
     """Blades by name; gm0 is the manager."""
 
-    def __init__(self, folder: Path, names: list[str], memory: int = 16 << 20, timing: Timing = FAST) -> None:
+    def __init__(self, folder: Path, names: list[str], memory: int = 16 << 20, timing: Timing = PATIENT) -> None:
         self.folder, self.memory, self.timing = folder, memory, timing
         self.fabric = Fabric()
         self.manager_address = "127.0.0.1"
@@ -382,7 +395,7 @@ class Rack:
 
     def close(self) -> None:
         for blade in self.blades.values():
-            blade.kill()
+            blade.kill(noticed=False)
 
 
 def eventually(condition: Callable[[], object], seconds: float = 15) -> None:

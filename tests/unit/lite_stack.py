@@ -21,12 +21,19 @@ def _core(_fabric: object) -> Core:
 @contextmanager
 def stack(folder: Path, library: Path, *names: str) -> Iterator[dict[str, str]]:
     """Blades with these names, the first the manager; for each the path of its socket for programs."""
+    with whole(folder, library, *names) as rack:
+        yield {name: str(blade.tier.settings.socket) for name, blade in rack.blades.items()}
+
+
+@contextmanager
+def whole(folder: Path, library: Path, *names: str) -> Iterator[lite_blades.Rack]:
+    """The same, with all of each blade in reach."""
     with (
         mock.patch.object(core, "LIBRARY", library),
         mock.patch.object(lite_blades, "StandInCore", _core),
     ):
         rack = lite_blades.Rack(folder, list(names), memory=MEMORY)
         try:
-            yield {name: str(blade.tier.settings.socket) for name, blade in rack.blades.items()}
+            yield rack
         finally:
             rack.close()

@@ -109,7 +109,10 @@ class Blade:
         self.desk_path = self.rack.folder / f"{self.name}.sock"
         self.belonging = Belonging(self.name, self.line.holder, self._root, self._call_other)
         # As in an agent; the port is known when the first blade serves.
-        lender = Lender(self.name, SECRET, lambda: self._peers("memory"), self.rack.port, self.node.introduction)
+        self.lender = lender = Lender(self.name, SECRET, lambda: self._peers("memory"), self.rack.port,
+                                      self.node.introduction)  # fmt: skip
+        self.membership.watch(lambda: lender.members(
+            {member["name"]: member["incarnation"] for member in self.membership.of_kind("memory")}))  # fmt: skip
         jobs = self.rack.folder / f"{self.name}.jobs"
         Desk(self.desk_path, Stock(jobs, lambda: 64 << 20, lender, self.belonging, dict)).start()
 
@@ -176,6 +179,10 @@ class Rack:
         eventually(lambda: all(
             {(m["name"], m["incarnation"]) for m in blade.membership.members if m["state"] == "alive"} == living
             for blade in self.blades.values()))  # fmt: skip
+        memory = {name: life for name, life in living if KINDS[name[:2]] == "memory"}
+        for blade in self.blades.values():
+            if blade.kind == "processor":
+                eventually(lambda lender=blade.lender: {name: lender.life(name) for name in memory} == memory)  # type: ignore[misc]
 
     def restart(self, *names: str, forgetting: bool = False) -> None:
         """New agents, all at once; `forgetting`: on blades made anew."""

@@ -289,7 +289,7 @@ class StandIn:
                 if op in (Op.RECEIVE, Op.REPLY_RECEIVE):
                     out, value = self._receive(arg0, arg1, flags, timeout, tag, cancelled)
                     value2 = NODE_ID
-                elif op < Op.FENCE:
+                elif op <= Op.WRITEV:
                     out, value = self._memory(process, Op(op), handle, offset, length, arg0, arg1, data, segments)
                 if out and not flags & Flag.INLINE_REPLY:
                     self._store(process, place, buffer, out[:room])

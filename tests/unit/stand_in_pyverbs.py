@@ -59,14 +59,14 @@ class _Queue(_Thing):
     def poll(self, most: int) -> tuple[int, list[Any]]:
         return 0, []
 
-    def req_notify(self) -> None: ...
+    def req_notify(self, solicited: bool) -> None: ...
 
 
 NAMES = {"addr": ("GID", "AHAttr", "GlobalRoute"), "qp": ("QPAttr", "QPCap", "QPInitAttr"), "mr": ("MR",),
          "wr": ("SGE", "RecvWR", "SendWR"), "device": ("Context",), "pd": ("PD",)}  # fmt: skip
-ENUMS = ("IBV_QPT_RC", "IBV_WR_SEND", "IBV_WR_RDMA_READ", "IBV_WR_RDMA_WRITE", "IBV_SEND_SIGNALED", "IBV_WC_SUCCESS",
-         "IBV_ACCESS_LOCAL_WRITE", "IBV_ACCESS_REMOTE_READ", "IBV_ACCESS_REMOTE_WRITE",
-         "IBV_ACCESS_REMOTE_ATOMIC")  # fmt: skip
+ENUMS = ("IBV_QPT_RC", "IBV_WR_SEND", "IBV_WR_RDMA_READ", "IBV_WR_RDMA_WRITE", "IBV_SEND_SIGNALED",
+         "IBV_SEND_SOLICITED", "IBV_WC_SUCCESS", "IBV_ACCESS_LOCAL_WRITE", "IBV_ACCESS_REMOTE_READ",
+         "IBV_ACCESS_REMOTE_WRITE", "IBV_ACCESS_REMOTE_ATOMIC")  # fmt: skip
 
 
 def install() -> None:

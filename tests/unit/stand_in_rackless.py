@@ -20,6 +20,7 @@ shift
 while [ "$1" != -- ]; do
     case $1 in
     --excache) excache=$2 ;;
+    --replicas) replicas=$2 ;;
     --stats) stats=$2 ;;
     --cwd) cd "$2" || exit 125 ;;
     --env) export "$2" ;;
@@ -28,7 +29,7 @@ while [ "$1" != -- ]; do
     shift 2
 done
 shift
-[ -z "$stats" ] || echo "{\\"misses\\": 1, \\"excache\\": \\"$excache\\"}" > "$stats"
+[ -z "$stats" ] || echo "{\\"misses\\": 1, \\"excache\\": \\"$excache\\", \\"replicas\\": \\"$replicas\\"}" > "$stats"
 exec "$@"
 """
 

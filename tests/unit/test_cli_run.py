@@ -65,9 +65,10 @@ def test_run_passes_output_on_as_it_comes_and_waits_for_no_stdin(rackless: Rackl
 @pytest.mark.netns
 def test_run_writes_stats_here_and_leaves_nothing_there(rackless: Rackless) -> None:
     stats = rackless.folder / "stats.json"
-    done = rackless("run", "--on", "pb0", "--excache", "16MiB", "--stats", stats, "--", "sh", "-c", "exit 3")
+    options = ("--excache", "16MiB", "--replicas", "2", "--stats", stats)
+    done = rackless("run", "--on", "pb0", *options, "--", "sh", "-c", "exit 3")
     assert done.returncode == 3
-    assert json.loads(stats.read_text()) == {"misses": 1, "excache": str(16 << 20)}
+    assert json.loads(stats.read_text()) == {"misses": 1, "excache": str(16 << 20), "replicas": "2"}
     assert not list(Path("/tmp").glob("rackless-run-*"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -79,7 +80,7 @@ def test_log_entries_around_the_end(blades: Sockets) -> None:
     """Random sizes against a model, single process: every wrap of header, payload and transaction."""
     rand = random.Random(5)
     with lite.connect(blades["pb0"]) as node:
-        made = log.Log.create(node, "ring", 240)
+        made = log.Log.create(node, "ring", 13 * log.UNIT)
         expected: list[bytes] = []
         for _ in range(400):
             batch = [rand.randbytes(rand.randrange(40)) for _ in range(rand.randrange(1, 4))]
@@ -89,26 +90,121 @@ def test_log_entries_around_the_end(blades: Sockets) -> None:
                 assert [entry for _, entry in made.committed(made.number(log.HEAD))] == expected
                 assert made.clean(2) == expected[:2]
                 del expected[:2]
-            while sum(8 + len(entry) + -len(entry) % 8 for entry in expected) > 100:
+            while sum(max(1, -(-len(entry) // log.UNIT)) for entry in expected) > 7:
                 expected = expected[len(made.clean(1)) :]
         with pytest.raises(lite.BadArgument):
-            made.append([bytes(300)])
+            made.append([bytes(made.capacity + 1)])
         made.append([bytes(100)])
         with pytest.raises(lite.TimedOut, match="full"):
-            made.append([bytes(200)], timeout=0.1)
+            made.append([bytes(made.capacity - 31)], timeout=0.1)
 
 
 def test_an_uncommitted_entry_is_not_seen(blades: Sockets) -> None:
     with lite.connect(blades["pb0"]) as node:
         made = log.Log.create(node, "torn", 240)
         made.append([b"whole"])
-        position = made.append([b"torn", b"same transaction"])
+        place = log.INDEX + made.append([b"torn", b"same transaction"]) // log.UNIT * log.WORD.size
         for kept in range(8):  # of the commit word, as if a reader saw a part of it
-            word = node.map("torn").read(8, at=log.RING + position)
-            node.map("torn").write(word[:kept] + bytes(8 - kept), at=log.RING + position)
+            word = node.map("torn").read(8, at=place)
+            node.map("torn").write(word[:kept] + bytes(8 - kept), at=place)
             assert [entry for _, entry in made.committed(0)] == [b"whole"]
-            node.map("torn").write(word, at=log.RING + position)
+            node.map("torn").write(word, at=place)
         assert len(list(made.committed(0))) == 3
+
+
+DYING = """
+import os, signal, sys
+from guest_agents import lite
+from guest_agents.lite.apps.log import Log
+where, cause = sys.argv[1:3]
+with lite.connect() as node:
+    log = Log.open(node, sys.argv[3])
+    memory = log.memory
+    def stop(*_, **__):
+        print("there", flush=True)
+        os.kill(os.getpid(), getattr(signal, cause))
+        setattr(memory, where, before)  # for who comes back
+        return before(*_, **__)
+    before = getattr(memory, where)
+    setattr(memory, where, stop)
+    log.append([b"never committed" * 9, b"nor this"])
+    print("appended", flush=True)
+"""
+
+
+def hold(socket: str, name: str, where: str, cause: str) -> subprocess.Popen[str]:
+    """A writer that is killed or stopped after it has reserved its place: before `where`, an operation of its LMR."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", DYING, where, cause, name], stdout=subprocess.PIPE, text=True, cwd=PROJECT,
+        env={**os.environ, "RACKLESS_LITE": socket},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "there\n"
+    return process
+
+
+@pytest.mark.parametrize("where", ["scatter", "write"])  # before anything is written; only the commit is missing
+def test_a_writer_that_dies_before_it_commits_is_left_out(blades: Sockets, where: str) -> None:
+    name = f"gap-{where}"
+    with lite.connect(blades["gm0"]) as node:
+        made = log.Log.create(node, name, 40 * log.UNIT, "mb0")
+        made.append([b"before"])
+        first = hold(blades["pb0"], name, where, "SIGKILL")
+        made.append([b"between", b"as well"])
+        others = [hold(blades["pb1"], name, where, "SIGKILL") for _ in range(2)]
+        made.append([b"after"])
+        last = hold(blades["pb0"], name, where, "SIGKILL")
+        for process in (first, *others, last):
+            output_of_the_dead(process)
+        assert [entry for _, entry in made.committed(0)] == [b"before"], "it stops at the gap"
+        assert made.clean(10, patience=0) == [b"before"]
+        assert made.clean(10, patience=0) == [], "now it waits"
+        assert made.clean(10, patience=0) == [], "and now it has waited long enough"
+        assert made.clean(2, patience=0) == [b"between", b"as well"]
+        assert made.clean(10, patience=0) == [b"after"]
+        assert made.number(log.HEAD) == made.number(log.TAIL), "the gap at the end is no gap any more"
+        for turn in range(60):  # more than once around: nothing of the dead is left in the ring
+            made.append([b"%d" % turn, bytes(40)])
+            assert made.clean(10) == [b"%d" % turn, bytes(40)]
+        node.map(name, lite.Permission.ADMIN).free()
+
+
+def test_a_writer_that_was_only_stopped_writes_nothing_into_what_others_have_now(blades: Sockets) -> None:
+    """It appends anew when it wakes, whatever it was about to do."""
+    with lite.connect(blades["gm0"]) as node:
+        for where in ("scatter", "write"):
+            name = f"slow-{where}"
+            made = log.Log.create(node, name, 12 * log.UNIT, "mb0")
+            slow = hold(blades["pb0"], name, where, "SIGSTOP")
+            made.append([b"other"])
+            made.mend()
+            assert made.clean(10) == [b"other"]
+            for turn in range(20):  # the others use its place, several times
+                made.append([b"%d" % turn, bytes(60)])
+                assert made.clean(10) == [b"%d" % turn, bytes(60)]
+            made.append([b"last"])
+            slow.send_signal(signal.SIGCONT)
+            assert output(slow) == "appended\n"
+            assert made.clean(10) == [b"last", b"never committed" * 9, b"nor this"]
+            node.map(name, lite.Permission.ADMIN).free()
+
+
+def test_a_mender_that_dies_can_be_followed_by_another(blades: Sockets) -> None:
+    with lite.connect(blades["gm0"]) as node, lite.connect(blades["pb0"]) as other:
+        made = log.Log.create(node, "mended", 40 * log.UNIT, "mb0")
+        writer = log.Log.open(other, "mended")
+        output_of_the_dead(hold(blades["pb1"], "mended", "scatter", "SIGKILL"))
+        made.memory.revoke(lite.Permission.WRITE | lite.Permission.ATOMIC)  # and it is gone
+        with pytest.raises(lite.TimedOut, match="mended"):
+            writer.append([b"x"], timeout=0.1)
+        made.mend()
+        writer.append([b"y"])
+        assert made.clean(10) == [b"y"]
+
+
+def output_of_the_dead(process: subprocess.Popen[str]) -> None:
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_mapreduce(blades: Sockets, tmp_path: Path) -> None:

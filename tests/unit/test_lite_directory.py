@@ -14,7 +14,9 @@ import pytest
 
 from guest_agents.control import Message
 from guest_agents.lite import errors
+from guest_agents.lite.links import Links
 from guest_agents.lite.records import cut
+from guest_agents.membership import Life
 from tests.unit.lite_blades import Program, Rack, eventually
 
 ALL = 31
@@ -356,10 +358,7 @@ def test_a_blade_that_was_paused_begins_anew(rack: Rack, monkeypatch: pytest.Mon
     paused.call("lock_create", name="door", home="mb0")
     paused.call("lock", name="door")
     life = rack["mb1"].membership.incarnation
-    manager = rack["gm0"].manager
-    assert manager is not None
-    with manager._change:  # as its silence would
-        manager._end(3, life or 0, "it was paused")
+    rack["mb1"].declare_dead()
     eventually(lambda: rack["mb1"].membership.incarnation != life and rack["mb1"].membership.joined.is_set())
     for handle in (mapped, mine["handle"]):
         with pytest.raises(errors.NodeDead):
@@ -433,3 +432,31 @@ def _error(action: object) -> type[BaseException] | None:
     except errors.LiteError as failure:
         return type(failure)
     return None
+
+
+def test_a_connection_that_is_being_made_ends_with_the_life_it_is_for() -> None:
+    """A blade without power refuses nothing: it is silent, while one connects and while one says who one is."""
+    with socket.socket() as full, socket.socket() as silent:
+        for listening in (full, silent):
+            listening.bind(("127.0.0.1", 0))
+            listening.listen(0)
+        with socket.create_connection(full.getsockname()):  # now its queue is full: nobody else gets an answer
+            for listening in (full, silent):
+                links = Links(b"s" * 32, lambda: None, lambda _life, to=listening: to.getsockname())  # type: ignore[misc]
+                outcome: list[type[BaseException]] = []
+
+                def ask(links: Links = links, outcome: list[type[BaseException]] = outcome) -> None:
+                    try:
+                        links.call(Life(3, 7), "lite.wake")
+                    except errors.LiteError as failure:
+                        outcome.append(type(failure))
+
+                asking = threading.Thread(target=ask)
+                asking.start()
+                eventually(lambda links=links: links._opening)  # type: ignore[misc]
+                time.sleep(0.1)
+                assert asking.is_alive()
+                links.end(3, 7)
+                asking.join(5)
+                assert outcome == [errors.NodeDead]
+                assert not links._opening

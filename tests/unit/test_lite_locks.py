@@ -13,7 +13,7 @@ import pytest
 
 from guest_agents.control import Message
 from guest_agents.lite import errors
-from guest_agents.membership import Life
+from guest_agents.membership import Follower, Life
 from tests.unit.lite_blades import Program, Rack, eventually
 
 
@@ -151,6 +151,29 @@ def test_the_lock_of_a_dead_node_passes_on(rack: Rack) -> None:
     second.join(10)
     assert second.outcome == "has it"
     second.program.call("unlock", name="door")
+
+
+def test_who_lost_its_lock_with_its_life_reaches_no_memory_any_more(tmp_path: Path) -> None:
+    """A holder that was only paused goes on where it was, before it hears that it was declared dead. The memory is on
+    a third blade, which has not heard either; the lock's home must see to it before the next owner gets the lock."""
+    rack = Rack(tmp_path, ["gm0", "mb0", "mb1", "mb2", "mb3"])
+    holder, waiter = rack["mb3"].client(), rack["mb1"].client()
+    shared = holder.call("malloc", size=4096, nodes=["mb2"], name="shared", permissions=31)["handle"]
+    mapped = waiter.call("map", name="shared")["handle"]
+    holder.call("lock_create", name="door", home="mb0")
+    holder.call("lock", name="door", timeout_ms=5000)
+    waiter.call("lock_create", name="door")
+    holder.write(shared, 0, b"holder")
+    rack["mb2"].membership.follower = Follower()
+    rack["mb3"].membership._left = True  # so that it does not join anew
+    rack["mb3"].declare_dead()
+    waiter.call("lock", name="door", timeout_ms=30_000)
+    assert waiter.read(mapped, 0, 6) == b"holder"
+    waiter.write(mapped, 0, b"waiter")
+    with pytest.raises(errors.NodeUnreachable):
+        holder.write(shared, 0, b"late")
+    assert waiter.read(mapped, 0, 6) == b"waiter"
+    rack.close()
 
 
 def test_a_lock_of_a_dead_node_that_nobody_waits_for_is_free(rack: Rack) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -82,6 +83,14 @@ def test_most_free_counts_what_it_gave_since_the_last_report() -> None:
     gmm.forget("mb0")
     gmm.report("mb1", REGION, 0)
     assert gmm.order("most-free", "web", ["mb0", "mb1"], REGION) == ["mb1", "mb0"]
+
+
+def test_each_copy_counts_where_it_goes() -> None:
+    gmm = MemoryManager()
+    for blade, free in (("mb0", 10), ("mb1", 12), ("mb2", 11)):
+        gmm.report(blade, free * REGION, 0)
+    assert gmm.order("most-free", "web", ["mb0", "mb1", "mb2"], REGION, 2)[:2] == ["mb1", "mb2"]
+    assert {blade: load.free // REGION for blade, load in gmm.loads().items()} == {"mb0": 10, "mb1": 11, "mb2": 10}
 
 
 def test_least_requests() -> None:
@@ -219,6 +228,21 @@ def test_vnodes_survive_a_restart_of_all_agents_at_once(make: MakeRack) -> None:
     eventually(lambda: all(set(ledger.vnodes) == {"web"} for ledger in ledgers(rack)))
 
 
+def test_blades_join_while_a_change_is_being_told(make: MakeRack) -> None:
+    """The list of members is locked while a blade's report is taken: that must not wait for other blades."""
+    rack = make(("gm0", "pb0", "mb0"))
+    blade, manager, books = rack["pb0"], rack["gm0"].manager, rack["gm0"].line.books
+    assert manager is not None
+    assert books is not None
+    claim = {**blade.membership._about, "incarnation": blade.membership.incarnation,
+             "report": {"splitkernel": blade.line.holder.report()}}  # fmt: skip
+    joined = threading.Thread(target=manager.join, args=(claim,), daemon=True)
+    with books._changing:  # as long as somebody has not answered
+        joined.start()
+        joined.join(10)
+        assert not joined.is_alive()
+
+
 def test_a_blade_made_anew_learns_the_vnodes(make: MakeRack) -> None:
     rack = make(("gm0", "pb0", "mb0"))
     rack.host("vnode.create", name="web")
@@ -291,19 +315,21 @@ def test_a_restart_of_the_manager_is_harmless_to_programs(
     split = rack["pb0"].ask("job - web")
     split.ask(f"began {process.pid} sleep")
     job = next(iter((rack.folder / "pb0.jobs").iterdir()))
-    pager = rack["pb0"].ask(f"attach {process.pid} {job}")
+    pager, news = rack["pb0"].ask(f"attach {process.pid} {job}"), rack["pb0"].ask("watch")
     connect(pager, "mb1")
     before = rack["pb0"].membership.incarnation
     rack["gm0"].kill()
-    assert pager.ask(f"region {REGION}").split()[0] == "0"  # nobody to ask where: it goes to the next in turn
+    assert pager.ask(f"region {REGION} 1").split()[0] == "0"  # nobody to ask where: it goes to the next in turn
     split_2 = rack["pb0"].ask("job - web")  # and programs can begin
     split_2.ask(f"began {process.pid} again")
     rack.restart("gm0")
     assert rack["pb0"].membership.incarnation == before
     assert rack.programs() == {f"pb0.{process.pid}": "running"}
     assert len(rack.host("program.list")["programs"]) == 2
-    pager.ask(f"region {REGION}")
+    pager.ask(f"region {REGION} 1")
     assert rack["mb1"].call("memory.stats")["regions"] == 2
+    with pytest.raises(BlockingIOError):  # nothing is lost because the new manager heard of pb0 before mb1
+        news.socket.recv(100, socket.MSG_DONTWAIT)
     split.close()
     split_2.close()
 
@@ -320,27 +346,62 @@ def test_a_dead_processor_blades_programs_are_lost_and_what_they_held_goes_back(
     for pager in pagers:
         for blade in ("mb0", "mb1"):
             connect(pager, blade)
-        for _ in range(6):
-            pager.ask(f"region {REGION}")
-    held = {blade: rack[blade].call("memory.stats")["regions"] for blade in ("mb0", "mb1")}
-    assert held == {"mb0": 6, "mb1": 6}
+        for _ in range(2):
+            pager.ask(f"region {REGION} 1")
+            pager.ask(f"region {REGION} 2")
+    def held() -> int:
+        return sum(rack[blade].call("memory.stats")["regions"] for blade in ("mb0", "mb1"))
+
+    assert held() == 12
     queue_pairs = stand_in_pyverbs.open_queue_pairs()
     eventually(lambda: rack.programs() == {f"pb0.{process.pid}": "running"})
     process.kill()  # and nobody notices: the blade has no power
     process.wait()
     rack["pb0"].kill()  # its control connections to the memory blades stay open, as those of a blade without power do
     eventually(lambda: rack.programs() == {f"pb0.{process.pid}": "lost"})
-    eventually(lambda: [rack[blade].call("memory.stats")["regions"] for blade in ("mb0", "mb1")] == [3, 3])
+    eventually(lambda: held() == 6)
     assert stand_in_pyverbs.open_queue_pairs() == queue_pairs - 2
-    pagers[1].ask(f"region {REGION}")  # others go on
+    pagers[1].ask(f"region {REGION} 1")  # others go on
     with pytest.raises(AssertionError, match="pb0 was declared dead"):  # should it not know it yet
         connect(pagers[0], "mb0")
     rack.restart("pb0", "gm0")
     assert rack.programs() == {f"pb0.{process.pid}": "lost"}  # not forgotten with the manager
     again = rack["pb0"].ask("attach 1 /none")
     connect(again, "mb0")
-    again.ask(f"region {REGION}")
+    again.ask(f"region {REGION} 1")
     split.close()
+
+
+def test_copies_are_on_two_blades_of_the_vnode_and_first_ones_take_turns(make: MakeRack) -> None:
+    rack = make()
+    rack.host("vnode.create", name="web", memory=["mb0", "mb2"])
+    split = rack["pb0"].ask("job - web")
+    job = next(iter((rack.folder / "pb0.jobs").iterdir()))
+    pager = rack["pb0"].ask(f"attach 1 {job}")
+    for blade in ("mb0", "mb2"):
+        connect(pager, blade)
+    pairs = [tuple(pager.ask(f"region {REGION} 2").split()[::3]) for _ in range(6)]
+    assert sorted(pairs) == [("0", "1")] * 3 + [("1", "0")] * 3
+    assert [rack[blade].call("memory.stats")["regions"] for blade in ("mb0", "mb1", "mb2")] == [6, 0, 6]
+    with pytest.raises(AssertionError, match="error 12"):
+        pager.ask(f"region {REGION} 3")
+    assert [rack[blade].call("memory.stats")["regions"] for blade in ("mb0", "mb2")] == [6, 6]
+    split.close()
+
+
+def test_a_memory_blade_that_dies_is_asked_for_nothing(make: MakeRack) -> None:
+    rack = make(("gm0", "pb0", "mb0", "mb1"))
+    pager, news = rack["pb0"].ask("attach 1 /none"), rack["pb0"].ask("watch")
+    for blade in ("mb0", "mb1"):
+        connect(pager, blade)
+    assert pager.ask(f"region {REGION} 2")
+    rack["mb0"].kill()
+    assert news.socket.recv(100) == b"lost mb0"
+    assert [pager.ask(f"region {REGION} 1").split()[0] for _ in range(3)] == ["1"] * 3
+    rack.restart("mb0", forgetting=True)
+    assert news.socket.recv(100) == b"back mb0"
+    connect(pager, "mb0")
+    assert {pager.ask(f"region {REGION} 1").split()[0] for _ in range(2)} == {"0", "1"}
 
 
 def test_programs_that_outlive_their_agent_are_seen_and_ended_again(
@@ -382,7 +443,7 @@ def test_regions_go_to_the_memory_blades_of_the_vnode_at_the_managers_choice(mak
     assert pager.ask(f"attach {os.getpid()} {job}") == "mb0 mb1"
     for blade in ("mb0", "mb1"):
         connect(pager, blade)
-    counts = [pager.ask(f"region {REGION}").split()[0] for _ in range(60)]
+    counts = [pager.ask(f"region {REGION} 1").split()[0] for _ in range(60)]
     assert counts[:48] == ["1"] * 48  # until it has as little left as the other
     assert {"0", "1"} == set(counts[48:])
     eventually(lambda: books.memory.loads()["mb1"].requests == counts.count("1"))
@@ -406,7 +467,7 @@ def test_a_manager_that_hangs_is_not_waited_for_twice(make: MakeRack) -> None:
     pager = rack["pb0"].ask("attach 1 /none")
     connect(pager, "mb0")
     for _ in range(3):
-        pager.ask(f"region {REGION}")
+        pager.ask(f"region {REGION} 1")
     over.set()
     assert len(asked) == 1
     assert rack["mb0"].call("memory.stats")["regions"] == 3
@@ -417,11 +478,11 @@ def test_a_blade_that_has_no_room_after_all_is_passed_over(make: MakeRack) -> No
     pager = rack["pb0"].ask("attach 1 /none")
     for blade in ("mb0", "mb1"):
         connect(pager, blade)
-    assert [pager.ask(f"region {REGION}").split()[0] for _ in range(6)].count("0") == 2
+    assert [pager.ask(f"region {REGION} 1").split()[0] for _ in range(6)].count("0") == 2
     for _ in range(MEMORY // REGION - 4):
-        pager.ask(f"region {REGION}")
+        pager.ask(f"region {REGION} 1")
     with pytest.raises(AssertionError, match="error 12 the memory blades are full"):
-        pager.ask(f"region {REGION}")
+        pager.ask(f"region {REGION} 1")
 
 
 def connect(pager: Visitor, blade: str) -> None:

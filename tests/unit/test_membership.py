@@ -182,6 +182,24 @@ def test_who_dies_with_the_manager_is_declared_dead_by_the_next(
         again.kill()
 
 
+def test_who_has_not_come_to_a_new_manager_yet_is_not_gone(
+    manager: Process, agents: Callable[..., Membership]
+) -> None:
+    stays, goes = agents("mb0", 2, manager.address), agents("mb1", 3, manager.address)
+    eventually(lambda: names(stays) == ["mb0", "mb1"])
+    seen: list[tuple[list[str], list[str]]] = []
+    stays.watch(lambda: seen.append((names(stays), [m["name"] for m in stays.of_kind("memory")])))
+    goes._left = True
+    manager.kill()
+    again = Process(manager.address[1])
+    try:
+        eventually(lambda: seen and seen[-1][1] == ["mb0"])
+        assert seen[0] == (["mb0"], ["mb0", "mb1"])
+        assert stays.follower.deaths[3] == goes.incarnation  # type: ignore[attr-defined]
+    finally:
+        again.kill()
+
+
 def test_silence_is_death_within_a_bounded_time(manager: Process, agents: Callable[..., Membership]) -> None:
     stays = agents("mb0", 2, manager.address)
     assert stays.joined.wait(10)
@@ -367,3 +385,13 @@ def test_an_incomplete_join_changes_nothing(book: Manager, field: str) -> None:
     with suppress(KeyError):
         book.join(request)
     assert book.list({})["members"] == []
+
+
+def test_who_watches_is_told_who_is_there(manager: Process, agents: Callable[..., Membership]) -> None:
+    stays = agents("mb0", 2, manager.address)
+    seen: list[list[str]] = []
+    stays.watch(lambda: seen.append(names(stays)))
+    goes = agents("mb1", 3, manager.address)
+    eventually(lambda: seen and seen[-1] == ["mb0", "mb1"])
+    goes.leave()
+    eventually(lambda: [m["name"] for m in stays.of_kind("memory")] == ["mb0"] and len(seen) > 1)

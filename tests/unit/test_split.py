@@ -61,6 +61,8 @@ def test_a_program_runs_as_at_a_shell(split: Split, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (42, f"in\n{tmp_path}\ninherited\n", "err\n")
     done = split("run", "--env", "A=1 2", "--env", "B=", "--", "sh", "-c", 'echo "$A" ${B-unset}.', cwd=tmp_path)
     assert done.stdout == "1 2 .\n"
+    for options, copies in (((), "1\n"), (("--replicas", "2"), "2\n")):
+        assert split("run", *options, "sh", "-c", "echo $RACKLESS_REPLICAS").stdout == copies
     assert split("run", "sh", "-c", "kill -9 $$").returncode == 137
 
 
@@ -105,6 +107,7 @@ def test_a_vnode_has_files_of_its_own(split: Split) -> None:
         (("--vnode", "a b", "true"), 2, "'a b' cannot name a vNode"),
         (("--env", "A", "true"), 2, "--env takes NAME=VALUE, not 'A'"),
         (("--excache", "16MiB", "true"), 2, "--excache takes a number of bytes, not '16MiB'"),
+        (("--replicas", "3", "true"), 2, "--replicas takes 1 or 2, not '3'"),
         ((), 2, "no command given"),
     ],
 )  # fmt: skip

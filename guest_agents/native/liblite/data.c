@@ -12,6 +12,8 @@
 /* Tags of asynchronous operations are their slot in the low bits; waited-for ones have this bit. */
 enum { WAITED = 1 << 8 };
 
+_Static_assert(sizeof(struct LT_range) == sizeof(struct lite_segment), "ranges go into the packet as they are");
+
 static const struct region *region_of(const void *data, size_t length)
 {
     unsigned used = atomic_load_explicit(&lite_regions_used, memory_order_acquire);
@@ -28,10 +30,13 @@ static int gone(void)
     return lite_fail(LT_ERR_NOT_JOINED, "the agent has closed the data channel");
 }
 
-static int post(struct connection *c, struct lite_request *request, const void *data, size_t length)
+/* Send a request, the ranges of a READV or WRITEV, and data that go into the packet. */
+static int post(struct connection *c, struct lite_request *request, const struct LT_range *ranges, const void *data,
+                size_t length)
 {
-    struct iovec parts[2] = {{request, sizeof *request}, {(void *)data, length}};
-    struct msghdr message = {.msg_iov = parts, .msg_iovlen = length ? 2 : 1};
+    size_t listed = ranges ? request->arg0 * sizeof *ranges : 0;
+    struct iovec parts[3] = {{request, sizeof *request}, {(void *)ranges, listed}, {(void *)data, length}};
+    struct msghdr message = {.msg_iov = parts, .msg_iovlen = 3};
     request->priority = c->priority;
     while (sendmsg(c->data, &message, MSG_NOSIGNAL) < 0)
         if (errno != EINTR)
@@ -39,8 +44,8 @@ static int post(struct connection *c, struct lite_request *request, const void *
     return 0;
 }
 
-/* Say where outgoing data are; returns how many bytes go into the packet. */
-static size_t place_out(struct lite_request *request, const void *data, size_t length, bool buffers)
+/* Say where outgoing data are; returns how many bytes go into the packet, which has room for `most`. */
+static size_t place_out(struct lite_request *request, const void *data, size_t length, bool buffers, size_t most)
 {
     const struct region *region = buffers ? region_of(data, length) : NULL;
     request->length = length;
@@ -49,7 +54,7 @@ static size_t place_out(struct lite_request *request, const void *data, size_t l
         request->address = (uint64_t)((const char *)data - region->start);
         return 0;
     }
-    if (length <= LITE_INLINE) {
+    if (length <= most) {
         request->flags |= LITE_INLINE_DATA;
         return length;
     }
@@ -57,14 +62,14 @@ static size_t place_out(struct lite_request *request, const void *data, size_t l
     return 0;
 }
 
-/* Say where incoming data go: to `*place`, or with the reply. */
-static void place_in(struct lite_request *request, void *data, size_t room, uint64_t *place, bool buffers)
+/* Say where incoming data go: to `*place`, or with the reply, if they are at most `most` bytes. */
+static void place_in(struct lite_request *request, void *data, size_t room, uint64_t *place, bool buffers, size_t most)
 {
     const struct region *region = buffers && room ? region_of(data, room) : NULL;
     if (region) {
         request->buffer = region->id;
         *place = (uint64_t)((const char *)data - region->start);
-    } else if (room <= LITE_INLINE) {
+    } else if (room <= most) {
         request->flags |= LITE_INLINE_REPLY;
     } else {
         *place = (uintptr_t)data;
@@ -111,14 +116,10 @@ static int take(struct connection *c, int flags)
     return 0;
 }
 
-/* Send a request and wait for its reply; incoming data that come with it go to `in`. */
-static int transact(struct connection *c, struct lite_request *request, const void *out, size_t inlined, void *in,
-                    size_t room, struct lite_reply *reply)
+/* Wait for the reply to a request; incoming data that come with it go to `in`. */
+static int await(struct connection *c, const struct lite_request *request, void *in, size_t room,
+                 struct lite_reply *reply)
 {
-    request->tag = ++c->serial << 9 | WAITED;
-    int failed = post(c, request, out, inlined);
-    if (failed)
-        return failed;
     for (;;) {
         /* With nothing else under way the data can go where they belong at once. */
         bool direct = !c->running && room <= LITE_INLINE;
@@ -140,6 +141,15 @@ static int transact(struct connection *c, struct lite_request *request, const vo
             settle(c, (size_t)got - sizeof *reply);
     }
     return reply->status ? lite_fail(reply->status, "%s", LT_strerror(reply->status)) : 0;
+}
+
+/* Send a request and wait for its reply. */
+static int transact(struct connection *c, struct lite_request *request, const void *out, size_t inlined, void *in,
+                    size_t room, struct lite_reply *reply)
+{
+    request->tag = ++c->serial << 9 | WAITED;
+    int failed = post(c, request, NULL, out, inlined);
+    return failed ? failed : await(c, request, in, room, reply);
 }
 
 static struct slot *free_slot(struct connection *c)
@@ -170,7 +180,7 @@ static int start(struct connection *c, struct lite_request *request, const void 
     slot->into = in;
     slot->room = room;
     slot->forgotten = !ticket;
-    int failed = post(c, request, out, inlined);
+    int failed = post(c, request, NULL, out, inlined);
     if (failed)
         return failed;
     slot->state = RUNNING;
@@ -204,7 +214,7 @@ EXPORT int LT_read(LT_handle handle, uint64_t offset, void *data, size_t length)
     struct lite_reply reply;
     if (!c)
         return LT_ERR_NOT_JOINED;
-    place_in(&request, data, length, &request.address, true);
+    place_in(&request, data, length, &request.address, true, LITE_INLINE);
     return transact(c, &request, NULL, 0, data, length, &reply);
 }
 
@@ -215,8 +225,43 @@ EXPORT int LT_write(LT_handle handle, uint64_t offset, const void *data, size_t 
     struct lite_reply reply;
     if (!c)
         return LT_ERR_NOT_JOINED;
-    size_t inlined = place_out(&request, data, length, true);
+    size_t inlined = place_out(&request, data, length, true, LITE_INLINE);
     return transact(c, &request, data, inlined, NULL, 0, &reply);
+}
+
+/* READV or WRITEV: `data` are those of the ranges, one after the other. */
+static int vector(uint8_t op, LT_handle handle, const struct LT_range *ranges, unsigned count, void *data)
+{
+    struct connection *c = lite_connection();
+    struct lite_request request = {.op = op, .handle = handle, .arg0 = count};
+    struct lite_reply reply;
+    size_t length = 0, inlined = 0;
+    if (!c)
+        return LT_ERR_NOT_JOINED;
+    if (!count || count > LITE_SEGMENTS)
+        return lite_fail(LT_ERR_BAD_ARGUMENT, "%u ranges; 1 to %d go in one operation", count, LITE_SEGMENTS);
+    for (unsigned i = 0; i < count; i++)
+        if (__builtin_add_overflow(length, ranges[i].length, &length))
+            return lite_fail(LT_ERR_OUT_OF_RANGE, "the ranges are longer than memory is");
+    size_t room = LITE_INLINE - count * sizeof *ranges; /* which the packet has for data */
+    if (op == LITE_WRITEV)
+        inlined = place_out(&request, data, length, true, room);
+    else
+        place_in(&request, data, length, &request.address, true, room);
+    request.length = length;
+    request.tag = ++c->serial << 9 | WAITED;
+    int failed = post(c, &request, ranges, data, inlined);
+    return failed ? failed : await(c, &request, data, op == LITE_READV ? length : 0, &reply);
+}
+
+EXPORT int LT_readv(LT_handle handle, const struct LT_range *ranges, unsigned count, void *data)
+{
+    return vector(LITE_READV, handle, ranges, count, data);
+}
+
+EXPORT int LT_writev(LT_handle handle, const struct LT_range *ranges, unsigned count, const void *data)
+{
+    return vector(LITE_WRITEV, handle, ranges, count, (void *)data);
 }
 
 EXPORT int LT_read_async(LT_handle handle, uint64_t offset, void *data, size_t length, LT_ticket *ticket)
@@ -225,7 +270,7 @@ EXPORT int LT_read_async(LT_handle handle, uint64_t offset, void *data, size_t l
     struct lite_request request = {.op = LITE_READ, .handle = handle, .offset = offset, .length = length};
     if (!c)
         return LT_ERR_NOT_JOINED;
-    place_in(&request, data, length, &request.address, true);
+    place_in(&request, data, length, &request.address, true, LITE_INLINE);
     return start(c, &request, NULL, 0, data, length, ticket);
 }
 
@@ -235,7 +280,7 @@ EXPORT int LT_write_async(LT_handle handle, uint64_t offset, const void *data, s
     struct lite_request request = {.op = LITE_WRITE, .handle = handle, .offset = offset};
     if (!c)
         return LT_ERR_NOT_JOINED;
-    size_t inlined = place_out(&request, data, length, true);
+    size_t inlined = place_out(&request, data, length, true, LITE_INLINE);
     return start(c, &request, data, inlined, NULL, 0, ticket);
 }
 
@@ -306,8 +351,8 @@ static size_t prepare_call(struct lite_request *request, int node, int port, con
 {
     *request = (struct lite_request){.op = LITE_CALL, .handle = (uint64_t)node, .arg0 = (uint64_t)port,
                                      .arg1 = max_reply, .timeout_ms = timeout_ms};
-    size_t inlined = place_out(request, data, length, false);
-    place_in(request, reply, max_reply, &request->offset, false);
+    size_t inlined = place_out(request, data, length, false, LITE_INLINE);
+    place_in(request, reply, max_reply, &request->offset, false, LITE_INLINE);
     return inlined;
 }
 
@@ -360,7 +405,7 @@ EXPORT int LT_send(int node, int port, const void *data, size_t length)
     struct lite_reply reply;
     if (!c)
         return LT_ERR_NOT_JOINED;
-    size_t inlined = place_out(&request, data, length, true);
+    size_t inlined = place_out(&request, data, length, true, LITE_INLINE);
     return transact(c, &request, data, inlined, NULL, 0, &reply);
 }
 
@@ -384,7 +429,7 @@ EXPORT int LT_recvRPC(int port, void *data, size_t size, struct LT_message *mess
     struct lite_request request = {.op = LITE_RECEIVE, .arg0 = (uint64_t)port, .arg1 = size};
     if (!c)
         return LT_ERR_NOT_JOINED;
-    place_in(&request, data, size, &request.address, true);
+    place_in(&request, data, size, &request.address, true, LITE_INLINE);
     return receive_message(c, &request, NULL, 0, data, size, message, timeout_ms);
 }
 
@@ -395,7 +440,7 @@ EXPORT int LT_replyRPC(uint64_t descriptor, const void *data, size_t length)
     struct lite_reply reply;
     if (!c)
         return LT_ERR_NOT_JOINED;
-    size_t inlined = place_out(&request, data, length, true);
+    size_t inlined = place_out(&request, data, length, true, LITE_INLINE);
     return transact(c, &request, data, inlined, NULL, 0, &reply);
 }
 
@@ -407,8 +452,8 @@ EXPORT int LT_reply_recvRPC(uint64_t descriptor, const void *reply, size_t lengt
         .op = LITE_REPLY_RECEIVE, .handle = descriptor, .arg0 = (uint64_t)port, .arg1 = size};
     if (!c)
         return LT_ERR_NOT_JOINED;
-    size_t inlined = place_out(&request, reply, length, false);
-    place_in(&request, data, size, &request.offset, false);
+    size_t inlined = place_out(&request, reply, length, false, LITE_INLINE);
+    place_in(&request, data, size, &request.offset, false, LITE_INLINE);
     return receive_message(c, &request, reply, inlined, data, size, message, timeout_ms);
 }
 

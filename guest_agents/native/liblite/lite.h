@@ -52,6 +52,11 @@ enum { LT_NORMAL = 0, LT_HIGH = 1, LT_LOW = 2 };
 typedef uint64_t LT_handle; /* an LMR as this process may use it; of no use to another process */
 typedef uint32_t LT_ticket; /* an operation under way, for the thread that started it */
 
+/* A piece of an LMR. */
+struct LT_range {
+    uint64_t offset, length;
+};
+
 /* A message that came to a port. */
 struct LT_message {
     size_t length;
@@ -75,13 +80,17 @@ int LT_malloc(const char *nodes, uint64_t size, const char *name, unsigned permi
 int LT_map(const char *name, unsigned permissions, LT_handle *handle, uint64_t *size); /* size may be NULL */
 int LT_unmap(LT_handle handle);
 int LT_free(LT_handle handle);
-int LT_move(LT_handle handle, const char *nodes);
+int LT_move(LT_handle handle, const char *nodes); /* while it is in use; handles stay as they are */
 int LT_grant(LT_handle handle, unsigned permissions, const char *to);  /* to: node name or "*" */
 int LT_revoke(LT_handle handle, unsigned permissions, const char *to);
 
 int LT_read(LT_handle handle, uint64_t offset, void *data, size_t length);
 int LT_write(LT_handle handle, uint64_t offset, const void *data, size_t length);
-/* The same without waiting: `data` must stay as it is until LT_wait(*ticket), or, where ticket is NULL, LT_fence(). */
+/* Several ranges (1 to 256) in one operation: `data` has the bytes of all, one range after the other. Where the ranges
+ * of a write overlap it is not said which one wins. */
+int LT_readv(LT_handle handle, const struct LT_range *ranges, unsigned count, void *data);
+int LT_writev(LT_handle handle, const struct LT_range *ranges, unsigned count, const void *data);
+/* Read and write without waiting: `data` must stay until LT_wait(*ticket), or, where ticket is NULL, LT_fence(). */
 int LT_read_async(LT_handle handle, uint64_t offset, void *data, size_t length, LT_ticket *ticket);
 int LT_write_async(LT_handle handle, uint64_t offset, const void *data, size_t length, LT_ticket *ticket);
 int LT_wait(LT_ticket ticket);  /* each ticket is waited for once; the operation's result */

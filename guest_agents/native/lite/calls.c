@@ -60,14 +60,19 @@ void rpc_void(struct op *op)
     head->length = 0;
 }
 
+static uint64_t head_of(const struct ring_out *ring)
+{
+    uint64_t word = __atomic_load_n(&ring->peer->heads[ring->port], __ATOMIC_ACQUIRE);
+    return word >> GENERATION_SHIFT == ring->generation ? word : 0; /* it may still be that of the ring before */
+}
+
 /* Take room in the ring: where the message goes, and how much is skipped before it. False: there is none. */
 static bool reserve(struct ring_out *ring, uint64_t length, uint64_t *offset, uint64_t *skipped)
 {
     uint64_t span = (sizeof(struct message_head) + length + RING_UNIT - 1) & ~(uint64_t)(RING_UNIT - 1);
     uint64_t at = ring->tail % ring->size;
     *skipped = at + span > ring->size ? ring->size - at : 0;
-    uint64_t head = __atomic_load_n(&ring->peer->heads[ring->port], __ATOMIC_ACQUIRE);
-    uint64_t used = ring->tail - head; /* nonsense from the peer makes this huge, and the ring full */
+    uint64_t used = (ring->tail - head_of(ring)) & HEAD_MASK; /* huge after nonsense from the peer: the ring is full */
     if (used > ring->size || *skipped + span > ring->size - used)
         return false;
     ring->tail += *skipped + span;
@@ -84,6 +89,12 @@ static bool try(struct core *core, struct ring_out *ring, struct op *op)
         op_answer(core, op, LITE_MESSAGE_TOO_LARGE);
         return true;
     }
+    uint64_t sender = 1ull << SENDER(op->client), *owed = &ring->peer->owed[ring->port];
+    if (!call && *owed & sender) {
+        *owed &= ~sender;
+        op_answer(core, op, LITE_PORT_CLOSED);
+        return true;
+    }
     if (call && !op->slot && !(op->slot = slot_take(core, r->arg1)))
         return false;
     struct slot *slot = op->slot;
@@ -95,6 +106,7 @@ static bool try(struct core *core, struct ring_out *ring, struct op *op)
         .magic = MESSAGE_MAGIC,
         .port = (uint16_t)ring->port,
         .kind = call ? MESSAGE_CALL : MESSAGE_SEND,
+        .sender = SENDER(op->client),
         .length = (uint32_t)r->length,
         .sequence = ring->sequence++,
         .skipped = (uint32_t)skipped,
@@ -109,12 +121,37 @@ static bool try(struct core *core, struct ring_out *ring, struct op *op)
         head->slot_rkey = slot->rkey;
         head->slot_address = (uintptr_t)slot->bytes + SLOT_HEAD / 2;
     }
+    if (!call)
+        ring->peer->informed[ring->port] &= ~sender;
     core->stats.calls += call;
     core->stats.sends += !call;
+    ring->in_flight++;
     op->head_bytes = sizeof *head;
     message_post(core, op, ring->peer, ring->address + offset, ring->rkey,
                  (uint32_t)IMM_REQUEST << 30 | ring->port << 24 | (uint32_t)(offset / RING_UNIT));
     return true;
+}
+
+/* If the ring has retired, or was never there, ask for one: as soon as nothing is on its way into the old. */
+static void renew(struct core *core, struct ring_out *ring)
+{
+    if (ring->ready && head_of(ring) & RING_CLOSED) {
+        ring->ready = false;
+        ring->asked = 0;
+        list_remove(&ring->full);
+    }
+    if (!ring->ready && !ring->in_flight && core->now - ring->asked > ASK_AGAIN_NS) {
+        ring->asked = core->now;
+        core_event(core, EVENT_BIND, ring->peer->node, ring->peer->incarnation, ring->port, 0);
+    }
+}
+
+/* A program hears that a port is closed: it need not hear again what that has cost. */
+static void inform(struct peer *peer, uint32_t port, const struct op *op)
+{
+    uint64_t sender = 1ull << SENDER(op->client);
+    peer->informed[port] |= sender;
+    peer->owed[port] &= ~sender;
 }
 
 static struct ring_out *ring_of(struct core *core, struct peer *peer, uint32_t port)
@@ -130,10 +167,7 @@ static struct ring_out *ring_of(struct core *core, struct peer *peer, uint32_t p
         core->stats.rings_out++;
         peer->out[port] = ring;
     }
-    if (!ring->ready && core->now - ring->asked > ASK_AGAIN_NS) {
-        ring->asked = core->now;
-        core_event(core, EVENT_BIND, peer->node, peer->incarnation, port, 0);
-    }
+    renew(core, ring);
     return ring;
 }
 
@@ -172,6 +206,9 @@ bool rpc_wants_room(struct core *core, const struct op *op)
 
 static void let_in(struct core *core, struct ring_out *ring)
 {
+    renew(core, ring);
+    if (!ring->ready)
+        return;
     for (struct op *op; (op = FIRST(&ring->waiting, struct op, wait));) {
         list_remove(&op->wait);
         if (!try(core, ring, op)) {
@@ -198,9 +235,19 @@ void rpc_room(struct core *core)
         core_alarm(core, core->now + LOOK_AGAIN_NS);
 }
 
+/* A message has its place in the other node's memory, or never will. */
+static void landed(struct core *core, const struct op *op)
+{
+    struct ring_out *ring = op->peer->out[op->request.arg0];
+    if (ring && --ring->in_flight == 0 && !list_empty(&ring->waiting))
+        renew(core, ring);
+}
+
 void rpc_sent(struct core *core, struct op *op)
 {
     op->sent = true;
+    if (op->request.op == LITE_CALL || op->request.op == LITE_SEND)
+        landed(core, op);
     if (op->status || op->request.op == LITE_SEND || op->request.op == LITE_REPLY) {
         op_answer(core, op, op->status);
     } else if (op->request.op == LITE_REPLY_RECEIVE && op->deadline && op->deadline <= core->now) {
@@ -243,6 +290,8 @@ void rpc_replied(struct core *core, struct peer *peer, uint32_t index, uint32_t 
     slot->op = NULL;
     uint8_t *data = slot->bytes + SLOT_HEAD;
     op->reply.length = head.length;
+    if (head.status == LITE_PORT_CLOSED)
+        inform(peer, (uint32_t)op->request.arg0, op);
     if (!head.status && op->request.flags & LITE_INLINE_REPLY)
         op->inline_reply = data;
     else if (!head.status && !copy_to(op, 0, data, head.length))
@@ -256,8 +305,11 @@ static void fail_ring(struct core *core, struct ring_out *ring, int code)
     ring->peer->out[ring->port] = NULL;
     core->stats.rings_out--;
     list_remove(&ring->full);
-    for (struct op *op; (op = FIRST(&ring->waiting, struct op, wait));)
+    for (struct op *op; (op = FIRST(&ring->waiting, struct op, wait));) {
+        if (code == LITE_PORT_CLOSED)
+            inform(ring->peer, ring->port, op);
         op_answer(core, op, code);
+    }
     free(ring);
 }
 
@@ -266,6 +318,8 @@ void calls_peer_gone(struct core *core, struct peer *peer, int code)
     for (uint32_t port = 0; port < LITE_PORTS; port++)
         if (peer->out[port])
             fail_ring(core, peer->out[port], code);
+    memset(peer->owed, 0, sizeof peer->owed);
+    memset(peer->informed, 0, sizeof peer->informed);
     for (uint32_t i = 0; i < core->rpc->slots; i++) {
         struct slot *slot = core->rpc->slot[i];
         if (slot->peer != peer || slot->state == SLOT_IDLE)
@@ -285,7 +339,7 @@ static int ring_waited_for(struct core *core, uint32_t node, uint32_t incarnatio
     if (!code && peer->incarnation != incarnation)
         code = LITE_NODE_DEAD;
     *ring = code ? NULL : peer->out[port];
-    return code ? code : *ring && !(*ring)->ready ? 0 : LITE_BAD_ARGUMENT;
+    return code ? code : *ring && !(*ring)->ready && !(*ring)->in_flight ? 0 : LITE_BAD_ARGUMENT;
 }
 
 API int lite_ring_attach(struct core *core, uint32_t node, uint32_t incarnation, uint32_t port,
@@ -295,11 +349,15 @@ API int lite_ring_attach(struct core *core, uint32_t node, uint32_t incarnation,
     struct ring_out *ring;
     int code = ring_waited_for(core, node, incarnation, port, &ring);
     bool sane = offer->size >= SMALLEST_RING && offer->size % RING_UNIT == 0 && offer->size / RING_UNIT <= 1u << 24 &&
-                offer->max_message <= offer->size / 4 - RING_UNIT;
+                offer->max_message <= offer->size / 4 - RING_UNIT && offer->generation <= UINT16_MAX;
     if (!code && !sane)
         code = LITE_BAD_ARGUMENT;
     if (!code) {
         ring->ready = true;
+        ring->tail = ring->sequence = 0;
+        ring->generation = (uint16_t)offer->generation;
+        ring->peer->owed[port] |= offer->lost & ~ring->peer->informed[port];
+        ring->peer->informed[port] = 0;
         ring->address = offer->address;
         ring->rkey = offer->rkey;
         ring->size = offer->size;

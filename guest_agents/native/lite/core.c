@@ -16,6 +16,7 @@ enum {
     WAKE = 0, COMPLETIONS = 1, FIRST_CHANNEL = 2, /* what an epoll event is about; channels: their id */
     EPOLL_EVENTS_AT_ONCE = 16,
     LONGEST_SLEEP_MS = 1000, /* safety net: a lost event must not become a hang */
+    LOOKS = 4, /* while something is on the fabric, only every so many rounds take the time for system calls */
 };
 static const uint64_t NS_PER_MS = 1000000;
 
@@ -203,17 +204,20 @@ static void *run(void *argument)
     struct core *core = argument;
     pthread_setname_np(pthread_self(), "lite-core");
     uint64_t active = core_clock(), gap = 4000ull * core->config.spin_us;
-    while (!__atomic_load_n(&core->stopping, __ATOMIC_RELAXED)) {
+    for (uint32_t idle = 0; !__atomic_load_n(&core->stopping, __ATOMIC_RELAXED); idle++) {
         struct round round = work(core);
-        bool any = look(core, 0) || round.any;
-        if (any) {
+        if (round.any) {
             uint64_t since = round.now - active, most = 4000ull * core->config.spin_us;
             gap = (3 * gap + (since < most ? since : most)) / 4; /* one long pause says little about the next */
             active = round.now;
-        } else if (round.now - active < patience(core, gap, round.expecting)) {
-            sched_yield();
-        } else {
+            idle = 0;
+        } else if (round.now - active >= patience(core, gap, round.expecting)) {
             sleep_until_event(core);
+            continue;
+        }
+        if (!round.expecting || idle % LOOKS == 0) {
+            sched_yield(); /* to the program that was answered, or the kernel's worker that sends what was posted */
+            look(core, 0);
         }
     }
     return NULL;

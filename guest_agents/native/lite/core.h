@@ -59,8 +59,8 @@ struct lite_slab {
 };
 
 struct lite_ring {
-    uint64_t address, size, max_message;
-    uint32_t rkey, pad;
+    uint64_t address, size, max_message, lost;
+    uint32_t rkey, generation;
 };
 
 enum lite_event_kind { EVENT_PEER_BROKEN, EVENT_BIND, EVENT_CHANNEL_CLOSED };
@@ -157,6 +157,7 @@ struct peer {
     uint32_t remote_heads_rkey;
     struct ring_out *out[LITE_PORTS];
     struct ring_in *in[LITE_PORTS];
+    uint64_t owed[LITE_PORTS], informed[LITE_PORTS]; /* programs here that must hear, or heard, of a closed port */
 };
 
 enum lmr_state { LMR_ACTIVE, LMR_FROZEN, LMR_KILLED };

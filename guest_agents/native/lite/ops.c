@@ -108,7 +108,7 @@ static int check(struct op *op, size_t payload)
 static void set_deadline(struct core *core, struct op *op)
 {
     uint32_t ms = op->request.timeout_ms;
-    bool receive = has(op, 1 << LITE_RECEIVE | 1 << LITE_REPLY_RECEIVE | 1 << LITE_FENCE);
+    bool receive = has(op, 1 << LITE_RECEIVE | 1 << LITE_REPLY_RECEIVE);
     if (ms == LITE_NO_LIMIT || (!ms && receive))
         return;
     op->deadline = core->now + (ms ? ms : core->config.timeout_ms) * NS_PER_MS;
@@ -156,11 +156,6 @@ void op_start(struct core *core, struct op *op, size_t payload)
     }
     set_deadline(core, op);
     switch (op->request.op) {
-    case LITE_FENCE:
-        core->stats.fences++;
-        if (op->channel->order.next == &op->order)
-            op_answer(core, op, 0); /* else when it becomes the oldest */
-        break;
     case LITE_CALL:
     case LITE_SEND:
         rpc_call(core, op);
@@ -197,13 +192,6 @@ void op_memory(struct core *core, struct op *op)
         op->inline_reply = op->data;
     op->reply.length = op->total;
     transfer(core, op);
-}
-
-static void answer_fences(struct core *core, struct channel *channel)
-{
-    struct op *oldest = FIRST(&channel->order, struct op, order);
-    if (oldest && oldest->request.op == LITE_FENCE)
-        op_answer(core, oldest, 0);
 }
 
 /* What a program or the tier waits for: see struct raw. */
@@ -247,13 +235,8 @@ void op_answer(struct core *core, struct op *op, int status)
         op_settle(core, op);
         return;
     }
-    struct channel *channel = op->channel;
-    uint64_t id = channel->id;
     list_remove(&op->order);
     channel_send(core, op); /* may end the channel */
-    channel = table_find(&core->channels, id);
-    if (channel)
-        answer_fences(core, channel);
 }
 
 /* Give back all that is shared with others. */

@@ -15,26 +15,29 @@ static void free_ring(struct core *core, struct ring_in *ring)
     free(ring);
 }
 
-/* Write the head back if a quarter of the ring has become free since. */
+/* Write the head back if a quarter of the ring has become free since, or if the client must know that it is closed. */
 static void tell_head(struct core *core, struct ring_in *ring)
 {
     struct peer *peer = ring->peer;
-    if (ring->head - ring->head_told < ring->region.size / 4)
+    bool closed = ring->retired && !ring->told_closed;
+    if (peer->state != PEER_CONNECTED || (!closed && ring->head - ring->head_told < ring->region.size / 4))
         return;
-    struct op none = {.request.priority = LITE_HIGH};
-    int pair = qos_pair(core, peer, &none);
-    struct piece *piece = pair < 0 ? NULL : piece_take(core, peer, (uint32_t)pair, NULL);
+    uint32_t pair = peer->pairs > 1 ? 1 + ring->port % (peer->pairs - 1) : 0; /* not among the bulk of hw_sep */
+    struct piece *piece = peer->pair[pair].in_flight < QP_DEPTH ? piece_take(core, peer, pair, NULL) : NULL;
     if (!piece)
         return; /* all is full of work: the next message tells it */
-    memcpy(piece->head, &ring->head, sizeof ring->head);
-    piece->sge[0] = (struct ibv_sge){(uintptr_t)piece->head, sizeof ring->head, core->piece_region.mr->lkey};
+    uint64_t word = (uint64_t)ring->generation << GENERATION_SHIFT | (ring->head & HEAD_MASK);
+    word |= ring->retired ? RING_CLOSED : 0;
+    memcpy(piece->head, &word, sizeof word);
+    piece->sge[0] = (struct ibv_sge){(uintptr_t)piece->head, sizeof word, core->piece_region.mr->lkey};
     piece->wr.num_sge = 1;
     piece->wr.opcode = IBV_WR_RDMA_WRITE;
     piece->wr.send_flags |= IBV_SEND_INLINE;
-    piece->wr.wr.rdma.remote_addr = peer->remote_heads + ring->port * sizeof ring->head;
+    piece->wr.wr.rdma.remote_addr = peer->remote_heads + ring->port * sizeof word;
     piece->wr.wr.rdma.rkey = peer->remote_heads_rkey;
-    piece->length = sizeof ring->head;
+    piece->length = sizeof word;
     ring->head_told = ring->head;
+    ring->told_closed = ring->retired;
     piece_post(core, piece);
 }
 
@@ -48,9 +51,18 @@ void message_done(struct core *core, struct message *message)
         ring->head += *span & ~DONE;
         *span = 0;
     }
-    if (ring->peer)
+    if (!ring->detached)
         tell_head(core, ring);
     else if (!ring->held)
+        free_ring(core, ring);
+}
+
+/* Nothing arrives in this ring any more. */
+static void detach(struct core *core, struct ring_in *ring)
+{
+    ring->peer->in[ring->port] = NULL;
+    ring->detached = true;
+    if (!ring->held)
         free_ring(core, ring);
 }
 
@@ -103,14 +115,18 @@ static void refuse_call(struct core *core, struct call *call, int status)
     begin_reply(core, op, call, status);
 }
 
-static void refuse(struct core *core, struct message *message)
+/* Nobody will read this message: a caller is told at once, the sender of a one-way message when it sends again. */
+static void refuse(struct core *core, struct message *message, int status)
 {
     static struct client nobody;
     struct call *call = message->head.kind == MESSAGE_CALL ? new_call(core, &nobody, message) : NULL;
+    struct ring_in *ring = message->ring->peer->in[message->ring->port]; /* for the client the one there is */
     if (call)
-        refuse_call(core, call, LITE_PORT_CLOSED);
+        refuse_call(core, call, status);
     else
-        core->stats.messages_dropped += message->head.kind == MESSAGE_SEND;
+        core->stats.messages_dropped++;
+    if (message->head.kind == MESSAGE_SEND && ring)
+        ring->lost |= 1ull << message->head.sender % 64;
     message_done(core, message);
 }
 
@@ -223,7 +239,9 @@ void rpc_arrived(struct core *core, struct peer *peer, uint32_t number, uint64_t
     if (head.kind == MESSAGE_VOID) {
         message_done(core, message);
     } else if (!port->client) {
-        refuse(core, message);
+        refuse(core, message, LITE_PORT_CLOSED);
+    } else if (head.length > port->max_message) { /* in a retired ring */
+        refuse(core, message, LITE_MESSAGE_TOO_LARGE);
     } else {
         list_append(&port->messages, &message->link);
         match(core, port);
@@ -232,12 +250,20 @@ void rpc_arrived(struct core *core, struct peer *peer, uint32_t number, uint64_t
 
 static void close_port(struct core *core, struct port *port)
 {
+    uint32_t number = (uint32_t)(port - core->rpc->port);
     port->client = NULL;
     core->stats.ports--;
+    for (uint32_t node = 0; node < NODES; node++) {
+        struct ring_in *ring = core->by_node[node] ? core->by_node[node]->in[number] : NULL;
+        if (ring) {
+            ring->retired = true;
+            tell_head(core, ring);
+        }
+    }
     for (struct op *op; (op = FIRST(&port->receivers, struct op, wait));)
         op_answer(core, op, LITE_CANCELLED);
     for (struct message *message; (message = FIRST(&port->messages, struct message, link));)
-        refuse(core, message);
+        refuse(core, message, LITE_PORT_CLOSED);
 }
 
 void ports_client_gone(struct core *core, struct client *client)
@@ -254,21 +280,15 @@ void ports_client_gone(struct core *core, struct client *client)
 void ports_peer_gone(struct core *core, struct peer *peer)
 {
     for (uint32_t i = 0; i < LITE_PORTS; i++) {
-        struct ring_in *ring = peer->in[i];
-        if (!ring)
-            continue;
-        peer->in[i] = NULL;
-        ring->peer = NULL;
-        ring->held++; /* for this function */
+        if (peer->in[i])
+            detach(core, peer->in[i]);
         struct link *messages = &core->rpc->port[i].messages;
         for (struct link *link = messages->next, *next; link != messages; link = next) {
             struct message *message = OF(link, struct message, link);
             next = link->next;
-            if (message->ring == ring)
+            if (message->ring->peer == peer)
                 message_done(core, message);
         }
-        if (!--ring->held)
-            free_ring(core, ring);
     }
 }
 
@@ -294,21 +314,25 @@ API int lite_port_close(struct core *core, uint64_t client_id, uint32_t number)
     core_enter(core);
     struct client *client = client_of(core, client_id);
     bool own = client && number < LITE_PORTS && core->rpc->port[number].client == client;
-    if (own)
+    if (own) {
+        pieces_reap(core); /* who waits shall have what is here already */
         close_port(core, &core->rpc->port[number]);
+    }
     core_wake(core);
     core_leave(core);
     return own ? 0 : LITE_PORT_CLOSED;
 }
 
-static int make_ring(struct core *core, struct peer *peer, uint32_t number)
+/* `lost`: whose messages were lost in the rings before. */
+static int make_ring(struct core *core, struct peer *peer, uint32_t number, uint64_t lost)
 {
     uint64_t max_message = core->rpc->port[number].max_message;
     uint64_t size = 4 * ((max_message + 2 * RING_UNIT + 4095) & ~(uint64_t)4095); /* a message may waste its own size */
     struct ring_in *ring = calloc(1, sizeof *ring);
     if (!ring)
         return LITE_NO_MEMORY;
-    *ring = (struct ring_in){.peer = peer, .port = number, .max_message = max_message};
+    *ring = (struct ring_in){.peer = peer, .port = number, .max_message = max_message, .lost_before = lost,
+                             .generation = ++core->rpc->generations};
     size = size < SMALLEST_RING ? SMALLEST_RING : size;
     ring->spans = (uint32_t)(size / RING_UNIT);
     ring->span = calloc(ring->spans, sizeof *ring->span);
@@ -332,12 +356,23 @@ API int lite_ring_offer(struct core *core, uint32_t node, uint32_t incarnation, 
         code = LITE_NODE_DEAD;
     if (!code && !core->rpc->port[number].client)
         code = LITE_PORT_CLOSED;
+    uint64_t lost = 0;
+    if (!code && peer->in[number] && peer->in[number]->retired) {
+        pieces_reap(core); /* the client has sent all it will: it may be here, unseen */
+        code = peer_usable(core, node, &peer);
+    }
+    if (!code && peer->in[number] && peer->in[number]->retired) {
+        const struct ring_in *old = peer->in[number];
+        bool unused = !old->first && !old->held; /* the client may never have heard of it */
+        lost = old->lost | (unused ? old->lost_before : 0);
+        detach(core, peer->in[number]);
+    }
     if (!code && !peer->in[number])
-        code = make_ring(core, peer, number);
+        code = make_ring(core, peer, number, lost);
     if (!code) {
         const struct ring_in *ring = peer->in[number];
         *out = (struct lite_ring){(uintptr_t)ring->region.bytes, ring->region.size, ring->max_message,
-                                  ring->region.mr->rkey, 0};
+                                  ring->lost_before, ring->region.mr->rkey, ring->generation};
     }
     core_leave(core);
     return code;

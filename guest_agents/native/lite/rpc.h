@@ -3,6 +3,10 @@
  * A message is written into the ring of (client node, port) at the server, with an immediate that says where:
  * struct message_head, then the data. The client owns the ring's tail; the server writes its head back into
  * peer->heads of the client each quarter ring. The reply is written into the caller's slot: struct reply_head, data.
+ *
+ * When a port is closed its rings retire: the server says so in the head it writes back. The client puts nothing more
+ * into such a ring, waits for what is on its way, and asks for another: if somebody has registered the port again it
+ * gets one of the right size, and learns whose one-way messages nobody has read.
  */
 #ifndef RACKLESS_LITE_RPC_H
 #define RACKLESS_LITE_RPC_H
@@ -23,7 +27,7 @@ enum message_kind { MESSAGE_SEND, MESSAGE_CALL, MESSAGE_VOID };
 struct message_head {
     uint32_t magic;
     uint16_t port;
-    uint8_t kind, reserved;
+    uint8_t kind, sender; /* sender: SENDER of the program, for messages that nobody reads */
     uint32_t length, sequence;
     uint32_t skipped;   /* bytes left unused before it, at the ring's end */
     uint32_t max_reply, slot, ticket, slot_rkey;
@@ -40,12 +44,23 @@ struct reply_head {
 };
 _Static_assert(sizeof(struct lite_reply) == SLOT_HEAD && sizeof(struct reply_head) == SLOT_HEAD / 2, "see SLOT_HEAD");
 
+/* What the server writes back: the ring's generation, RING_CLOSED, and the head modulo 2^47. Always by the same queue
+ * pair, so that nothing older can arrive later. */
+#define RING_CLOSED (1ull << 47)
+#define HEAD_MASK (RING_CLOSED - 1)
+enum { GENERATION_SHIFT = 48 };
+
+/* A bit for each program of a blade (or for a few, if it has many), in masks of who lost a message. */
+#define SENDER(client) ((uint8_t)((client)->id % 64))
+
 /* Client's side of a ring. */
 struct ring_out {
     struct link full;   /* rpc->full, if ops wait for room or for a slot */
     struct link waiting;
     struct peer *peer;
     uint32_t port, rkey, sequence;
+    uint32_t in_flight; /* messages that have their place in it and have not landed yet */
+    uint16_t generation;
     bool ready;         /* false: the tier is asking for it */
     uint64_t address, size, max_message, tail, asked;
 };
@@ -53,8 +68,13 @@ struct ring_out {
 /* Server's side. */
 struct ring_in {
     struct region region;
-    struct peer *peer;  /* NULL: it has gone, only messages that are being read keep the memory */
+    struct peer *peer;
+    bool retired;       /* its port was closed: the client shall ask for another */
+    bool detached;      /* out of use: only messages that are not read yet keep the memory */
+    bool told_closed;
+    uint16_t generation;
     uint32_t port, first, held; /* first: sequence of the oldest message not yet done; held: messages */
+    uint64_t lost, lost_before; /* whose one-way messages nobody has read: in this ring; in those before */
     uint64_t max_message, head, head_told;
     uint32_t *span;     /* by sequence: bytes, and DONE */
     uint32_t spans;
@@ -90,6 +110,7 @@ struct rpc {
     struct port port[LITE_PORTS];
     struct call *call;
     uint32_t calls, free_call;
+    uint16_t generations;                 /* of rings */
     struct link free_messages;
 };
 

@@ -11,7 +11,7 @@ struct lite_peer_stats {
 
 struct lite_stats {
     /* since the start */
-    uint64_t reads, writes, atomics, calls, sends, receives, replies, fences, cancels, errors;
+    uint64_t reads, writes, atomics, calls, sends, receives, replies, cancels, errors;
     uint64_t bytes_read, bytes_written, bytes_local, messages_in, messages_dropped, bad_requests, bad_messages;
     uint64_t peers_broken, parked, ring_waits, timeouts, polls, sleeps, posts;
     /* now */

@@ -10,7 +10,6 @@
  *   READV, WRITEV  lh          entries  -              of all        of all             -                -
  *   FETCH_ADD      lh          addend   -              -             -                  value before     -
  *   CAS            lh          guess    set            -             -                  value before     -
- *   FENCE          -           -        -              -             -                  -                -
  *   CALL           node        port     max reply      of request    of reply           -                -
  *   SEND           node        port     -              of message    -                  -                -
  *   RECEIVE        -           port     max message    -             of message         descriptor       source node
@@ -24,7 +23,7 @@
  * Incoming data (READ, READV, CALL, RECEIVE): in the reply's packet with LITE_INLINE_REPLY, else stored at `address`;
  * CALL and REPLY_RECEIVE, which have both, store incoming data at `offset` instead.
  * Addresses are the program's, or offsets in the registered buffer `buffer` if that is not 0 (then nothing is copied).
- * FENCE is answered when every earlier request of its channel has been. There is no other order between requests.
+ * Requests have no order among each other: who wants one waits for the replies in between.
  * SEND is answered when the message lies in the other node's ring; its descriptor there is 0.
  * A message larger than a RECEIVE's maximum is answered MESSAGE_TOO_LARGE with its length, and stays the next one.
  * A reply larger than the caller's maximum is answered MESSAGE_TOO_LARGE, and so is the call: nobody waits for another.
@@ -44,14 +43,13 @@ enum lite_op {
     LITE_CAS = 4,
     LITE_READV = 5,
     LITE_WRITEV = 6,
-    LITE_FENCE = 7,
-    LITE_CALL = 8,
-    LITE_SEND = 9,
-    LITE_RECEIVE = 10,
-    LITE_REPLY = 11,
-    LITE_REPLY_RECEIVE = 12,
-    LITE_CANCEL = 13,
-    LITE_OPS = 14,
+    LITE_CALL = 7,
+    LITE_SEND = 8,
+    LITE_RECEIVE = 9,
+    LITE_REPLY = 10,
+    LITE_REPLY_RECEIVE = 11,
+    LITE_CANCEL = 12,
+    LITE_OPS = 13,
 };
 
 enum lite_priority { LITE_NORMAL = 0, LITE_HIGH = 1, LITE_LOW = 2, LITE_PRIORITIES = 3 };

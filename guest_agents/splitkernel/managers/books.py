@@ -168,11 +168,12 @@ class GlobalManagers(Books):
         return {}
 
     def _region(self, request: Message) -> Message:
-        """On which of `blades` a region of a program of `vnode` shall go, in order."""
+        """On which of `blades` the copies of a region of a program of `vnode` shall go, in order."""
         self._caller(request)
         vnode = self._ledger.vnodes.get(request["vnode"])
         placement = vnode.placement if vnode is not None else "round-robin"
-        return {"blades": self.memory.order(placement, request["vnode"], request["blades"], int(request["size"]))}
+        size, copies = int(request["size"]), int(request["copies"])
+        return {"blades": self.memory.order(placement, request["vnode"], request["blades"], size, copies)}
 
     # Inside
 

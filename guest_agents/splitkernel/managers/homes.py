@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from subprocess import CalledProcessError
 
 from guest_agents.control import Message
-from guest_agents.membership import Follower
+from guest_agents.membership import Follower, living
 from guest_agents.splitkernel.managers.holder import Holder
 
 log = logging.getLogger("rackless.managers")
@@ -24,7 +24,7 @@ class Homes(Follower):
         self._blade = blade
         self._holder = holder
         self._hold = hold
-        self._living: set[str] = set()
+        self._living: list[Message] = []
         self._changed = threading.Event()
         holder.on_change = self._changed.set
 
@@ -34,8 +34,7 @@ class Homes(Follower):
 
     def news(self, members: list[Message], dead: dict[int, int]) -> None:
         """Blades came or went."""
-        del dead
-        self._living = {member["name"] for member in members if member["state"] == "alive"}
+        self._living = living(self._living, members, dead)
         self._changed.set()
 
     def _run(self) -> None:
@@ -48,6 +47,7 @@ class Homes(Follower):
                 log.exception("the addresses of vNodes are not set")
 
     def _addresses(self) -> set[str]:
-        homes = {vnode.address: next((name for name in vnode.processors if name in self._living), None)
+        names = {member["name"] for member in self._living}
+        homes = {vnode.address: next((name for name in vnode.processors if name in names), None)
                  for vnode in self._holder.ledger.vnodes.values() if vnode.address is not None}  # fmt: skip
         return {address for address, home in homes.items() if home == self._blade}

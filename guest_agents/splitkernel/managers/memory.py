@@ -47,14 +47,14 @@ class MemoryManager:
         with self._lock:
             return {blade: Load(load.free, load.requests) for blade, load in self._loads.items()}
 
-    def order(self, placement: str, vnode: str, blades: Sequence[str], size: int) -> list[str]:
-        """The blades, best first for a region of `size` bytes; the first is taken to get it.
+    def order(self, placement: str, vnode: str, blades: Sequence[str], size: int, copies: int = 1) -> list[str]:
+        """The blades, best first for a region of `size` bytes; the first `copies` are taken to get one each.
 
         A blade that has not reported yet counts as one that was asked for nothing and has nothing free.
         """
         with self._lock:
             ordered = PLACEMENTS[placement](self._rotated(vnode, blades), self._loads)
-            for first in ordered[:1]:
+            for first in ordered[:copies]:
                 load = self._loads.get(first)
                 if load is not None:
                     load.free -= size

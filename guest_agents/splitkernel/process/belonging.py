@@ -57,9 +57,10 @@ class Belonging:
         """The memory blades of a vNode (None: all), and who says where its regions go."""
         vnode = self._holder.ledger.vnodes.get(name)
 
-        def place(blades: list[str], size: int) -> list[str]:
+        def place(blades: list[str], size: int, copies: int) -> list[str]:
             try:
-                reply = self._holder.ask("managers.region", PLACE_SECONDS, vnode=name, blades=blades, size=size)
+                reply = self._holder.ask("managers.region", PLACE_SECONDS, vnode=name, blades=blades, size=size,
+                                         copies=copies)  # fmt: skip
             except LiteError:
                 return []
             return [str(blade) for blade in reply["blades"]]

@@ -32,6 +32,10 @@ FIELDS = (
     "packed_hits",
     "spills",
     "pool_bytes",
+    "replica_writes",
+    "failovers",
+    "rereplicated_bytes",
+    "degraded_regions",
 )
 BLADE_FIELDS = ("misses", "flushes", "bytes_in", "bytes_out")
 BLADES = 16

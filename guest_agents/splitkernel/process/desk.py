@@ -10,7 +10,9 @@ SOCK_SEQPACKET, one text message each way; replies are "ok ..." or "error ERRNO 
     kill ID SIGNAL                 -> ok
     attach PID DIRECTORY           -> ok BLADE...                    from a pager: the memory blades, in order
     connect BLADE QPN PSN GIDHEX   -> ok QPN PSN GIDHEX
-    region BYTES                   -> ok INDEX ADDRESS RKEY          of the blade with that index
+    region BYTES COPIES [INDEX...] -> ok [INDEX ADDRESS RKEY]...     on as many blades, none with one of these indices
+    release BLADE                  -> ok                             what it has there is given up: it is out of reach
+    watch                          -> ok                             "lost BLADE" and "back BLADE" come unasked then
 
 When a pager's socket closes, its program has ended (or called exec), and all it held is given back. When a socket of
 `split` closes before its report, it was killed, and the program with it.
@@ -91,7 +93,11 @@ class Desk:
             threading.Thread(target=self._serve, args=(client,), name="desk client", daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
-        visit = Visit(self._stock)
+        def tell(what: str, blade: str) -> None:
+            with suppress(OSError):  # it has gone, or does not listen
+                client.send(f"{what} {blade}".encode(), socket.MSG_DONTWAIT)
+
+        visit = Visit(self._stock, tell)
         self.programs += 1
         try:
             with client:
@@ -105,10 +111,11 @@ class Desk:
 
 
 class Visit:
-    """One client's conversation and what it holds."""
+    """One client's conversation and what it holds; `tell` reaches it unasked."""
 
-    def __init__(self, stock: Stock) -> None:
+    def __init__(self, stock: Stock, tell: Callable[[str, str], None]) -> None:
         self._stock = stock
+        self._tell = tell
         self._before: dict[str, Any] = {}
         self._job: Path | None = None
         self._program: Program | None = None
@@ -126,6 +133,8 @@ class Visit:
             "attach": self._attach,
             "connect": self._connect,
             "region": self._region,
+            "release": self._release,
+            "watch": self._watch,
         }
         handler = handlers.get(word)
         try:
@@ -142,6 +151,7 @@ class Visit:
 
     def close(self) -> None:
         """The client has gone: return what it held."""
+        self._stock.lender.unwatch(self._tell)
         if self._loan is not None:
             self._loan.close()
         if self._program is not None:
@@ -197,11 +207,21 @@ class Visit:
         peer = self._holding().connect(blade, int(qpn), int(psn), str(IPv6Address(bytes.fromhex(gid))))
         return [str(peer.qpn), str(peer.psn), IPv6Address(peer.gid).packed.hex()]
 
-    def _region(self, size: str) -> list[str]:
-        granted = self._holding().region(int(size))
+    def _region(self, size: str, copies: str, *without: str) -> list[str]:
+        if int(copies) < 1:
+            raise RefusalError(errno.ENOMEM, "no memory blade is left")
+        granted = self._holding().regions(int(size), int(copies), [int(number) for number in without])
         if granted is None:
             raise RefusalError(errno.ENOMEM, "the memory blades are full")
-        return [str(granted.blade), str(granted.address), str(granted.rkey)]
+        return [str(word) for one in granted for word in (one.blade, one.address, one.rkey)]
+
+    def _release(self, blade: str) -> list[str]:
+        self._holding().release(blade)
+        return []
+
+    def _watch(self) -> list[str]:
+        self._stock.lender.watch(self._tell)
+        return []
 
     def _holding(self) -> Loan:
         if self._loan is None:

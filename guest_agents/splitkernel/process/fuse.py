@@ -55,13 +55,17 @@ class Opcode(IntEnum):
     INTERRUPT = 36
     DESTROY = 38
     BATCH_FORGET = 42
+    FALLOCATE = 43
+    READDIRPLUS = 44
     RENAME2 = 45
+    LSEEK = 46
 
 
 _IN = struct.Struct("<IIQQIIIHH")
 _OUT = struct.Struct("<IiQ")
 _INIT_OUT = struct.Struct("<IIIIHHIIHHI28x")
-_ATTR = struct.Struct("<6Q10I")
+_NOTICE = struct.Struct("<IiQQqq")
+_ATTR = struct.Struct("<3Q3q10I")
 _ENTRY = struct.Struct("<4Q2I")
 _ATTR_OUT = struct.Struct("<QII")
 _DIRENT = struct.Struct("<QQII")
@@ -72,9 +76,17 @@ OPEN_OUT = struct.Struct("<QII")
 WRITE_OUT = struct.Struct("<II")
 STATFS_OUT = struct.Struct("<5Q4I24x")
 
-ASYNC_READ, ATOMIC_O_TRUNC, BIG_WRITES = 1 << 0, 1 << 3, 1 << 5
-AUTO_INVAL_DATA, PARALLEL_DIROPS, MAX_PAGES, CACHE_SYMLINKS = 1 << 12, 1 << 18, 1 << 22, 1 << 23
-KEEP_CACHE = 1 << 1
+FALLOCATE_IN = struct.Struct("<QQQII")
+LSEEK_IN = struct.Struct("<QQII")
+
+ASYNC_READ, ATOMIC_O_TRUNC, BIG_WRITES, AUTO_INVAL_DATA = 1 << 0, 1 << 3, 1 << 5, 1 << 12
+DO_READDIRPLUS, READDIRPLUS_AUTO, PARALLEL_DIROPS = 1 << 13, 1 << 14, 1 << 18
+MAX_PAGES, CACHE_SYMLINKS, INIT_EXT = 1 << 22, 1 << 23, 1 << 30
+DIRECT_IO_ALLOW_MMAP = 1 << 36
+DIRECT_IO, KEEP_CACHE = 1 << 0, 1 << 1
+WRITE_CACHE = 1 << 0
+"""In a WRITE: the kernel writes back a changed mapping, in nobody's name."""
+_NOTIFY_INVAL_INODE = 2
 VALID_SECONDS = 1
 """How long the kernel may believe names and attributes; another processor blade's changes show after that."""
 
@@ -138,6 +150,14 @@ def reply_error(fd: int, unique: int, number: int) -> None:
     _send(fd, [_OUT.pack(_OUT.size, -number, unique)])
 
 
+def distrust(fd: int, node: int, data: bool) -> None:
+    """Have the kernel ask again for a file's attributes, and forget what it has read of it if `data`.
+
+    Forgetting waits for READs and WRITEs of that file that are under way: not for a thread that answers those.
+    """
+    _send(fd, [_NOTICE.pack(_NOTICE.size, _NOTIFY_INVAL_INODE, 0, node, 0 if data else -1, 0)])
+
+
 def _send(fd: int, parts: list[bytes | memoryview]) -> None:
     try:
         os.writev(fd, parts)
@@ -147,14 +167,21 @@ def _send(fd: int, parts: list[bytes | memoryview]) -> None:
 
 
 def init_reply(body: memoryview) -> bytes:
-    """Answer to INIT: what of the kernel's offer is used."""
+    """Answer to INIT: what of the kernel's offer is used.
+
+    Not FUSE_WRITEBACK_CACHE: sizes and times would then be the kernel's, and several blades write. Neither locks:
+    without FUSE_POSIX_LOCKS and FUSE_FLOCK_LOCKS the kernel keeps them itself, for the programs of this blade.
+    """
     major, minor, _, offered = struct.unpack_from("<IIII", body)
+    (more,) = struct.unpack_from("<I", body, 16) if offered & INIT_EXT else (0,)
     wanted = (
-        ASYNC_READ | ATOMIC_O_TRUNC | BIG_WRITES | AUTO_INVAL_DATA | PARALLEL_DIROPS | MAX_PAGES | CACHE_SYMLINKS
-    )
+        ASYNC_READ | ATOMIC_O_TRUNC | BIG_WRITES | AUTO_INVAL_DATA | DO_READDIRPLUS | READDIRPLUS_AUTO
+        | PARALLEL_DIROPS | MAX_PAGES | CACHE_SYMLINKS | INIT_EXT | DIRECT_IO_ALLOW_MMAP
+    )  # fmt: skip
+    flags = (offered | more << 32) & wanted
     pages = MAX_DATA // os.sysconf("SC_PAGE_SIZE")
-    read_ahead = READ_AHEAD_KIB << 10
-    return _INIT_OUT.pack(major, min(minor, 38), read_ahead, offered & wanted, 16, 12, MAX_DATA, 1, pages, 0, 0)
+    minor, read_ahead = min(minor, 38), READ_AHEAD_KIB << 10
+    return _INIT_OUT.pack(major, minor, read_ahead, flags & 0xFFFFFFFF, 16, 12, MAX_DATA, 1, pages, 0, flags >> 32)
 
 
 def attributes(a: Attributes) -> bytes:
@@ -168,6 +195,10 @@ def attributes(a: Attributes) -> bytes:
 def entry(node: int, a: Attributes) -> bytes:
     """struct fuse_entry_out."""
     return _ENTRY.pack(node, 0, VALID_SECONDS, VALID_SECONDS, 0, 0) + attributes(a)
+
+
+NO_ENTRY = bytes(_ENTRY.size + _ATTR.size)
+"""In a READDIRPLUS: nothing is said about this file."""
 
 
 def attributes_reply(a: Attributes) -> bytes:

@@ -19,8 +19,9 @@ from guest_agents.verbs.connection import Address, address_of
 log = logging.getLogger("rackless.process")
 
 
-Place = Callable[[list[str], int], list[str]]
-"""(blades, bytes) -> the blades for a region of that size, best first; none if nobody can tell."""
+Place = Callable[[list[str], int, int], list[str]]
+"""(blades, bytes, copies) -> the blades for so many copies of a region of that size, best first; none if nobody can
+tell."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,16 @@ class Granted:
     blade: int
     address: int
     rkey: int
+    number: int
+    """How the memory blade knows it."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A connection to a memory blade, in one of the blade's lives (None: it died meanwhile)."""
+
+    number: int
+    life: int | None
 
 
 class Lender:
@@ -53,28 +64,84 @@ class Lender:
         self._peers = peers
         self._port = port
         self._clients: dict[str, control.ControlClient] = {}
+        self._lives: dict[str, int] = {}
+        self._watchers: list[Callable[[str, str], None]] = []
         self._lock = threading.Lock()
 
-    def open(self, pid: int, among: Collection[str] | None = None, place: Place = lambda _blades, _size: []) -> Loan:
+    def open(self, pid: int, among: Collection[str] | None, place: Place) -> Loan:
         """A loan for the program `pid`, on the blades there are now, of `among` if that is given."""
-        return Loan(self, pid, sorted(name for name in self._peers() if among is None or name in among), place)
+        blades = sorted(name for name in self._lives if among is None or name in among)
+        return Loan(self, pid, blades, place)
 
     def call(self, blade: str, op: str, **fields: Any) -> control.Message:
         """A request to a memory blade, over a connection that is made again once if it has broken."""
-        with self._lock:
-            client = self._clients.get(blade)
-            if client is None:
-                address = self._peers().get(blade)
-                if address is None:
-                    raise control.ControlError(f"memory blade {blade} is not in the rack any more", None)
-                client = self._clients[blade] = control.ControlClient((address, self._port), self._secret)
+        client = self._client(blade)
         try:
             return client.call(op, **fields)
-        except control.ControlError as failure:
-            if isinstance(failure.__cause__, OSError | EOFError):
-                with self._lock:
-                    self._clients.pop(blade, None)
+        except control.LostError:
+            with self._lock:
+                if self._clients.get(blade) is client:
+                    del self._clients[blade]
             raise
+
+    def _client(self, blade: str) -> control.ControlClient:
+        with self._lock:
+            client = self._clients.get(blade)
+        if client is not None:
+            return client
+        address = self._peers().get(blade)
+        if address is None:
+            raise control.ControlError(f"memory blade {blade} is not in the rack any more", None)
+        # Without the lock: a blade that has just died must not hold up what goes to others.
+        made = control.ControlClient((address, self._port), self._secret)
+        with self._lock:
+            kept = self._clients.setdefault(blade, made)
+        if kept is not made:
+            made.close()
+        return kept
+
+    def members(self, lives: dict[str, int]) -> None:
+        """Memory blades came or went: name -> incarnation of those that are alive.
+
+        Who waits for one that is not gets an error now, and programs are told.
+        """
+        with self._lock:
+            before, self._lives = self._lives, dict(lives)
+            lost = [name for name, life in before.items() if lives.get(name) != life]
+            silent = [self._clients.pop(name) for name in lost if name in self._clients]
+        for name in lost:
+            self.announce("lost", name)
+        for client in silent:  # only now: a program that is refused something because of it has heard the reason
+            client.abort()
+        for name, life in lives.items():
+            if before.get(name) != life:
+                self.announce("back", name)
+
+    def life(self, blade: str) -> int | None:
+        """The incarnation of a blade that is alive."""
+        return self._lives.get(blade)
+
+    def watch(self, told: Callable[[str, str], None]) -> None:
+        """Have `told("lost" | "back", blade)` called; it must be quick."""
+        with self._lock:
+            self._watchers.append(told)
+
+    def unwatch(self, told: Callable[[str, str], None]) -> None:
+        """The opposite of `watch`; nothing happens if it was not watching."""
+        with self._lock, suppress(ValueError):
+            self._watchers.remove(told)
+
+    def announce(self, what: str, blade: str) -> None:
+        """Tell all who watch."""
+        with self._lock:
+            watchers = list(self._watchers)
+        for told in watchers:
+            told(what, blade)
+
+    def give_back(self, blade: str, held: Held) -> None:
+        """Return a connection and all that belongs to it, unless the blade has died: then its books have, too."""
+        if held.life == self.life(blade):
+            self.call(blade, "verbs.release", connection=held.number)
 
     @property
     def client_name(self) -> str:
@@ -90,40 +157,84 @@ class Loan:
         self._pid = pid
         self._place = place
         self.blades = blades
-        self._connections: dict[str, int] = {}
+        self._connections: dict[str, Held] = {}
         self._next = pid % len(blades) if blades else 0  # so that small programs do not all start on the first
 
     def connect(self, blade: str, qpn: int, psn: int, gid: str) -> Address:
         """Connect the program's queue pair to `blade`; returns the other end."""
+        life = self._lender.life(blade)
         reply = self._lender.call(
             blade, "verbs.accept", service="memory", client=self._lender.client_name, qpn=qpn, psn=psn, gid=gid,
             **self._lender.introduction(),
         )
-        self._connections[blade] = reply["connection"]
+        self._connections[blade] = Held(reply["connection"], life)
         return address_of(reply)
 
-    def region(self, size: int) -> Granted | None:
-        """A region on the first blade in the order of choice that has room; None if none has."""
-        for blade in self._order(size):
-            try:
-                reply = self._lender.call(
-                    blade, "memory.allocate", connection=self._connections[blade], pid=self._pid, size=size
-                )
-            except control.ControlError as failure:
-                log.warning("%s gives no region: %s", blade, failure.error)
+    def regions(self, size: int, copies: int, without: Collection[int] = ()) -> list[Granted] | None:
+        """Regions on the first `copies` blades, in the order of choice, that have room and are none of `without`.
+
+        None, and nothing held, if there are fewer.
+        """
+        granted: list[Granted] = []
+        for blade in self._order(size, copies, without):
+            one = self._region(blade, size)
+            if one is None:
                 continue
-            return Granted(self.blades.index(blade), reply["addr"], reply["rkey"])
+            if not granted:  # where the second copies are has no say in whose turn it is
+                self._next = (one.blade + 1) % len(self.blades)
+            granted.append(one)
+            if len(granted) == copies:
+                return granted
+        for other in granted:
+            self._free(other)
         return None
 
-    def _order(self, size: int) -> list[str]:
+    def _region(self, blade: str, size: int) -> Granted | None:
+        held = self._reached(blade)
+        if held is None:
+            return None
+        try:
+            reply = self._lender.call(blade, "memory.allocate", connection=held.number, pid=self._pid, size=size)
+        except control.ControlError as failure:
+            log.warning("%s gives no region: %s", blade, failure.error)
+            return None
+        return Granted(self.blades.index(blade), reply["addr"], reply["rkey"], reply["region"])
+
+    def _order(self, size: int, copies: int, without: Collection[int]) -> list[str]:
         """The manager's choice, then the others in turn."""
-        in_turn = self.blades[self._next :] + self.blades[: self._next]
-        self._next = (self._next + 1) % len(self.blades) if self.blades else 0
-        chosen = [blade for blade in self._place(self.blades, size) if blade in self.blades]
-        return list(dict.fromkeys([*chosen, *in_turn]))
+        in_turn = [*range(self._next, len(self.blades)), *range(self._next)]
+        usable = [self.blades[n] for n in in_turn if n not in without and self._reached(self.blades[n])]
+        chosen = [blade for blade in self._place(usable, size, copies) if blade in usable]
+        return list(dict.fromkeys([*chosen, *usable]))
+
+    def _reached(self, blade: str) -> Held | None:
+        """The connection to a blade, if it is to the blade's present life."""
+        held = self._connections.get(blade)
+        return held if held is not None and held.life is not None and held.life == self._lender.life(blade) else None
+
+    def _free(self, granted: Granted) -> None:
+        blade = self.blades[granted.blade]
+        with suppress(control.ControlError):  # that blade has gone
+            connection = self._connections[blade].number
+            self._lender.call(blade, "memory.free", connection=connection, region=granted.number)
+
+    def release(self, blade: str) -> None:
+        """Give back all on one blade, which the program cannot reach; does not wait for it.
+
+        Whoever watches hears "back" when the blade has answered.
+        """
+        held = self._connections.pop(blade, None)
+        if held is not None:
+            threading.Thread(target=self._release, args=(blade, held), name="release", daemon=True).start()
+
+    def _release(self, blade: str, held: Held) -> None:
+        with suppress(control.ControlError):
+            self._lender.give_back(blade, held)
+            if self._lender.life(blade) == held.life:
+                self._lender.announce("back", blade)
 
     def close(self) -> None:
         """Give everything back."""
-        for blade, connection in self._connections.items():
+        for blade, held in self._connections.items():
             with suppress(control.ControlError):  # that blade has gone, and its books with it
-                self._lender.call(blade, "verbs.release", connection=connection)
+                self._lender.give_back(blade, held)

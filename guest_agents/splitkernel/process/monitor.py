@@ -13,12 +13,15 @@ from guest_agents.config import AgentConfig
 from guest_agents.splitkernel.process.belonging import Belonging
 from guest_agents.splitkernel.process.desk import Desk, Stock
 from guest_agents.splitkernel.process.memory import Lender
+from guest_agents.splitkernel.process.patience import Patient
 from guest_agents.splitkernel.process.roots import Roots
 from guest_agents.splitkernel.process.vnode import Vnode
 from guest_agents.verbs.rpc import Client
 
 SOCKET = Path("/run/rackless/split.sock")
 JOBS = Path("/run/rackless/jobs")
+CONNECT_SECONDS = 10.0
+"""A storage blade that takes longer to answer counts as away, and is tried again."""
 log = logging.getLogger("rackless.process")
 
 
@@ -29,16 +32,19 @@ def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control
     """
     mounts: dict[str, Vnode] = {}
     SOCKET.parent.mkdir(parents=True, exist_ok=True)
-    vnode = Vnode(Client(config.node, "storage", lambda: _first_storage(config, port)))
+    vnode = _vnode(config, port, config.name)
     threading.Thread(target=_serve, args=(vnode, config.vnode), name="vnode", daemon=True).start()
 
     def serve_blade(blade: str, where: Path) -> None:
-        mounts[blade] = Vnode(Client(config.node, "storage", lambda: _connect(config, "storage", blade, port)))
+        # Not under the name that /vnode has, which may be of the same blade: each empties the attic of its own name.
+        mounts[blade] = _vnode(config, port, f"{config.name}.vnodes", blade)
         _serve(mounts[blade], where)
 
     def call(blade: str, op: str, **fields: Any) -> control.Message:
-        with _connect(config, "processor", blade, port) as client:
-            return client.call(op, **fields)
+        address = config.peers("processor").get(blade)
+        if address is None:
+            raise control.ControlError(f"no processor blade {blade} lives in the rack", "see `rackless status`")
+        return control.call((address, port), config.secret, op, **fields)
 
     def storage() -> dict[str, Any]:
         counts = {name: Counter(vnode.counts) for name in sorted(config.peers("storage"))[:1]}
@@ -48,6 +54,7 @@ def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control
 
     belonging = Belonging(config.name, config.holder, Roots(serve_blade).of, call)
     lender = Lender(config.name, config.secret, lambda: config.peers("memory"), port, config.node.introduction)
+    config.watch("memory", lender.members)
     desk = Desk(SOCKET, Stock(JOBS, config.excache, lender, belonging, storage))
     desk.start()
 
@@ -62,18 +69,19 @@ def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control
     return {"process.stats": stats, "process.kill": kill}
 
 
-def _first_storage(config: AgentConfig, port: int) -> control.ControlClient:
+def _vnode(config: AgentConfig, port: int, client: str, blade: str | None = None) -> Vnode:
+    """The files of a storage blade, without `blade` of the first there is; no two mounts are of one `client`."""
+    return Vnode(Patient(Client(config.node, "storage", lambda: _storage(config, port, blade))), client)
+
+
+def _storage(config: AgentConfig, port: int, blade: str | None) -> control.ControlClient:
     blades = config.peers("storage")
     if not blades:
         raise control.ControlError("the rack has no storage blade", "add one to have files under /vnode")
-    return _connect(config, "storage", min(blades), port)
-
-
-def _connect(config: AgentConfig, kind: str, blade: str, port: int) -> control.ControlClient:
-    address = config.peers(kind).get(blade)
-    if address is None:
-        raise control.ControlError(f"no {kind} blade {blade} lives in the rack", "see `rackless status`")
-    return control.ControlClient((address, port), config.secret)
+    name = blade or min(blades)
+    if name not in blades:
+        raise control.ControlError(f"storage blade {name} is not there", "is it up?")
+    return control.ControlClient((blades[name], port), config.secret, CONNECT_SECONDS)
 
 
 def _serve(vnode: Vnode, where: Path) -> None:

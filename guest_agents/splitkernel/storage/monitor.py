@@ -5,6 +5,7 @@ from __future__ import annotations
 from guest_agents import control
 from guest_agents.config import AgentConfig
 from guest_agents.splitkernel.storage.files import Files
+from guest_agents.splitkernel.storage.wire import Op
 from guest_agents.verbs import rpc
 
 SERVICE = "storage"
@@ -13,7 +14,7 @@ SERVICE = "storage"
 def handlers(config: AgentConfig) -> dict[str, control.Handler]:
     """Start the storage monitor of this blade; what it adds to the agent's control server."""
     files = Files(config.storage_root)
-    rpc.offer(config.node, SERVICE, files.handle)
+    rpc.offer(config.node, SERVICE, files.handle, slow={Op.FSYNC})
 
     def stats(request: control.Message) -> control.Message:
         del request

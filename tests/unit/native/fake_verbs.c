@@ -9,13 +9,14 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #define EXPORT __attribute__((visibility("default")))
-enum { CQ_MAX = 1 << 16, QPS = 4096, MRS = 1 << 16, QUEUE = 1 << 12, SGES = 4, INLINE_MAX = 512 };
+enum { CQ_MAX = 1 << 16, QPS = 4096, MRS = 1 << 16, QUEUE = 1 << 12, SGES = 16, INLINE_MAX = 512 };
 
 struct fake_cq {
     struct ibv_cq cq;
@@ -56,6 +57,8 @@ static struct fake_qp *qps[QPS];
 static struct fake_mr *mrs[MRS];
 static uint32_t next_qp = 17, next_mr = 1;
 static int held, delay_us = 30;
+static uint64_t carried;
+static void (*on_carry)(uint64_t carried);
 static pthread_t carrier;
 static int carrying;
 
@@ -154,8 +157,12 @@ static void *run(void *unused)
             if (!qp || !qp->count)
                 continue;
             any = 1;
+            if (on_carry)
+                on_carry(++carried);
             struct work *w = &qp->queue[qp->first];
             struct fake_qp *peer = qp->peer < QPS ? qps[qp->peer] : NULL;
+            if (peer && peer->broken > 1 && qp->state == IBV_QPS_RTS)
+                continue;
             enum ibv_wc_status status = IBV_WC_WR_FLUSH_ERR;
             if (qp->state == IBV_QPS_RTS)
                 status = !peer || peer->state < IBV_QPS_RTR || peer->state > IBV_QPS_RTS || qp->broken || peer->broken
@@ -199,6 +206,17 @@ EXPORT int fake_cut(uint32_t qpn)
         qps[qpn]->broken = 1;
     pthread_mutex_unlock(&lock);
     return found;
+}
+/* `hook` is called before each request is carried, with how many there have been, and may call fake_break. */
+EXPORT void fake_hook(void (*hook)(uint64_t carried))
+{
+    on_carry = hook;
+}
+/* For a hook: the node of this queue pair is dead. `silent`: what is sent to it gets no answer, not even an error. */
+EXPORT void fake_break(uint32_t qpn, int silent)
+{
+    if (qpn < QPS && qps[qpn])
+        qps[qpn]->broken = 1 + silent;
 }
 /* Deliver a message that no well-behaved peer would send: an immediate to `qpn`. */
 EXPORT void fake_immediate(uint32_t qpn, uint32_t imm, uint32_t bytes)
@@ -288,7 +306,8 @@ EXPORT struct ibv_device **ibv_get_device_list(int *n)
 {
     static struct ibv_device device = {.name = "rxe0"};
     static struct ibv_device *list[2] = {&device, NULL};
-    *n = 1;
+    if (n)
+        *n = 1;
     return list;
 }
 EXPORT void ibv_free_device_list(struct ibv_device **list) { (void)list; }
@@ -302,11 +321,19 @@ EXPORT struct ibv_context *ibv_open_device(struct ibv_device *device)
     context->ops.post_send = post_send;
     context->ops.post_srq_recv = post_srq;
     pthread_mutex_lock(&lock);
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
     if (!carrying)
         pthread_create(&carrier, NULL, run, NULL);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
     carrying = 1;
     pthread_mutex_unlock(&lock);
     return context;
+}
+EXPORT const char *ibv_wc_status_str(enum ibv_wc_status status)
+{
+    return status == IBV_WC_RETRY_EXC_ERR ? "transport retry counter exceeded" : "failed";
 }
 EXPORT int ibv_close_device(struct ibv_context *context) { free(context); return 0; }
 #undef ibv_query_port
@@ -434,6 +461,8 @@ EXPORT int ibv_modify_qp(struct ibv_qp *ibqp, struct ibv_qp_attr *attr, int mask
     struct fake_qp *qp = (struct fake_qp *)ibqp;
     pthread_mutex_lock(&lock);
     qp->state = (int)attr->qp_state;
+    if (qp->state == IBV_QPS_RESET)
+        qp->count = 0;
     if (mask & IBV_QP_DEST_QPN)
         qp->peer = attr->dest_qp_num;
     pthread_mutex_unlock(&lock);

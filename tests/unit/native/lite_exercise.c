@@ -48,6 +48,51 @@ static void reads_and_writes(void)
     IS(LT_read(memory + 12345, 0, back, 1), LT_ERR_BAD_HANDLE);
 }
 
+/* Ranges of `each` bytes, in an order of their own, with gaps that must stay as they were. */
+static void ranges_of(unsigned count, size_t each, char *out, char *in)
+{
+    struct LT_range ranges[256];
+    for (unsigned i = 0; i < count; i++)
+        ranges[i] = (struct LT_range){(uint64_t)(i * 7 % count) * (each + 3), each};
+    OK(LT_memset(memory, 0, '#', count * (each + 3)));
+    memcpy(out, pattern, count * each);
+    OK(LT_writev(memory, ranges, count, out));
+    memset(in, 0, count * each + 1);
+    OK(LT_readv(memory, ranges, count, in));
+    CHECK(!memcmp(in, pattern, count * each) && !in[count * each]);
+    for (unsigned i = 0; i < count; i++) {
+        char one[LARGE + 3];
+        OK(LT_read(memory, ranges[i].offset, one, each + 3));
+        CHECK(!memcmp(one, pattern + i * each, each) && !memcmp(one + each, "###", 3));
+    }
+}
+
+static void scatter_and_gather(void)
+{
+    static char out[2 * LARGE], in[2 * LARGE + 1];
+    struct LT_range beyond[2] = {{0, 10}, {(1 << 20) - 1, 2}};
+    struct LT_range endless[2] = {{0, UINT64_MAX}, {0, 2}};
+    ranges_of(1, 5, out, in);
+    ranges_of(256, 16, out, in); /* data and ranges are just as long as a packet may be */
+    ranges_of(256, 17, out, in); /* the ranges leave too little room for the data */
+    ranges_of(3, LARGE / 2, out, in);
+    char *buffer = LT_buffer(sizeof out + sizeof in);
+    CHECK(buffer);
+    ranges_of(3, LARGE / 2, buffer, buffer + sizeof out);
+    ranges_of(5, 100, buffer, in);
+    OK(LT_buffer_free(buffer));
+    IS(LT_readv(memory, beyond, 2, in), LT_ERR_OUT_OF_RANGE);
+    IS(LT_writev(memory, beyond, 2, out), LT_ERR_OUT_OF_RANGE);
+    IS(LT_writev(memory, endless, 2, out), LT_ERR_OUT_OF_RANGE);
+    IS(LT_readv(memory, beyond, 0, in), LT_ERR_BAD_ARGUMENT);
+    IS(LT_readv(memory, beyond, 257, in), LT_ERR_BAD_ARGUMENT);
+    IS(LT_readv(memory + 12345, beyond, 1, in), LT_ERR_BAD_HANDLE);
+    LT_ticket ticket; /* with another operation under way */
+    OK(LT_read_async(memory, 0, in, 64, &ticket));
+    ranges_of(4, 8, out, in + 64);
+    OK(LT_wait(ticket));
+}
+
 static void many_at_once(void)
 {
     LT_ticket tickets[100];
@@ -163,6 +208,61 @@ static void names(void)
     IS(LT_map(back, LT_MAY_READ, &again, NULL), LT_ERR_BAD_ARGUMENT);
 }
 
+static void masters(int own, int there)
+{
+    LT_handle mine, reader, writer, master;
+    char name[128], home[64], other[64], to[130];
+    int ids[64], count_ = LT_nodes(ids, 64);
+    snprintf(name, sizeof name, "masters-%d", getpid());
+    OK(LT_node_name(own, home, sizeof home));
+    OK(LT_node_name(there == own ? ids[count_ - 1] == own ? ids[0] : ids[count_ - 1] : there, other, sizeof other));
+    OK(LT_malloc(NULL, 6 << 20, name, LT_MAY_READ | LT_MAY_SHARE, LT_KEEP, &mine));
+    OK(LT_write(mine, 5 << 20, pattern, 5000));
+
+    OK(LT_map(name, LT_MAY_READ, &reader, NULL));
+    IS(LT_map(name, LT_MAY_WRITE, &writer, NULL), LT_ERR_PERMISSION);
+    IS(LT_move(reader, other), LT_ERR_PERMISSION);
+    IS(LT_grant(reader, LT_MAY_WRITE, "*"), LT_ERR_PERMISSION);
+    IS(LT_revoke(reader, LT_MAY_READ, "*"), LT_ERR_PERMISSION);
+    IS(LT_free(reader), LT_ERR_PERMISSION);
+    IS(LT_grant(mine, LT_MAY_WRITE, "nobody"), LT_ERR_NO_SUCH_NODE);
+    IS(LT_grant(mine, 1 << 7, home), LT_ERR_BAD_ARGUMENT);
+    IS(LT_move(mine, "nobody"), LT_ERR_NO_SUCH_NODE);
+
+    LT_ticket ticket; /* an operation under way does not notice the move */
+    OK(LT_read_async(reader, 5 << 20, back, 5000, &ticket));
+    OK(LT_move(mine, other));
+    OK(LT_wait(ticket));
+    CHECK(!memcmp(back, pattern, 5000));
+    OK(LT_read(reader, 5 << 20, back, 5000));
+    CHECK(!memcmp(back, pattern, 5000));
+    snprintf(to, sizeof to, "%s,%s", home, other); /* a block on each */
+    OK(LT_move(mine, to));
+    memset(back, 0, 5000);
+    OK(LT_read(reader, 5 << 20, back, 5000));
+    CHECK(!memcmp(back, pattern, 5000));
+
+    OK(LT_grant(mine, LT_MAY_WRITE | LT_MAY_ADMIN, home));
+    OK(LT_map(name, LT_MAY_WRITE, &writer, NULL));
+    OK(LT_write(writer, 0, "granted", 7));
+    OK(LT_revoke(mine, LT_MAY_WRITE, home));
+    IS(LT_write(writer, 0, "revoked", 7), LT_ERR_REVOKED);
+    OK(LT_unmap(writer));
+    OK(LT_read(reader, 0, back, 7));
+    CHECK(!memcmp(back, "granted", 7));
+    IS(LT_map(name, LT_MAY_WRITE, &writer, NULL), LT_ERR_PERMISSION);
+
+    OK(LT_map(name, LT_MAY_ADMIN, &master, NULL)); /* a second master */
+    OK(LT_unmap(mine));
+    OK(LT_free(master));
+    IS(LT_read(reader, 0, back, 1), LT_ERR_FREED);
+    IS(LT_free(master), LT_ERR_FREED);
+    OK(LT_unmap(master));
+    OK(LT_unmap(reader));
+    IS(LT_free(reader), LT_ERR_BAD_HANDLE);
+    IS(LT_map(name, LT_MAY_READ, &reader, NULL), LT_ERR_NO_SUCH_NAME);
+}
+
 static void *serve(void *unused)
 {
     static char data[LARGE];
@@ -253,10 +353,12 @@ int main(int argc, char **argv)
     OK(LT_set_priority(LT_HIGH));
     OK(LT_malloc(argc > 1 ? argv[1] : NULL, 1 << 20, NULL, 31, 0, &memory));
     reads_and_writes();
+    scatter_and_gather();
     registered_memory();
     threads_and_locks();
     copies();
     names();
+    masters(own, there);
     messages(own);
     forks();
     many_at_once();

@@ -1,0 +1,228 @@
+#define _GNU_SOURCE
+#include "replica.h"
+
+#include "lines.h"
+#include "wire.h"
+
+#include <errno.h>
+#include <string.h>
+
+enum {
+    LOSSES_MOST = 8,            /* a blade that was lost so often is not used again */
+    BUSY_MS = 20,               /* until the process monitor is asked again: a thread of the program is asking it */
+    FULL_MS = 5000,             /* ... because there was no room */
+};
+
+static uint32_t bit(uint32_t link)
+{
+    return 1u << link;
+}
+
+/* Blades that cannot be used, as a bit set. */
+static uint32_t absent(const struct lines *l)
+{
+    uint32_t set = 0;
+    for (uint32_t link = 0; link < l->monitor.blades; link++)
+        if (!l->link[link].qp)
+            set |= bit(link);
+    return set;
+}
+
+static uint32_t present(const struct lines *l)
+{
+    return l->monitor.blades - (uint32_t)__builtin_popcount(absent(l));
+}
+
+static bool whole(const struct region *region)
+{
+    return region->at[1].link != NO_LINK && region->copied == REGION_PAGES;
+}
+
+static void count_degraded(struct lines *l)
+{
+    uint64_t n = 0;
+    for (size_t r = 0; r < l->regions; r++)
+        n += l->replica.copies > 1 && !whole(&l->region[r]);
+    l->count->degraded_regions = n;
+}
+
+/* Forget places on blades that have been lost. False if no place with everything remains. */
+static bool keep_living(const struct lines *l, struct region *region)
+{
+    if (region->at[1].link != NO_LINK && !l->link[region->at[1].link].qp)
+        region->at[1].link = NO_LINK;
+    if (l->link[region->at[0].link].qp)
+        return true;
+    if (!whole(region))
+        return false;
+    region->at[0] = region->at[1];
+    region->at[1].link = NO_LINK;
+    return true;
+}
+
+/* After a refusal: did a blade die meanwhile, so that fewer copies are to be had now? */
+static bool lost_meanwhile(struct lines *l, pthread_mutex_t *lock, uint32_t copies)
+{
+    pthread_mutex_lock(lock);
+    replica_news(l);
+    bool lost = present(l) < copies;
+    pthread_mutex_unlock(lock);
+    return lost;
+}
+
+int replica_reserve(struct lines *l, pthread_mutex_t *lock)
+{
+    for (bool booked = false; !booked;) {
+        struct region region = {.at = {{.link = NO_LINK}, {.link = NO_LINK}}, .copied = REGION_PAGES};
+        pthread_mutex_lock(lock);
+        uint32_t without = absent(l), copies = present(l) < l->replica.copies ? present(l) : l->replica.copies;
+        pthread_mutex_unlock(lock);
+        pthread_mutex_lock(&l->monitor.lock);
+        int error = monitor_region(&l->monitor, (uint64_t)REGION_PAGES << PAGE_SHIFT, copies, without, region.at);
+        pthread_mutex_unlock(&l->monitor.lock);
+        if (error == ENOMEM && lost_meanwhile(l, lock, copies))
+            continue;
+        if (error)
+            return error;
+        pthread_mutex_lock(lock);
+        booked = keep_living(l, &region);
+        if (booked) {
+            l->region[l->regions++] = region;
+            l->count->regions++;
+            count_degraded(l);
+        }
+        pthread_mutex_unlock(lock);
+    }
+    return 0;
+}
+
+void replica_lost(struct lines *l, uint32_t link, const char *why)
+{
+    if (!l->link[link].qp)
+        return;
+    fabric_link_stop(&l->link[link]);
+    l->replica.release |= bit(link);
+    l->replica.back &= ~bit(link);
+    l->replica.losses[link]++;
+    for (size_t r = 0; r < l->regions; r++)
+        if (!keep_living(l, &l->region[r]))
+            lines_die("memory blade %s is lost (%s): the program's memory is no longer whole, it ends here",
+                      l->monitor.name[link], why);
+    wire_give_up(l, link);
+    l->count->failovers++;
+    count_degraded(l);
+}
+
+void replica_news(struct lines *l)
+{
+    uint32_t link;
+    for (char kind; (kind = monitor_news(&l->monitor, &link)) != 0;) {
+        if (kind == 'l')
+            replica_lost(l, link, "it has left the rack");
+        else if (!l->link[link].qp && l->replica.losses[link] < LOSSES_MOST)
+            l->replica.back |= bit(link);
+    }
+    l->fabric.other = l->monitor.news;
+}
+
+static void tell(struct lines *l, const char *why)
+{
+    if (!l->replica.told)
+        lines_say("%s: the program goes on with one copy of some of its memory", why);
+    l->replica.told = true;
+}
+
+/* Queue pairs, and the process monitor's part, for one blade that was lost or is back. */
+static int tidy(struct lines *l)
+{
+    /* libibverbs allocates: while a thread forks it holds the heaps' locks, and waits for us. */
+    if (pthread_mutex_trylock(&l->replica.quiet))
+        return BUSY_MS;
+    if (l->replica.release) {
+        uint32_t link = (uint32_t)__builtin_ctz(l->replica.release);
+        l->replica.release &= ~bit(link);
+        fabric_link_destroy(&l->link[link]);
+        monitor_release(&l->monitor, link);
+    } else {
+        uint32_t link = (uint32_t)__builtin_ctz(l->replica.back);
+        l->replica.back &= ~bit(link);
+        if (fabric_link_create(&l->fabric, &l->link[link]) ||
+            monitor_connect(&l->monitor, link, &l->fabric, &l->link[link])) {
+            fabric_link_destroy(&l->link[link]);
+            l->replica.losses[link]++;
+        }
+    }
+    pthread_mutex_unlock(&l->replica.quiet);
+    return 0;
+}
+
+/* A second place for the region that was found to need one. */
+static int find_place(struct lines *l)
+{
+    struct region *region = &l->region[l->replica.cursor];
+    struct place place[COPIES];
+    uint32_t without = absent(l) | bit(region->at[0].link);
+    if (monitor_region(&l->monitor, (uint64_t)REGION_PAGES << PAGE_SHIFT, 1, without, place)) {
+        tell(l, l->monitor.error);
+        return FULL_MS;
+    }
+    region->at[1] = place[0];
+    region->copied = 0;
+    return 0;
+}
+
+/* Copy the next pages of a region to its second place. Nothing may be flushed in between: a queue pair keeps its
+ * requests in order, so a flush posted before is part of what is read, and one posted afterwards overwrites it. */
+static void copy_some(struct lines *l, size_t r)
+{
+    struct region *region = &l->region[r];
+    size_t at = region->copied, page[RUN_PAGES];
+    uint32_t n = 0;
+    for (; at < REGION_PAGES && n < RUN_PAGES; at++)
+        if (l->state[r * REGION_PAGES + at] & STORED)
+            page[n++] = r * REGION_PAGES + at;
+    if (n && !wire_copy(l, page, n))
+        return; /* the second blade was lost in its turn */
+    l->count->rereplicated_bytes += (uint64_t)n << PAGE_SHIFT;
+    region->copied = (uint32_t)at;
+    if (at == REGION_PAGES)
+        count_degraded(l);
+}
+
+/* A region that should have another copy, or l->regions. */
+static size_t next_degraded(struct lines *l)
+{
+    for (size_t i = 0; l->count->degraded_regions && i < l->regions; i++) {
+        size_t r = (l->replica.cursor + i) % l->regions;
+        if (!whole(&l->region[r]))
+            return l->replica.cursor = r;
+    }
+    return l->regions;
+}
+
+/* Do with `work` what needs the process monitor, unless a thread of the program is asking it. */
+static int with_monitor(struct lines *l, int (*work)(struct lines *l))
+{
+    if (pthread_mutex_trylock(&l->monitor.lock))
+        return BUSY_MS;
+    int pause = work(l);
+    pthread_mutex_unlock(&l->monitor.lock);
+    return pause;
+}
+
+int replica_step(struct lines *l)
+{
+    if (l->replica.release || l->replica.back)
+        return with_monitor(l, tidy);
+    size_t r = next_degraded(l);
+    if (r == l->regions)
+        return -1;
+    if (present(l) < 2) {
+        tell(l, "no second memory blade is left");
+        return -1;
+    }
+    if (l->region[r].at[1].link == NO_LINK)
+        return with_monitor(l, find_place);
+    copy_some(l, r);
+    return 0;
+}

@@ -1,0 +1,102 @@
+"""A storage blade that restarts, loses its power or stays away, as a program on a processor blade sees it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from typing import IO
+
+import pytest
+
+from tests.rack.conftest import Bench, Rack, unique
+
+pytestmark = [pytest.mark.rack, pytest.mark.timeout(900)]
+
+BLADES = {
+    "gm0": {"kind": "manager", "cpus": 1, "memory": "256 MiB"},
+    "pb0": {"kind": "processor", "cpus": 1, "memory": "512 MiB"},
+    "sb0": {"kind": "storage", "cpus": 1, "memory": "256 MiB", "disk": {"size": "1 GiB"}},
+}
+RECORDS = """
+import os, sys
+fd = os.open("/vnode/records", os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o644)
+os.fsync(os.open("/vnode", os.O_RDONLY))
+for number in range(int(sys.argv[1])):
+    os.pwrite(fd, b"%08d" % number * 512, number * 4096)
+    os.fsync(fd)
+    print(number, flush=True)
+"""
+AGENT = "/etc/rackless/services/agent"
+
+
+@pytest.fixture(scope="module")
+def small(bench: Bench) -> Iterator[Rack]:
+    """A rack whose storage blade may be harmed."""
+    name = unique("s")
+    file = bench.rack_file(name, blades=BLADES, links={"sb0": {"latency": "0 us"}})
+    bench.rackless("up", str(file))
+    yield Rack(bench, name, file)
+    bench.rackless("down", name)
+
+
+@pytest.fixture
+def records(small: Rack) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
+    """A program that writes one record after another, each on the disk before it says its number."""
+    words = small.bench.command("ssh", "--rack", small.name, "pb0", "--", "python3", "-", "60")
+    with subprocess.Popen(words, env=small.bench.env(), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT) as process:  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(RECORDS)
+        process.stdin.close()
+        yield process, process.stdout
+        process.kill()
+
+
+def _said(output: IO[str], wanted: int) -> None:
+    """Read what the program says until it says a number."""
+    for line in output:
+        if line.strip() == str(wanted):
+            return
+        assert line.strip().isdigit(), line + output.read()
+    raise AssertionError(f"it ended before {wanted}")
+
+
+def _recorded(rack: Rack) -> list[int]:
+    """What is on the storage blade."""
+    read = "import os; d = open('/srv/vnode/records', 'rb').read(); print([d[i:i+4096] == b'%08d' % (i >> 12) * 512"
+    told = rack.on("sb0", f'python3 -c "{read} for i in range(0, len(d), 4096)])"')
+    return [number for number, whole in enumerate(told.strip().strip("[]").split(", ")) if whole == "True"]
+
+
+def test_an_agent_that_restarts_is_waited_for(small: Rack, records: tuple[subprocess.Popen[str], IO[str]]) -> None:
+    process, output = records
+    _said(output, 10)
+    small.on("sb0", f"kill -9 $(cat {AGENT}/supervise/pid)")
+    _said(output, 59)  # and no error between
+    assert process.wait() == 0
+    assert _recorded(small) == list(range(60))
+
+
+def test_what_was_synced_survives_a_power_cut(small: Rack, records: tuple[subprocess.Popen[str], IO[str]]) -> None:
+    process, output = records
+    _said(output, 20)
+    os.kill(int((small.bench.run / small.name / f"libvirt/qemu/{small.name}.sb0.pid").read_text()), signal.SIGKILL)
+    small.bench.rackless("up", str(small.file))
+    assert set(range(21)) <= set(_recorded(small))
+    said = [line.strip() for line in output]  # goes on if the blade was back in time, else EIO: both are documented
+    assert process.wait() == (0 if said[-1] == "59" else 1)
+    assert said[-1] == "59" or "Errno 5" in said[-1], said
+
+
+def test_a_blade_that_stays_away_is_an_error_and_its_return_the_end_of_it(small: Rack) -> None:
+    small.on("pb0", "echo here > /vnode/f")
+    small.on("sb0", f"sv down {AGENT}")
+    try:
+        said = small.on("pb0", "sleep 2; cat /vnode/f 2>&1; echo $?; cat /vnode/f 2>&1; echo $?")
+        assert said.count("Input/output error") == 2, said
+    finally:
+        small.on("sb0", f"sv up {AGENT}")
+    assert small.on("pb0", "until cat /vnode/f 2>/dev/null; do sleep 1; done; rm /vnode/f") == "here\n"

@@ -1,0 +1,185 @@
+/* A stand-in for the process monitor and its memory blades, inside the program, over the stand-in verbs.
+ *
+ *   FAKE_BLADES    how many memory blades there are (3)
+ *   FAKE_REGIONS   how many vRegions each has room for (1000)
+ *   FAKE_ASKED     when so many vRegions have been asked for, blade 0 dies in silence
+ *   FAKE_EVENTS    what happens after how many requests: "1x500 1+900 0s2000 2l2500": blade 1 dies, is there again
+ *                  (empty), blade 0 dies in silence, which membership notices a little later; and blade 2 is
+ *                  declared dead while it still answers
+ *
+ * What a dead blade held is overwritten. Link it instead of monitor.c.
+ */
+#define _GNU_SOURCE
+#include "arena.h"
+#include "monitor.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+void fake_hook(void (*hook)(uint64_t carried));
+void fake_break(uint32_t qpn, int silent);
+
+enum { BLADES = 8, REGIONS = 1000, REGION_BYTES = 4 << 20, EVENTS = 32, NOTICE = 40 /* requests until a silent death is noticed */ };
+
+static struct blade {
+    uint32_t qpn;
+    bool dead;
+    size_t held, given;     /* regions; no piece of memory is given twice, late requests must find no other use of it */
+    char *memory;
+    struct ibv_mr *mr;
+} blades[BLADES];
+
+static struct event {
+    uint64_t at;
+    unsigned blade;
+    char kind;
+} events[EVENTS];
+
+static size_t n_events, room = REGIONS, turn, asked;
+static int news[2];
+
+static void announce(char kind, unsigned blade)
+{
+    char text[2] = {kind, (char)('0' + blade)};
+    if (write(news[1], text, sizeof text) != sizeof text)
+        abort();
+}
+
+static void later(char kind, unsigned blade, uint64_t at)
+{
+    if (n_events == EVENTS)
+        abort();
+    events[n_events++] = (struct event){at, blade, kind};
+}
+
+static void die(struct blade *blade, bool silent)
+{
+    blade->dead = true;
+    fake_break(blade->qpn, silent);
+    memset(blade->memory, 0xdb, blade->given * REGION_BYTES);
+}
+
+static void happen(uint64_t carried)
+{
+    for (size_t i = 0; i < n_events; i++) {
+        struct event *event = &events[i];
+        if (carried < event->at)
+            continue;
+        struct event now = *event;
+        *event = events[--n_events];
+        i = (size_t)-1;
+        struct blade *blade = &blades[now.blade];
+        if (now.kind == 'x' || now.kind == 's') {
+            die(blade, now.kind == 's');
+            if (now.kind == 's')
+                later('l', now.blade, carried + NOTICE);
+        } else {
+            if (now.kind == '+')
+                blade->dead = false;
+            announce(now.kind == 'l' ? 'l' : 'b', now.blade);
+        }
+    }
+}
+
+static unsigned long setting(const char *name, unsigned long otherwise)
+{
+    const char *value = getenv(name);
+    return value ? strtoul(value, NULL, 10) : otherwise;
+}
+
+int monitor_attach(struct monitor *m, const char *job)
+{
+    (void)job;
+    m->blades = (uint32_t)setting("FAKE_BLADES", 3);
+    room = setting("FAKE_REGIONS", REGIONS);
+    pthread_mutex_init(&m->lock, NULL);
+    if (pipe2(news, O_NONBLOCK | O_CLOEXEC))
+        return errno;
+    m->news = news[0];
+    m->socket = -1;
+    for (uint32_t i = 0; i < m->blades; i++)
+        snprintf(m->name[i], sizeof m->name[i], "mb%u", i);
+    const char *text = getenv("FAKE_EVENTS");
+    unsigned blade;
+    char kind;
+    unsigned long at;
+    int used;
+    for (; text && sscanf(text, "%u%c%lu%n", &blade, &kind, &at, &used) == 3; text += used)
+        later(kind, blade, at);
+    fake_hook(happen);
+    return 0;
+}
+
+void monitor_leave(struct monitor *m)
+{
+    (void)m;
+}
+
+int monitor_connect(struct monitor *m, uint32_t number, struct fabric *f, struct fabric_link *link)
+{
+    struct blade *blade = &blades[number];
+    if (!blade->memory) {
+        blade->memory = raw_memory((size_t)REGIONS * REGION_BYTES);
+        blade->mr = ibv_reg_mr(f->pd, blade->memory, (size_t)REGIONS * REGION_BYTES, IBV_ACCESS_LOCAL_WRITE |
+                               IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_WRITE);
+    }
+    if (blade->dead) {
+        snprintf(m->error, sizeof m->error, "mb%u is not there", number);
+        return EHOSTUNREACH;
+    }
+    struct fabric_link other;
+    if (fabric_link_create(f, &other) || fabric_link_connect(f, &other, link->qp->qp_num, link->psn, &f->gid))
+        abort();
+    blade->qpn = other.qp->qp_num;
+    return -fabric_link_connect(f, link, other.qp->qp_num, other.psn, &f->gid);
+}
+
+int monitor_release(struct monitor *m, uint32_t number)
+{
+    (void)m;
+    blades[number].held = 0;
+    return 0;
+}
+
+int monitor_region(struct monitor *m, uint64_t bytes, uint32_t copies, uint32_t without, struct place place[COPIES])
+{
+    uint32_t found = 0, chosen[COPIES];
+    if (++asked == setting("FAKE_ASKED", 0))
+        die(&blades[0], true);
+    for (uint32_t i = 0; i < m->blades && found < copies; i++) {
+        uint32_t number = (uint32_t)(turn + i) % m->blades;
+        if (!(without >> number & 1) && !blades[number].dead && blades[number].held < room)
+            chosen[found++] = number;
+    }
+    turn++;
+    for (uint32_t number = 0; number < m->blades && found < copies; number++)
+        if (!(without >> number & 1) && blades[number].dead)
+            announce('l', number); /* the process monitor has waited for it until membership said so */
+    if (found < copies || !copies) {
+        snprintf(m->error, sizeof m->error, "the memory blades are full");
+        return ENOMEM;
+    }
+    for (uint32_t i = 0; i < copies; i++) {
+        struct blade *blade = &blades[chosen[i]];
+        char *memory = blade->memory + blade->given++ * REGION_BYTES;
+        if (bytes != REGION_BYTES || blade->given > REGIONS)
+            abort();
+        memset(memory, 0xab, bytes); /* what others left there */
+        blade->held++;
+        place[i] = (struct place){chosen[i], blade->mr->rkey, (uintptr_t)memory};
+    }
+    return 0;
+}
+
+char monitor_news(struct monitor *m, uint32_t *blade)
+{
+    char text[2];
+    if (read(m->news, text, sizeof text) != sizeof text)
+        return 0;
+    *blade = (uint32_t)(text[1] - '0');
+    return text[0];
+}

@@ -1,0 +1,224 @@
+"""The process monitor's desk, its lender and the memory monitors' books, over real sockets: who holds what."""
+
+from __future__ import annotations
+
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from guest_agents.lite.links import Links
+from guest_agents.splitkernel.managers.holder import Holder
+from tests.unit.stand_in_memory import GID, SECRET, Blades, memory_blades
+
+from guest_agents.splitkernel.process.belonging import Belonging  # isort: skip  (needs the stand-in for pyverbs)
+from guest_agents.splitkernel.process.desk import Desk, Stock  # isort: skip
+
+REGION = 4 << 20
+SECONDS = 20.0
+RUNS = 200
+GIDHEX = socket.inet_pton(socket.AF_INET6, GID).hex()
+
+# A pager's side of the conversation: attaches, connects, takes regions two by two until it is killed.
+PROGRAM = f"""
+import os, socket, sys
+ask = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+ask.connect(sys.argv[1])
+def call(text):
+    ask.send(text.encode())
+    return ask.recv(4096).decode()
+blades = call(f"attach {{os.getpid()}} /none").split()[1:]
+for blade in blades:
+    call(f"connect {{blade}} 1 2 {GIDHEX}")
+print(flush=True)
+while call("region {REGION} 2").startswith("ok"):
+    pass
+ask.recv(1)
+"""
+
+
+class Pager:
+    """A program's pager at the desk."""
+
+    def __init__(self, path: Path, copies: int = 1) -> None:
+        self.copies = copies
+        self.socket, self.news = (socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2))
+        for each in (self.socket, self.news):
+            each.settimeout(SECONDS)
+            each.connect(str(path))
+        self.news.send(b"watch")
+        assert self.news.recv(100) == b"ok"
+        self.blades = self.ask("attach 4 /none").split()[1:]
+        for blade in self.blades:
+            self.connect(blade)
+
+    def ask(self, text: str) -> str:
+        self.socket.send(text.encode())
+        return self.socket.recv(4096).decode()
+
+    def connect(self, blade: str) -> None:
+        assert self.ask(f"connect {blade} 1 2 {GIDHEX}").endswith(GIDHEX)
+
+    def region(self, *without: str, copies: int | None = None) -> list[str]:
+        """The blades that gave the copies of a region; empty if there is no room."""
+        numbers = [str(self.blades.index(blade)) for blade in without]
+        status, *words = self.ask(" ".join(["region", str(REGION), str(copies or self.copies), *numbers])).split()
+        if status == "error":
+            assert words[0] == "12", words  # ENOMEM
+            return []
+        return [self.blades[int(number)] for number in words[::3]]
+
+    def hear(self) -> str:
+        return self.news.recv(100).decode()
+
+    def close(self) -> None:
+        self.socket.close()
+        self.news.close()
+
+
+@pytest.fixture
+def blades() -> Iterator[Blades]:
+    with memory_blades("mb0", "mb1", "mb2", size=64 << 20) as made:
+        yield made
+
+
+@pytest.fixture
+def desk(blades: Blades, tmp_path: Path) -> Path:
+    path = tmp_path / "split.sock"
+    # Without a manager: regions go to the blades in turn.
+    holder = Holder(Links(SECRET, lambda: None, lambda life: None), lambda: None, lambda: None, lambda dead: None,
+                    tmp_path / "vnodes.json")  # fmt: skip
+    belonging = Belonging("pb0", holder, lambda vnode: None, dict)
+    Desk(path, Stock(tmp_path / "jobs", lambda: 1 << 20, blades.lender, belonging, dict)).start()
+    return path
+
+
+def eventually(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_copies_are_on_different_blades_and_each_blade_has_its_turn(blades: Blades, desk: Path) -> None:
+    with closing(Pager(desk, copies=2)) as pager:
+        pairs = [pager.region() for _ in range(6)]
+        assert all(len(set(pair)) == 2 for pair in pairs)
+        assert sorted(first for first, _ in pairs) == ["mb0", "mb0", "mb1", "mb1", "mb2", "mb2"]
+        assert {name: held["regions"] for name, held in blades.books().items()} == dict.fromkeys(pager.blades, 4)
+        assert pager.region("mb0", "mb2", copies=1) == ["mb1"]
+    eventually(lambda: not blades.books())
+
+
+def test_there_are_two_copies_or_none(blades: Blades, desk: Path) -> None:
+    with closing(Pager(desk)) as other, closing(Pager(desk, copies=2)) as pager:
+        while other.region("mb2"):
+            pass  # only mb2 has room now
+        before = blades.books()
+        assert pager.region() == []
+        assert blades.books() == before  # what mb2 gave it has back
+        assert pager.region(copies=1) == ["mb2"]
+    eventually(lambda: not blades.books())
+
+
+def test_all_of_the_memory_can_be_lent_and_no_more(blades: Blades, desk: Path) -> None:
+    with closing(Pager(desk, copies=2)) as pager:
+        count = 0
+        while pager.region():
+            count += 1
+        assert count == 3 * (64 << 20) // REGION // 2
+    eventually(lambda: not blades.books())
+
+
+def test_programs_hear_of_deaths_and_returns(blades: Blades, desk: Path) -> None:
+    with closing(Pager(desk, copies=2)) as pager:
+        pager.region()
+        del blades.lives["mb1"]
+        blades.tell()
+        assert pager.hear() == "lost mb1"
+        assert pager.ask("release mb1") == "ok"
+        assert [pager.region() for _ in range(3)].count([]) == 0
+        assert "mb1" not in {blade for _ in range(3) for blade in pager.region()}
+        blades.lives["mb1"] = 2
+        blades.tell()
+        assert pager.hear() == "back mb1"
+        pager.connect("mb1")
+        assert pager.region("mb0", "mb2", copies=1) == ["mb1"]
+    eventually(lambda: not blades.books())
+
+
+def test_a_blade_that_returns_at_once_is_another(blades: Blades, desk: Path) -> None:
+    with closing(Pager(desk)) as pager:
+        assert pager.region("mb0", "mb2") == ["mb1"]
+        blades.lives["mb1"] = 2
+        blades.tell()
+        assert [pager.hear(), pager.hear()] == ["lost mb1", "back mb1"]
+        assert pager.region("mb0", "mb2") == []  # the connection was to its former life
+    eventually(lambda: not blades.books())
+
+
+def test_what_a_program_cannot_reach_is_returned_and_it_may_come_again(blades: Blades, desk: Path) -> None:
+    with closing(Pager(desk)) as pager:
+        assert pager.region("mb0", "mb2") == ["mb1"]
+        assert pager.ask("release mb1") == "ok"
+        assert pager.hear() == "back mb1"
+        assert not blades.books()
+        assert pager.region("mb0", "mb2") == []
+        pager.connect("mb1")
+        assert pager.region("mb0", "mb2") == ["mb1"]
+
+
+def test_who_waits_for_a_blade_that_dies_need_not_wait_long(blades: Blades, desk: Path) -> None:
+    held, asked = threading.Event(), threading.Event()
+    allocate = blades.monitors["mb1"].allocate
+
+    def silent(request: dict[str, object]) -> dict[str, object]:
+        asked.set()
+        held.wait(SECONDS)
+        return allocate(request)
+
+    blades.handlers["mb1"]["memory.allocate"] = silent
+    with closing(Pager(desk)) as pager:
+        answer: list[list[str]] = []
+        asking = threading.Thread(target=lambda: answer.append(pager.region("mb0")))
+        asking.start()
+        assert asked.wait(SECONDS)
+        del blades.lives["mb1"]
+        blades.tell()
+        asking.join(SECONDS)
+        assert answer == [["mb2"]]
+        held.set()
+
+
+def test_with_no_blade_left_there_is_no_memory(blades: Blades, desk: Path) -> None:
+    with closing(Pager(desk)) as pager:
+        assert pager.ask(f"region {REGION} 0") == "error 12 no memory blade is left"
+
+
+def test_killed_programs_leave_nothing_in_the_books(blades: Blades, desk: Path) -> None:
+    chance = random.Random(2026)
+    seen = 0
+    for _ in range(RUNS // 4):
+        running = [
+            subprocess.Popen([sys.executable, "-S", "-c", PROGRAM, desk], stdout=subprocess.PIPE) for _ in range(4)
+        ]
+        for each in running:
+            if chance.random() < 0.8:  # the others are killed as they start
+                assert each.stdout is not None
+                each.stdout.readline()
+        time.sleep(chance.uniform(0, 0.02))
+        seen += bool(blades.books())
+        for each in running:
+            each.send_signal(signal.SIGKILL)
+            each.communicate()
+    assert seen > RUNS // 8
+    eventually(lambda: not blades.books())
+    assert not list((desk.parent / "jobs").iterdir())
