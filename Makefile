@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .ONESHELL:
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: help setup testbed test test-unit test-rack images lint bench up down clean lock
+.PHONY: help setup testbed test test-unit test-long test-rack images lint bench up down clean lock
 
 # Namespaces, bridges and taps need root: when we are not, sudo runs the command (and only the command).
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
@@ -38,10 +38,13 @@ testbed: setup ## fresh machine -> a running default rack, a demo job on it, and
 	  make down                                # take the rack down again
 	EOF
 
-test: test-unit test-rack ## fresh machine -> every test: unit first, then on real blades
+test: test-unit test-long test-rack ## fresh machine -> every test: unit first, then on real blades
 
 test-unit: setup ## the tests that need no blade (under a minute)
-	@$(PYTEST) tests/unit -n 4 --dist loadfile $(ARGS)
+	@$(PYTEST) tests/unit -m 'not long' -n 4 --dist loadfile $(ARGS)
+
+test-long: setup ## those that need no blade either, but more time: storms, fuzz, random operations, deaths (a minute)
+	@$(PYTEST) tests/unit -m long -n 4 --dist loadfile $(ARGS)
 
 test-rack: setup ## the tests on real blades (minutes; root)
 	@$(PYTEST) tests/rack $(ARGS)

@@ -203,6 +203,7 @@ def test_with_no_blade_left_there_is_no_memory(blades: Blades, desk: Path) -> No
         assert pager.ask(f"region {REGION} 0") == "error 12 no memory blade is left"
 
 
+@pytest.mark.long
 def test_killed_programs_leave_nothing_in_the_books(blades: Blades, desk: Path) -> None:
     chance = random.Random(2026)
     seen = 0

@@ -21,7 +21,7 @@ from tests.lite_reference import pagerank
 from tests.unit import lite_pair
 from tests.unit.lite_stack import stack
 
-pytestmark = pytest.mark.skipif(lite_pair.missing() is not None, reason=str(lite_pair.missing()))
+pytestmark = [pytest.mark.long, pytest.mark.skipif(lite_pair.missing() is not None, reason=str(lite_pair.missing()))]
 PROJECT = Path(__file__).parents[2]
 TEXT = "\n".join(sorted((PROJECT / "README.md").read_text().splitlines() * 30))
 

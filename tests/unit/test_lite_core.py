@@ -681,6 +681,7 @@ def test_closing_in_the_middle_of_work(lite_core: Path) -> None:
         pair.close()
 
 
+@pytest.mark.long
 @needs_verbs
 @pytest.mark.parametrize("seed", range(3))
 def test_a_storm_of_broken_links_ends_every_request_with_a_name(pair: Pair, seed: int) -> None:

@@ -167,6 +167,7 @@ class Worker(threading.Thread):
         self.program.kill()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("turn", range(TURNS))
 def test_the_books_balance(tmp_path: Path, turn: int) -> None:
     chance = random.Random(SEED + turn)

@@ -12,7 +12,7 @@ import pytest
 from tests.unit import fsx, vnode_mounts
 from tests.unit.vnode_mounts import mounted
 
-pytestmark = pytest.mark.skipif(bool(vnode_mounts.missing()), reason=str(vnode_mounts.missing()))
+pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(vnode_mounts.missing()), reason=str(vnode_mounts.missing()))]
 
 SEED = int(os.environ.get("RACKLESS_FSX_SEED", "20181008"))
 STEPS = int(os.environ.get("RACKLESS_FSX_STEPS", "10000"))
