@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from ipaddress import IPv4Interface
 from typing import Any
 
 from guest_agents import control, disk, fabric, identity, version
@@ -15,8 +17,10 @@ from guest_agents.config import AgentConfig
 from guest_agents.identity import Identity
 from guest_agents.lite import tier as tiers
 from guest_agents.lite.core import Core
-from guest_agents.membership import Manager, Membership, Timing
-from guest_agents.verbs.node import open_node, ping_handler
+from guest_agents.membership import Follower, Manager, Membership, SeveralBooks, SeveralFollowers, Timing
+from guest_agents.splitkernel.managers.homes import Homes
+from guest_agents.splitkernel.managers.line import Line
+from guest_agents.verbs.node import Node, open_node, ping_handler
 
 log = logging.getLogger("rackless.agent")
 
@@ -95,12 +99,14 @@ class Agent:
         handlers |= {**node.handlers(), "verbs.ping": ping_handler(node, self.secret)}
         budget = budget_of(mine.kind)
         tier, lite = self._lite(budget)
-        handlers |= lite
+        line = self._managers(node)
+        handlers |= {**lite, **line.handlers()}
         config = AgentConfig(
             name=mine.name,
             node=node,
             secret=self.secret,
             budget=budget,
+            holder=line.holder,
             peers=lambda kind: {m["name"]: m["management"] for m in self.membership.of_kind(kind)},
             watch=self._watch,
             excache=lambda: self.identity.excache or DEFAULT_EXCACHE,
@@ -111,6 +117,14 @@ class Agent:
         if self.manager is not None:
             self.manager.start()
         tier.start()
+        line.start()
+        followers: dict[str, Follower] = {"lite": tier, "splitkernel": line.holder}
+        if mine.kind == "processor":
+            own = mine.management
+            homes = Homes(mine.name, line.holder, partial(fabric.hold, own["address"], own["prefix"]))
+            homes.start()
+            followers["homes"] = homes
+        self.membership.follower = SeveralFollowers(followers)
         self.membership.start()
         log.info("%s of kind %s serves rack %s", mine.name, mine.kind, mine.rack)
 
@@ -126,6 +140,24 @@ class Agent:
             return made, made.handlers()
         directory = tiers.manager_directory(self.manager, made)
         return made, {**self.manager.handlers(), **made.handlers(directory)}
+
+    def _managers(self, node: Node) -> Line:
+        """The line to the splitkernel's global managers; on the manager they are at this end of it."""
+        mine, books = self.identity, self.manager
+        node.life = lambda: line.life()
+        line = Line(self.membership, self.secret, mine.manager, control.PORT, node.bury,
+                    identity.FILE.with_name("vnodes.json"), books, self.vnode_addresses)  # fmt: skip
+        if books is not None and line.books is not None:
+            books.books = SeveralBooks({"lite": books.books, "splitkernel": line.books})
+        return line
+
+    def vnode_addresses(self) -> Iterator[str]:
+        """What vNodes may have: the end of the management network. The last address is the host's."""
+        network = IPv4Interface(f"{self.identity.management['address']}/{self.identity.management['prefix']}").network
+        for place in range(3, network.num_addresses // 2):
+            address = str(network[-place])
+            if address not in self.identity.hosts.values():
+                yield address
 
     def status(self, _request: control.Message) -> control.Message:
         """Health of this blade as `rackless status` shows it."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from guest_agents.budget import Budget
+from guest_agents.splitkernel.managers.holder import Holder
 from guest_agents.verbs.node import Node
 
 
@@ -28,6 +29,9 @@ class AgentConfig:
 
     budget: Budget
     """The memory this blade gives to others."""
+
+    holder: Holder
+    """This blade's copy of the global managers' ledger, and its line to them."""
 
     watch: Callable[[str, Callable[[dict[str, int]], None]], None] = lambda kind, changed: None
     """Have a function called whenever blades come or go, with those of a kind that are alive: name -> incarnation."""

@@ -13,7 +13,7 @@ both sides authenticated by HMAC with the rack's secret. A connection carries an
 Messages known today (`?` marks an optional field, sizes are bytes, GIDs are strings such as "::ffff:10.77.0.2"):
 
     op              fields                                        reply
-    verbs.accept    service, qpn, psn, gid, client?               qpn, psn, gid, connection, + what the service offers
+    verbs.accept    service, qpn, psn, gid, client?, life?        qpn, psn, gid, connection, + what the service offers
                     (service "ping": addr, rkey, size; "storage": slots, slot_size)
     verbs.release   connection                                    -
     verbs.ping      peer (address of the other agent), size?      seconds, bytes, peer
@@ -22,17 +22,25 @@ Messages known today (`?` marks an optional field, sizes are bytes, GIDs are str
     memory.stats    -                                             regions, bytes_allocated, bytes_registered,
                                                                   bytes_total, bytes_of_others, connections
     storage.stats   -                                             requests, bytes_in, bytes_out, bytes_total, bytes_free
-    process.stats   -                                             programs, connections, memory, storage
+    process.stats   -                                             programs, storage
+    process.kill    id, signal                                    -
+    vnode.create    name, processors?, memory?, storage?,         vnode
+                    placement?
+    vnode.delete    name                                          -
+    vnode.list      name?                                         vnodes
+    program.place   vnode?, on?                                   blade, vnode
+    program.list    -                                             programs
     member.join     a blade's description, incarnation?, ...      node_id, incarnation, members, dead, version
     member.beat     node_id, incarnation, version                 known, members, dead, version
     member.leave    node_id, incarnation                          -
     member.list     -                                             members, dead, version
     lite.stat       -                                             what a blade's tier of LITE holds and has done
     lite.qos        mode                                          -
+    holder.*, managers.*                                          among blades and managers: splitkernel/managers/
     lite.*          meant_for (node_id, incarnation), ...         among the tiers: see guest_agents/lite/
 
 Everything the connection `connection` allocated is freed by `verbs.release`, and also when the control connection
-over which it was accepted closes: a dead client leaves nothing in the books.
+over which it was accepted closes, or the life it named is declared dead: a dead client leaves nothing in the books.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,16 @@ def configure(management: dict[str, Any], fabric: dict[str, Any], deadline: floa
     subprocess.run(["ip", "-batch", "-"], input="\n".join(batch), text=True, check=True)
     if not Path(f"/sys/class/infiniband/{RXE}").exists():
         subprocess.run(["rdma", "link", "add", RXE, "type", "rxe", "netdev", FABRIC], check=True)
+
+
+def hold(own: str, prefix: int, addresses: Collection[str]) -> None:
+    """Have exactly these addresses on the management network besides our own."""
+    shown = subprocess.run(["ip", "-json", "-4", "addr", "show", "dev", MANAGEMENT], capture_output=True, check=True)
+    held = {entry["local"] for device in json.loads(shown.stdout) for entry in device["addr_info"]} - {own}
+    batch = [f"addr del {address}/{prefix} dev {MANAGEMENT}" for address in held - set(addresses)]
+    batch += [f"addr add {address}/{prefix} dev {MANAGEMENT}" for address in set(addresses) - held]
+    if batch:
+        subprocess.run(["ip", "-batch", "-"], input="\n".join(batch), text=True, check=True)
 
 
 def shape(link: dict[str, Any]) -> None:

@@ -82,6 +82,26 @@ class Books:
         """A life is over; called in order, from a thread of its own, and may take its time."""
 
 
+class SeveralBooks(Books):
+    """Books by name; each gets the part of a member's report that has its name (see SeveralFollowers)."""
+
+    def __init__(self, parts: Mapping[str, Books]) -> None:
+        self._parts = parts
+
+    def joined(self, member: Member, report: Message) -> None:
+        """A life joins."""
+        for name, part in self._parts.items():
+            part.joined(member, report.get(name, {}))
+
+    def died(self, member: Member) -> None:
+        """A life is over."""
+        for name, part in self._parts.items():
+            try:
+                part.died(member)
+            except Exception:
+                log.exception("the books of %s about %s are not settled", name, member.name)
+
+
 class Manager:
     """The list of members, on the manager blade.
 
@@ -291,6 +311,27 @@ class Follower:
 
     def news(self, members: list[Message], dead: dict[int, int]) -> None:
         """Members came or went. `dead`: node -> highest incarnation that is over."""
+
+
+class SeveralFollowers(Follower):
+    """Followers by name, that hear all in order; what they report goes to the books of the same name."""
+
+    def __init__(self, parts: Mapping[str, Follower]) -> None:
+        self._parts = parts
+
+    def report(self) -> Message:
+        """What this life holds, by name."""
+        return {name: part.report() for name, part in self._parts.items()}
+
+    def reborn(self, life: Life) -> None:
+        """This blade begins a new life."""
+        for part in self._parts.values():
+            part.reborn(life)
+
+    def news(self, members: list[Message], dead: dict[int, int]) -> None:
+        """Members came or went."""
+        for part in self._parts.values():
+            part.news(members, dead)
 
 
 class Membership:

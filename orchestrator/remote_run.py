@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import secrets
 import shlex
 import signal
@@ -43,6 +44,12 @@ class Job:
     stats: Path | None = None
     """Where the counters go on this host."""
     directory: str = VNODE
+    vnode: str | None = None
+    """None means the default one."""
+    cwd: str | None = None
+    """Where it starts, seen from `directory`."""
+    env: Sequence[str] = ()
+    """NAME=VALUE, on top of the blade's environment."""
     folder: str = field(default_factory=lambda: f"/tmp/rackless-run-{secrets.token_hex(8)}")
     """On the blade, for as long as the job lasts: its process id, its counters."""
 
@@ -59,11 +66,20 @@ class Job:
             split += ["--replicas", str(self.replicas)]
         if self.stats is not None:
             split += ["--stats", f"{self.folder}/stats.json"]
+        for setting in self.env:
+            split += ["--env", setting]
+        if self.vnode is not None:
+            split += ["--vnode", self.vnode, "--cwd", posixpath.join(self.directory, self.cwd or "")]
+        elif self.cwd is not None:
+            split += ["--cwd", self.cwd]
         missing = f"rackless: {self.blade} has no {self.directory}: is its agent ready?"
+        start = (
+            f"cd {shlex.quote(self.directory)} 2>/dev/null || "
+            f"{{ echo {shlex.quote(missing)} >&2; exit {EXIT_NOT_STARTED}; }}"
+        )
         lines = [
             "trap : INT TERM HUP QUIT",
-            f"cd {shlex.quote(self.directory)} 2>/dev/null || "
-            f"{{ echo {shlex.quote(missing)} >&2; exit {EXIT_NOT_STARTED}; }}",
+            *([start] if self.vnode is None else []),  # another vNode's files need not be where these are
             f"mkdir -m 700 {self.folder} && echo $$ > {self.folder}/pid || exit {EXIT_NOT_STARTED}",
             shlex.join([*split, "--", *self.command]),
             "code=$?",

@@ -43,6 +43,8 @@ class Settings:
     """For one request to an agent to be answered."""
     status_seconds: float = 3.0
     """For one agent to say how it is; never scaled, `status` must not hang on a dead blade."""
+    managers_seconds: float = 60.0
+    """For the splitkernel's managers to answer, who wait for silent blades until these are dead; never scaled."""
     lock_seconds: float = 3.0
     """For another `rackless` on the same rack to let go of it; never scaled."""
     max_workers: int = 16

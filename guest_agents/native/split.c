@@ -1,18 +1,23 @@
-/* split run [--excache BYTES] [--replicas N] [--stats FILE] -- COMMAND [ARGUMENT...]
+/* split run [OPTION...] [--] COMMAND [ARGUMENT...], split ps, split kill ID [SIGNAL]
  *
  * Runs an unmodified program whose memory is managed by the process monitor. Thin on purpose: a Python client would
- * need seconds to start on an emulated blade. The program is a child with the caller's descriptors, environment and
- * terminal; signals go on to it; its exit status is ours (128 + n if signal n ended it).
+ * need seconds to start on an emulated blade. The program is a child with the caller's descriptors, environment,
+ * directory and terminal; signals go on to it; its exit status is ours (128 + n if signal n ended it).
  */
 #define _GNU_SOURCE
+#include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
 #include <limits.h>
+#include <sched.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -20,10 +25,13 @@
 #include <time.h>
 #include <unistd.h>
 
+#ifndef MONITOR_SOCKET /* tests have their own */
 #define MONITOR_SOCKET "/run/rackless/split.sock"
 #define VNODE "/vnode"
+#endif
 
-enum { USAGE = 2, INTERNAL = 70, CANNOT_RUN = 126, NOT_FOUND = 127, MESSAGE = 64 << 10 };
+enum { USAGE = 2, INTERNAL = 70, NOT_STARTED = 125, CANNOT_RUN = 126, NOT_FOUND = 127, MESSAGE = 64 << 10,
+       COMMAND_SHOWN = 200 };
 
 static volatile pid_t program;
 
@@ -50,18 +58,35 @@ static double now(void)
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* One request to the process monitor; the text after "ok " in `text`. */
+/* One request to the process monitor: whether it was granted; what it says (without "ok ", "error N ") in `text`. */
+static bool request(int monitor, char text[MESSAGE])
+{
+    ssize_t got;
+    if (send(monitor, text, strlen(text), MSG_NOSIGNAL) < 0) {
+        snprintf(text, MESSAGE, "the process monitor has gone: %s", strerror(errno));
+        return false;
+    }
+    do
+        got = recv(monitor, text, MESSAGE - 1, 0);
+    while (got < 0 && errno == EINTR);
+    if (got <= 0) {
+        snprintf(text, MESSAGE, "the process monitor does not answer (see /var/log/rackless/agent/current)");
+        return false;
+    }
+    text[got] = 0;
+    bool granted = !strncmp(text, "ok", 2);
+    char *rest = granted ? text + 2 : text;
+    if (!granted && !strncmp(text, "error ", 6))
+        strtol(text + 6, &rest, 10);
+    rest += *rest == ' ';
+    memmove(text, rest, strlen(rest) + 1);
+    return granted;
+}
+
 static void ask(int monitor, char text[MESSAGE])
 {
-    if (send(monitor, text, strlen(text), MSG_NOSIGNAL) < 0)
-        die(INTERNAL, "the process monitor has gone: %s%s", strerror(errno), "");
-    ssize_t got = recv(monitor, text, MESSAGE - 1, 0);
-    if (got <= 0)
-        die(INTERNAL, "the process monitor does not answer (see /var/log/rackless/agent/current)%s%s", "", "");
-    text[got] = 0;
-    if (strncmp(text, "ok", 2))
-        die(INTERNAL, "%s%s", text, "");
-    memmove(text, text + (text[2] ? 3 : 2), (size_t)got - 1);
+    if (!request(monitor, text))
+        die(NOT_STARTED, "%s%s", text, "");
 }
 
 static int attach_monitor(void)
@@ -69,7 +94,7 @@ static int attach_monitor(void)
     int s = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
     struct sockaddr_un name = {.sun_family = AF_UNIX, .sun_path = MONITOR_SOCKET};
     if (s < 0 || connect(s, (struct sockaddr *)&name, sizeof name))
-        die(INTERNAL, "no process monitor at %s: %s", MONITOR_SOCKET, strerror(errno));
+        die(NOT_STARTED, "no process monitor at %s: %s", MONITOR_SOCKET, strerror(errno));
     return s;
 }
 
@@ -105,88 +130,261 @@ static int wait_for(pid_t pid)
     }
 }
 
-static void write_stats(const char *file, int monitor, const char *job, double seconds, int status)
+/* Tell of the program's end. Whoever asked for no statistics need not hear that the monitor was restarted. */
+static void report(const char *file, int monitor, const char *job, double seconds, int status)
 {
     char text[MESSAGE];
     snprintf(text, sizeof text, "report %.200s %.6f %d", job, seconds, status);
-    ask(monitor, text);
+    bool granted = request(monitor, text);
     if (!file)
         return;
+    if (!granted)
+        die(INTERNAL, "no statistics: %s%s", text, "");
     FILE *out = strcmp(file, "-") ? fopen(file, "we") : fdopen(dup(STDERR_FILENO), "w");
     if (!out || fprintf(out, "%s\n", text) < 0 || fclose(out))
         die(INTERNAL, "cannot write %s: %s", file, strerror(errno));
 }
 
-int main(int argc, char **argv)
+/* ---- in the child ---- */
+
+/* Let the program see its vNode's files, and no others, as /vnode. */
+static void enter_root(const char *root)
 {
-    const char *excache = "", *stats = NULL, *replicas = "1";
-    static const struct option options[] = {
-        {"excache", required_argument, NULL, 'e'}, {"stats", required_argument, NULL, 's'},
-        {"replicas", required_argument, NULL, 'r'}, {0}};
-    if (argc < 2 || strcmp(argv[1], "run"))
-        die(USAGE, "usage: split run [--excache BYTES] [--replicas 1|2] [--stats FILE] -- COMMAND [ARGUMENT...]%s%s", "", "");
-    argv++, argc--;
-    for (int c; (c = getopt_long(argc, argv, "+", options, NULL)) != -1;) {
+    if (unshare(CLONE_NEWNS) || mount(NULL, "/", NULL, MS_REC | MS_SLAVE, NULL))
+        die(NOT_STARTED, "only root may run programs in a vNode: %s%s", strerror(errno), "");
+    if (mount(root, VNODE, NULL, MS_BIND, NULL))
+        die(NOT_STARTED, "cannot show the vNode's files as " VNODE ": %s%s", strerror(errno), "");
+}
+
+static void enter_directory(const char *directory)
+{
+    if (chdir(directory))
+        die(NOT_STARTED, "cannot start in %s: %s", directory, strerror(errno));
+}
+
+/* Whether the file begins as an ELF program does, and its header. */
+static bool read_elf(const char *path, Elf64_Ehdr *header)
+{
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0)
+        return false;
+    memset(header, 0, sizeof *header);
+    ssize_t got = read(file, header, sizeof *header);
+    close(file);
+    return got >= (ssize_t)offsetof(Elf64_Ehdr, e_version) && !memcmp(header->e_ident, ELFMAG, SELFMAG);
+}
+
+static const char *machine_name(unsigned machine, char text[32])
+{
+    static const struct { unsigned machine; const char *name; } known[] = {
+        {EM_386, "i386"}, {EM_X86_64, "x86-64"}, {EM_ARM, "arm"}, {EM_AARCH64, "aarch64"}, {EM_RISCV, "risc-v"},
+        {EM_PPC64, "ppc64"}, {EM_S390, "s390"}, {EM_MIPS, "mips"}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (known[i].machine == machine)
+            return known[i].name;
+    snprintf(text, 32, "machine %u", machine);
+    return text;
+}
+
+/* Where execvp would find it: the first executable file in PATH, else the first that is there at all. */
+static bool find_program(const char *name, char path[PATH_MAX])
+{
+    snprintf(path, PATH_MAX, "%s", name);
+    if (strchr(name, '/'))
+        return !access(path, F_OK);
+    char seen[PATH_MAX] = "";
+    const char *folders = getenv("PATH");
+    for (const char *at = folders ? folders : "/bin:/usr/bin", *end; at; at = *end ? end + 1 : NULL) {
+        end = strchrnul(at, ':');
+        snprintf(path, PATH_MAX, "%.*s%s%s", (int)(end - at), at, end > at ? "/" : "", name);
+        if (!access(path, X_OK))
+            return true;
+        if (!*seen && !access(path, F_OK))
+            strcpy(seen, path);
+    }
+    strcpy(path, seen);
+    return *seen;
+}
+
+/* Refuse what cannot run, with the reason: execvp would hand another machine's program to the shell. */
+static void check_program(const char *name)
+{
+    char path[PATH_MAX], text[32];
+    struct stat status;
+    Elf64_Ehdr program, own;
+    if (!*name || !find_program(name, path))
+        die(NOT_FOUND, "%s: command not found (it must be on this blade, or in " VNODE ")%s", name, "");
+    if (!stat(path, &status) && S_ISDIR(status.st_mode))
+        die(CANNOT_RUN, "%s: is a directory%s", name, "");
+    if (access(path, X_OK))
+        die(CANNOT_RUN, "%s: %s (chmod +x makes a file executable)", name, strerror(errno));
+    if (read_elf(path, &program) && read_elf("/proc/self/exe", &own) && program.e_machine != own.e_machine)
+        die(CANNOT_RUN, "%s: is a program for another machine (%s); compile it for this blade's", name,
+            machine_name(program.e_machine, text));
+}
+
+static _Noreturn void become(char **argv)
+{
+    check_program(argv[0]);
+    preload("/proc/self/exe");
+    execvp(argv[0], argv);
+    int error = errno;
+    die(error == ENOENT ? NOT_FOUND : CANNOT_RUN, "%s: %s", argv[0],
+        error == ENOENT ? "the interpreter that it names is not on this blade" : strerror(error));
+}
+
+/* ---- commands ---- */
+
+struct options {
+    const char *excache, *replicas, *stats, *vnode, *directory;
+};
+
+static void set_variable(char *text)
+{
+    char *value = strchr(text, '=');
+    if (!value || value == text)
+        die(USAGE, "--env takes NAME=VALUE, not '%s'%s", text, "");
+    *value = 0;
+    setenv(text, value + 1, 1);
+}
+
+/* Returns where in argv the command begins. */
+static int read_options(int argc, char **argv, struct options *o)
+{
+    static const struct option known[] = {
+        {"excache", required_argument, NULL, 'e'}, {"replicas", required_argument, NULL, 'r'},
+        {"stats", required_argument, NULL, 's'}, {"vnode", required_argument, NULL, 'v'},
+        {"cwd", required_argument, NULL, 'c'}, {"env", required_argument, NULL, 'E'}, {0}};
+    for (int c; (c = getopt_long(argc, argv, "+", known, NULL)) != -1;) {
         if (c == 'e')
-            excache = optarg;
+            o->excache = optarg;
         else if (c == 's')
-            stats = optarg;
+            o->stats = optarg;
+        else if (c == 'v')
+            o->vnode = optarg;
+        else if (c == 'c')
+            o->directory = optarg;
+        else if (c == 'E')
+            set_variable(optarg);
         else if (c == 'r')
-            replicas = optarg;
+            o->replicas = optarg;
         else
             exit(USAGE);
     }
     if (optind == argc)
         die(USAGE, "no command given%s%s", "", "");
     char *end;
-    if (*excache && (strtoull(excache, &end, 10) == 0 || *end))
-        die(USAGE, "--excache takes a number of bytes, not '%s'%s", excache, "");
+    if (o->excache && (strtoull(o->excache, &end, 10) == 0 || *end))
+        die(USAGE, "--excache takes a number of bytes, not '%s'%s", o->excache, "");
+    if (strcmp(o->replicas, "1") && strcmp(o->replicas, "2"))
+        die(USAGE, "--replicas takes 1 or 2, not '%s'%s", o->replicas, "");
+    if (strpbrk(o->vnode, " \t\n"))
+        die(USAGE, "'%s' cannot name a vNode%s", o->vnode, "");
+    return optind;
+}
 
-    if (strcmp(replicas, "1") && strcmp(replicas, "2"))
-        die(USAGE, "--replicas takes 1 or 2, not '%s'%s", replicas, "");
-    char stats_path[PATH_MAX];
-    if (stats && strcmp(stats, "-") && stats[0] != '/') {
-        char *here = getcwd(stats_path, sizeof stats_path - strlen(stats) - 2);
-        if (here)
-            stats = strcat(strcat(stats_path, "/"), stats);
+/* "began PID COMMAND...", as much of the command as people need to know it again. */
+static void tell_begin(int monitor, char **argv)
+{
+    char text[MESSAGE];
+    size_t length = (size_t)snprintf(text, sizeof text, "began %d", (int)program);
+    for (; *argv && length < COMMAND_SHOWN; argv++)
+        length += (size_t)snprintf(text + length, sizeof text - length, " %.*s", COMMAND_SHOWN, *argv);
+    request(monitor, text); /* the program runs, whether it is in the books or not */
+}
+
+static int run(int argc, char **argv)
+{
+    const char *own = getenv("RACKLESS_VNODE");
+    struct options o = {.replicas = "1", .vnode = own && *own ? own : "default"};
+    argv += read_options(argc, argv, &o);
+
+    char here[PATH_MAX], stats_path[2 * PATH_MAX];
+    if (!getcwd(here, sizeof here))
+        die(NOT_STARTED, "there is no current directory: %s%s", strerror(errno), "");
+    if (o.stats && strcmp(o.stats, "-") && o.stats[0] != '/') {
+        snprintf(stats_path, sizeof stats_path, "%s/%s", here, o.stats);
+        o.stats = stats_path;
     }
     int monitor = attach_monitor();
     char job[MESSAGE];
-    snprintf(job, sizeof job, "job %s", excache);
-    ask(monitor, job); /* "DIRECTORY EXCACHE" */
-    char *size = strchr(job, ' ');
-    if (!size)
+    snprintf(job, sizeof job, "job %s %s", o.excache ? o.excache : "-", o.vnode);
+    ask(monitor, job); /* "DIRECTORY EXCACHE ROOT" */
+    char *save = NULL;
+    strtok_r(job, " ", &save);
+    const char *size = strtok_r(NULL, " ", &save), *root = strtok_r(NULL, " ", &save);
+    if (!size || !root)
         die(INTERNAL, "the process monitor's answer makes no sense: %s%s", job, "");
-    *size++ = 0;
 
     const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGCONT, SIGWINCH};
     sigset_t blocked, before;
     sigfillset(&blocked);
     sigprocmask(SIG_BLOCK, &blocked, &before);
+    pid_t parent = getpid();
     double start = now();
     program = fork();
     if (program < 0)
         die(INTERNAL, "fork: %s%s", strerror(errno), "");
     if (program == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL); /* nobody could end it through us any more, or see its end */
+        if (getppid() != parent)
+            _exit(NOT_STARTED);
         sigprocmask(SIG_SETMASK, &before, NULL);
         setenv("RACKLESS_EXCACHE", size, 1);
         setenv("RACKLESS_JOB", job, 1);
-        setenv("RACKLESS_REPLICAS", replicas, 1);
-        preload("/proc/self/exe");
-        if (chdir(VNODE))
-            die(CANNOT_RUN, "%s: %s", VNODE, strerror(errno));
-        setenv("PWD", VNODE, 1);
-        execvp(argv[optind], argv + optind);
-        int error = errno;
-        die(error == ENOENT ? NOT_FOUND : CANNOT_RUN, "%s: %s", argv[optind],
-            error == ENOENT ? "command not found" : strerror(error));
+        setenv("RACKLESS_REPLICAS", o.replicas, 1);
+        setenv("RACKLESS_VNODE", o.vnode, 1);
+        if (strcmp(root, "-")) {
+            enter_root(root);
+            enter_directory(here); /* of that name in the files that are seen now */
+        }
+        if (o.directory) {
+            enter_directory(o.directory);
+            if (getcwd(here, sizeof here))
+                setenv("PWD", here, 1);
+        }
+        become(argv);
     }
     for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) {
         struct sigaction action = {.sa_sigaction = forward, .sa_flags = SA_RESTART | SA_SIGINFO};
         sigaction(signals[i], &action, NULL);
     }
     sigprocmask(SIG_SETMASK, &before, NULL);
+    tell_begin(monitor, argv);
     int status = wait_for(program);
-    write_stats(stats, monitor, job, now() - start, status);
+    report(o.stats, monitor, job, now() - start, status);
     return status;
+}
+
+static int ps(void)
+{
+    char text[MESSAGE] = "ps";
+    ask(attach_monitor(), text);
+    return puts(text) < 0;
+}
+
+static int send_signal(const char *id, const char *number)
+{
+    char text[MESSAGE];
+    snprintf(text, sizeof text, "kill %s %s", id, number);
+    if (strpbrk(id, " \t\n") || strpbrk(number, " \t\n") || !*id || !*number)
+        die(USAGE, "split kill takes the ID of a program (see split ps) and a signal%s%s", "", "");
+    if (!request(attach_monitor(), text))
+        die(1, "%s%s", text, "");
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    if (argc >= 2 && !strcmp(argv[1], "run"))
+        return run(argc - 1, argv + 1);
+    if (argc == 2 && !strcmp(argv[1], "ps"))
+        return ps();
+    if ((argc == 3 || argc == 4) && !strcmp(argv[1], "kill"))
+        return send_signal(argv[2], argc == 4 ? argv[3] : "TERM");
+    fputs("usage: split run [--vnode NAME] [--excache BYTES] [--replicas 1|2] [--stats FILE] [--cwd DIR]\n"
+          "                 [--env NAME=VALUE]... [--] COMMAND [ARGUMENT...]\n"
+          "       split ps\n"
+          "       split kill ID [SIGNAL]\n", stderr);
+    return USAGE;
 }

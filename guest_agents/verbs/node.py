@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from guest_agents import control
+from guest_agents.membership import Life
 from guest_agents.verbs.arena import Arena
 from guest_agents.verbs.completion import Completions, check
 from guest_agents.verbs.connection import Connection, address_of
@@ -30,6 +31,8 @@ class Accepted:
     service: str
     client: str
     connection: Connection
+    life: Life | None = None
+    """Of the peer, if it has said so."""
     offer: dict[str, Any] = field(default_factory=dict)
     on_close: list[Callable[[], None]] = field(default_factory=list)
 
@@ -50,6 +53,9 @@ class Node:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.services: dict[str, Service] = {"ping": _offer_ping}
+        self.life: Callable[[], Life | None] = lambda: None
+        """This blade's present life, which its peers are told."""
+        self._dead: dict[int, int] = {}
         self._accepted: dict[int, Accepted] = {}
         self._numbers = itertools.count(1)
         self._lock = threading.Lock()
@@ -66,12 +72,14 @@ class Node:
             known = ", ".join(sorted(self.services))
             raise control.ControlError(f"no service {request['service']!r} here", f"this blade offers: {known}")
         peer = address_of(request)
+        life = Life(*request["life"]) if request.get("life") else None
         with self._lock:
             accepted = Accepted(
                 next(self._numbers),
                 request["service"],
                 str(request.get("client", "?")),
                 Connection(self.device, self._completions()),
+                life,
             )
         try:
             prepare(accepted, self.device)
@@ -81,6 +89,10 @@ class Node:
             raise
         with self._lock:
             self._accepted[accepted.number] = accepted
+            over = self._is_over(life)
+        if over:
+            self._close(accepted.number)
+            raise control.ControlError(f"{accepted.client} was declared dead", "it has to begin a new life")
         caller = control.current_peer()
         if caller is not None:
             caller.on_close(lambda: self._close(accepted.number))
@@ -90,6 +102,22 @@ class Node:
         """verbs.release: forget a connection and all that belongs to it."""
         self._close(int(request["connection"]))
         return {}
+
+    def introduction(self) -> dict[str, Any]:
+        """What a blade says of itself when it asks a peer for a connection."""
+        life = self.life()
+        return {"life": [life.node, life.incarnation]} if life is not None else {}
+
+    def bury(self, dead: dict[int, int]) -> None:
+        """These lives (node -> highest incarnation that is over) have no connections here any more.
+
+        A blade that lost its power closes none, and its control connection looks alive from here.
+        """
+        with self._lock:
+            self._dead = dead
+            lost = [accepted.number for accepted in self._accepted.values() if self._is_over(accepted.life)]
+        for number in lost:
+            self._close(number)
 
     def accepted(self, number: int) -> Accepted:
         """An open connection by its number."""
@@ -103,6 +131,9 @@ class Node:
             accepted = self._accepted.pop(number, None)
         if accepted is not None:
             accepted.close()
+
+    def _is_over(self, life: Life | None) -> bool:
+        return life is not None and life.incarnation <= self._dead.get(life.node, 0)
 
     def _completions(self) -> Completions:
         """A queue for connections whose work is all the peer's: one-sided READs and WRITEs complete over there."""

@@ -230,7 +230,8 @@ class _Link:
         self._closed = False
         self._channel.listen()
         reply = peer.call(
-            "verbs.accept", service=service, client=str(node.device.gid), **self._channel.connection.address.fields()
+            "verbs.accept", service=service, client=str(node.device.gid), **node.introduction(),
+            **self._channel.connection.address.fields(),
         )
         self._channel.connection.connect(address_of(reply))
         for slot in range(SLOTS):

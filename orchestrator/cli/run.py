@@ -21,9 +21,17 @@ def register(app: typer.Typer) -> None:
 def run(
     command: Annotated[list[str], typer.Argument(metavar="CMD", help="Program and its arguments.")],
     on: Annotated[
-        str,
-        typer.Option("--on", metavar="BLADE", help="Processor blade to run on.", autocompletion=complete_blade),
-    ],
+        str | None,
+        typer.Option("--on", metavar="BLADE", help="Processor blade to run on.  [default: the one with the fewest "
+                     "programs]", autocompletion=complete_blade),
+    ] = None,
+    vnode: Annotated[str | None, typer.Option(metavar="NAME", help="vNode to run in: see `rackless vnode`.")] = None,
+    cwd: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Directory on the blade to start in.  [default: /vnode]")
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Environment of the program; may be repeated.")
+    ] = None,
     excache: Annotated[
         str | None, typer.Option(metavar="SIZE", help='Local memory of the program, such as "16 MiB".')
     ] = None,
@@ -35,21 +43,29 @@ def run(
 ) -> None:
     """Run an unmodified program on a processor blade.
 
-    Its stdin, stdout, stderr and exit code are yours. It starts in /vnode, where the files of the storage
-    blades are; its memory beyond the ExCache is on the memory blades. With --replicas 2 each page is on two of
-    them, and the death of one does not end the program.
+    Its stdin, stdout, stderr and exit code are yours. It starts in /vnode, where the files of its vNode are;
+    its memory beyond the ExCache is on the memory blades. With --replicas 2 each page is on two of them, and
+    the death of one does not end the program.
     """
+    from orchestrator.managers import place
     from orchestrator.remote_run import Job, run_job
     from orchestrator.ssh.shared import open_shared_connection
 
     size = parse_excache(excache)
+    check_environment(env or [])
     if stats is not None:
         check_writable(stats)
     current = current_rack(rack)
+    if on is not None:
+        processor_address(current, on)
+    if on is None or vnode is not None:
+        current.must_be_up()
+        on = place(current.paths, current.running(), vnode, on)
     address = processor_address(current, on)
     ssh_config = current.ssh_config()
     open_shared_connection(current.paths, ssh_config, on, address)
-    raise typer.Exit(run_job(Job(("ssh", "-F", str(ssh_config)), on, command, size, replicas, stats)))
+    ssh = ("ssh", "-F", str(ssh_config))
+    raise typer.Exit(run_job(Job(ssh, on, command, size, replicas, stats, vnode=vnode, cwd=cwd, env=env or [])))
 
 
 def parse_excache(text: str | None) -> int | None:
@@ -60,6 +76,13 @@ def parse_excache(text: str | None) -> int | None:
         return None if text is None else parse_size(text)
     except ValueError as error:
         raise RacklessError(f"--excache: {error}") from error
+
+
+def check_environment(settings: list[str]) -> None:
+    """Raise RacklessError if one of --env is not NAME=VALUE."""
+    for text in settings:
+        if not text.partition("=")[0] or "=" not in text:
+            raise RacklessError(f"--env: {text!r} is not NAME=VALUE", hint="write for example --env LC_ALL=C")
 
 
 def check_writable(path: Path) -> None:

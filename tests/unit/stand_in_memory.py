@@ -1,38 +1,21 @@
-"""Memory blades without RDMA: the real memory monitor and control channel, over a device that does nothing.
-
-Importing this makes `pyverbs` importable where it is not installed, for the names that agents import from it.
-"""
+"""Memory blades without RDMA: the real memory monitor and control channel, over a device that does nothing."""
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
 from guest_agents import control
 from guest_agents.budget import Budget
 from guest_agents.extents import Extents
+from tests.unit import stand_in_pyverbs
 
-
-class _Anything(ModuleType):
-    """A module that has every name; enumerators are 1."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return 1 if name.startswith("IBV_") else type(name, (), {})
-
-
-if importlib.util.find_spec("pyverbs") is None:
-    for _name in ("", ".addr", ".cq", ".device", ".enums", ".mr", ".pd", ".qp", ".wr"):
-        sys.modules[f"pyverbs{_name}"] = _Anything(f"pyverbs{_name}")
+stand_in_pyverbs.install()
 
 from guest_agents.splitkernel.memory import monitor  # noqa: E402
 from guest_agents.splitkernel.process.memory import Lender  # noqa: E402

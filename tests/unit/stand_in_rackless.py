@@ -18,7 +18,14 @@ SPLIT = """#!/bin/sh
 [ "$1" = run ] || exit 90
 shift
 while [ "$1" != -- ]; do
-    case $1 in --excache) excache=$2 ;; --replicas) replicas=$2 ;; --stats) stats=$2 ;; esac
+    case $1 in
+    --excache) excache=$2 ;;
+    --replicas) replicas=$2 ;;
+    --stats) stats=$2 ;;
+    --cwd) cd "$2" || exit 125 ;;
+    --env) export "$2" ;;
+    --vnode) export RACKLESS_VNODE="$2" ;;
+    esac
     shift 2
 done
 shift

@@ -15,9 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.stand_in_memory import GID, Blades, memory_blades
+from guest_agents.lite.links import Links
+from guest_agents.splitkernel.managers.holder import Holder
+from tests.unit.stand_in_memory import GID, SECRET, Blades, memory_blades
 
-from guest_agents.splitkernel.process.desk import Desk  # isort: skip  (needs the stand-in for pyverbs)
+from guest_agents.splitkernel.process.belonging import Belonging  # isort: skip  (needs the stand-in for pyverbs)
+from guest_agents.splitkernel.process.desk import Desk, Stock  # isort: skip
 
 REGION = 4 << 20
 SECONDS = 20.0
@@ -90,7 +93,11 @@ def blades() -> Iterator[Blades]:
 @pytest.fixture
 def desk(blades: Blades, tmp_path: Path) -> Path:
     path = tmp_path / "split.sock"
-    Desk(path, tmp_path / "jobs", lambda: 1 << 20, blades.lender, dict).start()
+    # Without a manager: regions go to the blades in turn.
+    holder = Holder(Links(SECRET, lambda: None, lambda life: None), lambda: None, lambda: None, lambda dead: None,
+                    tmp_path / "vnodes.json")  # fmt: skip
+    belonging = Belonging("pb0", holder, lambda vnode: None, dict)
+    Desk(path, Stock(tmp_path / "jobs", lambda: 1 << 20, blades.lender, belonging, dict)).start()
     return path
 
 

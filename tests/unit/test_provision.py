@@ -12,6 +12,7 @@ import tty
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from ipaddress import IPv4Network
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -239,7 +240,8 @@ def test_half_a_line_of_a_host_that_went_away_is_forgotten(monkeypatch: pytest.M
 def agent_module(monkeypatch: pytest.MonkeyPatch, kept: Path) -> Iterator[ModuleType]:
     """guest_agents.agent with stand-ins for what needs a blade: RDMA, network cards, tc."""
     node = ModuleType("guest_agents.verbs.node")
-    vars(node).update(Node=object, open_node=lambda _device: SimpleNamespace(handlers=lambda: {}),
+    made = SimpleNamespace(handlers=lambda: {}, bury=lambda _dead: None)
+    vars(node).update(Node=object, open_node=lambda _device: made,
                       ping_handler=lambda _node, _secret: lambda _request: {})  # fmt: skip
     monkeypatch.setitem(sys.modules, "guest_agents.verbs.node", node)
     for name in ("guest_agents.config", "guest_agents.agent"):
@@ -298,3 +300,16 @@ def test_every_kind_of_blade_has_monitors(agent_module: ModuleType) -> None:
     from orchestrator.fields import Kind
 
     assert set(agent_module.MONITORS) == set(get_args(Kind))
+
+
+def test_vnodes_get_addresses_that_nobody_has(agent_module: ModuleType) -> None:
+    from orchestrator.spec import blade_address, host_address
+
+    subnet = IPv4Network("10.78.0.0/27")
+    nic = {"mac": "m", "address": str(blade_address(subnet, 0)), "prefix": 27, "mtu": 1500}
+    hosts = {"gm0": nic["address"], "odd": "10.78.0.27"}
+    agent = agent_module.Agent(identity.Identity.of(message(management=nic, hosts=hosts)))
+    given = list(agent.vnode_addresses())
+    assert given[:3] == ["10.78.0.29", "10.78.0.28", "10.78.0.26"]
+    assert str(host_address(subnet)) not in given
+    assert not set(given) & {str(blade_address(subnet, index)) for index in range(5)}

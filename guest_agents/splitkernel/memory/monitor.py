@@ -12,11 +12,16 @@ from __future__ import annotations
 import itertools
 import mmap
 import threading
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 from guest_agents import control
 from guest_agents.budget import Budget
 from guest_agents.config import AgentConfig
+from guest_agents.lite.errors import LiteError
+from guest_agents.splitkernel.managers.holder import Holder
+from guest_agents.splitkernel.managers.memory import REPORT_SECONDS
 from guest_agents.verbs.arena import Arena
 from guest_agents.verbs.device import Device
 from guest_agents.verbs.node import Accepted, Node
@@ -45,6 +50,7 @@ class MemoryMonitor:
         self._slabs: list[Arena] = []
         self._regions: dict[int, Region] = {}
         self._numbers = itertools.count(1)
+        self._requests = 0
         self._lock = threading.Lock()
         node.services["memory"] = self._offer
 
@@ -54,11 +60,12 @@ class MemoryMonitor:
 
     def allocate(self, request: control.Message) -> control.Message:
         """memory.allocate: a region of at least `size` bytes for a program of that connection's owner."""
-        connection = self._node.accepted(int(request["connection"]))
         size = -(-int(request["size"]) // mmap.PAGESIZE) * mmap.PAGESIZE
         if size <= 0:
             raise control.ControlError(f"cannot allocate {size} bytes", None)
-        with self._lock:
+        with self._lock:  # with which a connection that ends is forgotten: so no region can come after that
+            connection = self._node.accepted(int(request["connection"]))
+            self._requests += 1
             slab, offset = self._place(size)
             number = next(self._numbers)
             self._regions[number] = Region(connection.number, int(request["pid"]), slab, offset, size)
@@ -85,6 +92,12 @@ class MemoryMonitor:
                 "bytes_of_others": self._budget.total - self._budget.room - sum(slab.size for slab in self._slabs),
                 "connections": len({region.connection for region in self._regions.values()}),
             }
+
+    def load(self) -> dict[str, int]:
+        """What the global memory manager is told: bytes that can still be given out, requests for regions so far."""
+        with self._lock:
+            unused = sum(slab.size for slab in self._slabs) - self._allocated()
+            return {"free": self._budget.room + unused, "requests": self._requests}
 
     def _offer(self, accepted: Accepted, device: Device) -> None:
         del device  # regions are asked for later, each in a slab with a key of its own
@@ -132,4 +145,14 @@ class MemoryMonitor:
 
 def handlers(config: AgentConfig) -> dict[str, control.Handler]:
     """Start the memory monitor of this blade; what it adds to the agent's control server."""
-    return MemoryMonitor(config.node, config.budget).handlers()
+    monitor = MemoryMonitor(config.node, config.budget)
+    threading.Thread(target=report_load, args=(config.holder, monitor), name="load", daemon=True).start()
+    return monitor.handlers()
+
+
+def report_load(holder: Holder, monitor: MemoryMonitor) -> None:
+    """Tell the global memory manager every half second how this blade is, as far as it is there."""
+    while True:
+        with suppress(LiteError):
+            holder.ask("managers.load", 2.0, **monitor.load())
+        time.sleep(REPORT_SECONDS)

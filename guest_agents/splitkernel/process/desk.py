@@ -2,15 +2,20 @@
 
 SOCK_SEQPACKET, one text message each way; replies are "ok ..." or "error ERRNO text":
 
-    job [EXCACHE]                  -> ok DIRECTORY EXCACHE           from `split`, before it starts the program
-    report DIRECTORY SECONDS CODE  -> ok {json}                      from `split`, after it
+    job EXCACHE VNODE              -> ok DIRECTORY EXCACHE ROOT      from `split`, before it starts the program ("-" as
+                                                                     EXCACHE: the blade's; as ROOT: no files of its own)
+    began PID COMMAND...           -> ok                             from `split`, once there is a process
+    report DIRECTORY SECONDS CODE  -> ok {json}                      from `split`, after the program's end
+    ps                             -> ok TABLE
+    kill ID SIGNAL                 -> ok
     attach PID DIRECTORY           -> ok BLADE...                    from a pager: the memory blades, in order
     connect BLADE QPN PSN GIDHEX   -> ok QPN PSN GIDHEX
     region BYTES COPIES [INDEX...] -> ok [INDEX ADDRESS RKEY]...     on as many blades, none with one of these indices
     release BLADE                  -> ok                             what it has there is given up: it is out of reach
     watch                          -> ok                             "lost BLADE" and "back BLADE" come unasked then
 
-When a pager's socket closes, its program has ended (or called exec), and all it held is given back.
+When a pager's socket closes, its program has ended (or called exec), and all it held is given back. When a socket of
+`split` closes before its report, it was killed, and the program with it.
 """
 
 from __future__ import annotations
@@ -25,13 +30,17 @@ import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any
 
 from guest_agents import control
-from guest_agents.splitkernel.process import counters
+from guest_agents.splitkernel.managers.vnode import DEFAULT
+from guest_agents.splitkernel.process import counters, jobs
+from guest_agents.splitkernel.process.belonging import Belonging
 from guest_agents.splitkernel.process.memory import Lender, Loan
+from guest_agents.splitkernel.process.programs import Program
 
 MESSAGE = 64 << 10
 log = logging.getLogger("rackless.process")
@@ -45,25 +54,34 @@ class RefusalError(Exception):
         self.number = number
 
 
+@dataclass(frozen=True)
+class Stock:
+    """What a desk has to give."""
+
+    jobs: Path
+    """Where jobs have their folders."""
+    excache: Callable[[], int]
+    lender: Lender
+    belonging: Belonging
+    extra: Callable[[], dict[str, Any]]
+    """Figures to add to a job's report, from other parts of the monitor; called at its start and end."""
+    vnodes: dict[str, str] = field(default_factory=dict)
+    """Which vNode a job belongs to, by the job's folder."""
+
+
 class Desk:
-    """Serves one connection per thread.
+    """Serves one connection per thread."""
 
-    extra -- figures to add to a job's report, from other parts of the monitor; called at its start and end.
-    """
-
-    def __init__(
-        self, path: Path, jobs: Path, excache: Callable[[], int], lender: Lender, extra: Callable[[], dict[str, Any]]
-    ) -> None:
-        self._jobs = jobs
-        self._excache = excache
-        self._lender = lender
-        self._extra = extra
+    def __init__(self, path: Path, stock: Stock) -> None:
+        self._stock = stock
         self.programs = 0
-        jobs.mkdir(parents=True, exist_ok=True)
+        stock.jobs.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.bind(str(path))
         self._socket.listen(64)
+        for job in stock.jobs.iterdir():
+            jobs.adopt(job, stock.belonging.programs, stock.vnodes)
 
     def start(self) -> None:
         """Serve in the background."""
@@ -79,7 +97,7 @@ class Desk:
             with suppress(OSError):  # it has gone, or does not listen
                 client.send(f"{what} {blade}".encode(), socket.MSG_DONTWAIT)
 
-        visit = Visit(self._jobs, self._excache, self._lender, self._extra, tell)
+        visit = Visit(self._stock, tell)
         self.programs += 1
         try:
             with client:
@@ -95,21 +113,12 @@ class Desk:
 class Visit:
     """One client's conversation and what it holds; `tell` reaches it unasked."""
 
-    def __init__(
-        self,
-        jobs: Path,
-        excache: Callable[[], int],
-        lender: Lender,
-        extra: Callable[[], dict[str, Any]],
-        tell: Callable[[str, str], None],
-    ) -> None:
+    def __init__(self, stock: Stock, tell: Callable[[str, str], None]) -> None:
+        self._stock = stock
         self._tell = tell
-        self._jobs = jobs
-        self._excache = excache
-        self._lender = lender
-        self._extra = extra
         self._before: dict[str, Any] = {}
         self._job: Path | None = None
+        self._program: Program | None = None
         self._loan: Loan | None = None
 
     def answer(self, message: str) -> str:
@@ -117,7 +126,10 @@ class Visit:
         word, *args = message.split() or [""]
         handlers: dict[str, Callable[..., list[str]]] = {
             "job": self._new_job,
+            "began": self._began,
             "report": self._report,
+            "ps": self._ps,
+            "kill": self._kill,
             "attach": self._attach,
             "connect": self._connect,
             "region": self._region,
@@ -132,40 +144,63 @@ class Visit:
         except RefusalError as refusal:
             return f"error {refusal.number} {refusal}"
         except control.ControlError as failure:
-            return f"error {errno.EHOSTUNREACH} {failure.error}"
+            return f"error {errno.EHOSTUNREACH} {failure.error}{f' ({failure.hint})' if failure.hint else ''}"
         except Exception as failure:  # a bug here must reach the program as an error, not as silence
             log.exception("request failed: %s", message)
             return f"error {errno.EPROTO} the process monitor failed: {type(failure).__name__}: {failure}"
 
     def close(self) -> None:
         """The client has gone: return what it held."""
-        self._lender.unwatch(self._tell)
+        self._stock.lender.unwatch(self._tell)
         if self._loan is not None:
             self._loan.close()
+        if self._program is not None:
+            self._stock.belonging.programs.end(self._program, None)
         if self._job is not None:
+            self._stock.vnodes.pop(str(self._job), None)
             shutil.rmtree(self._job, ignore_errors=True)
 
-    def _new_job(self, excache: str = "") -> list[str]:
-        self._job = Path(tempfile.mkdtemp(dir=self._jobs))
+    def _new_job(self, excache: str = "-", vnode: str = DEFAULT) -> list[str]:
+        root = self._stock.belonging.enter(vnode)
+        self._job = Path(tempfile.mkdtemp(dir=self._stock.jobs))
         self._job.chmod(0o1777)  # the program may run as another user
-        self._before = self._extra()
-        return [str(self._job), excache or str(self._excache())]
+        self._stock.vnodes[str(self._job)] = vnode
+        self._before = self._stock.extra()
+        return [str(self._job), str(self._stock.excache()) if excache == "-" else excache, str(root or "-")]
+
+    def _began(self, pid: str, *command: str) -> list[str]:
+        if self._job is None or self._program is not None:
+            raise RefusalError(errno.EINVAL, "no job, or it has begun")
+        vnode = self._stock.vnodes[str(self._job)]
+        self._program = self._stock.belonging.programs.begin(int(pid), vnode, " ".join(command))
+        jobs.note(self._job, self._program)
+        return []
 
     def _report(self, job: str, seconds: str, code: str) -> list[str]:
         if self._job is None or str(self._job) != job:
             raise RefusalError(errno.EINVAL, "a report of another job")
+        if self._program is not None:
+            self._stock.belonging.programs.end(self._program, int(code))
         result = counters.total(self._job)
         result["wall_seconds"] = float(seconds)
         result["exit_code"] = int(code)
         result["working_set_bytes"] = result["pages_touched"] * os.sysconf("SC_PAGE_SIZE")
-        result["storage"] = difference(self._extra(), self._before)
+        result["storage"] = difference(self._stock.extra(), self._before)
         return [json.dumps(result)]
 
+    def _ps(self) -> list[str]:
+        return [self._stock.belonging.table()]
+
+    def _kill(self, name: str, signal: str = "TERM") -> list[str]:
+        self._stock.belonging.kill(name, signal)
+        return []
+
     def _attach(self, pid: str, job: str) -> list[str]:
-        del job
         if self._loan is not None:
             raise RefusalError(errno.EALREADY, "attached already")
-        self._loan = self._lender.open(int(pid))
+        # A job that this agent does not know began before it was restarted.
+        among, place = self._stock.belonging.memory(self._stock.vnodes.get(job, DEFAULT))
+        self._loan = self._stock.lender.open(int(pid), among, place)
         return self._loan.blades
 
     def _connect(self, blade: str, qpn: str, psn: str, gid: str) -> list[str]:
@@ -185,7 +220,7 @@ class Visit:
         return []
 
     def _watch(self) -> list[str]:
-        self._lender.watch(self._tell)
+        self._stock.lender.watch(self._tell)
         return []
 
     def _holding(self) -> Loan:

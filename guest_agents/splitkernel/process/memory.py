@@ -1,6 +1,7 @@
 """Remote memory for programs: connections to the memory blades, and regions spread over them.
 
-Until a global memory manager decides (a later issue), each region goes to the next blade in turn that has room.
+The global memory manager says where a region goes. While it is away, and when it knows a blade to have room that has
+none, the next blade in turn gets it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ from guest_agents.verbs.connection import Address, address_of
 log = logging.getLogger("rackless.process")
 
 
+Place = Callable[[list[str], int, int], list[str]]
+"""(blades, bytes, copies) -> the blades for so many copies of a region of that size, best first; none if nobody can
+tell."""
+
+
 @dataclass(frozen=True)
 class Granted:
     """A region: which of the loan's blades it is on, and where."""
@@ -31,7 +37,7 @@ class Granted:
 
 @dataclass(frozen=True)
 class Held:
-    """A connection to a memory blade, in one of the blade's lives (None: membership has not told yet)."""
+    """A connection to a memory blade, in one of the blade's lives (None: it died meanwhile)."""
 
     number: int
     life: int | None
@@ -41,10 +47,19 @@ class Lender:
     """Keeps one control connection to each memory blade, for all programs.
 
     peers -- the memory blades now in the rack: name -> management address
+    introduction -- what a memory blade is told of this one: its life, so that all goes back when it is over
     """
 
-    def __init__(self, name: str, secret: bytes, peers: Callable[[], dict[str, str]], port: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        secret: bytes,
+        peers: Callable[[], dict[str, str]],
+        port: int,
+        introduction: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
         self._name = name
+        self.introduction = introduction
         self._secret = secret
         self._peers = peers
         self._port = port
@@ -53,9 +68,10 @@ class Lender:
         self._watchers: list[Callable[[str, str], None]] = []
         self._lock = threading.Lock()
 
-    def open(self, pid: int) -> Loan:
-        """A loan for the program `pid`, on the blades there are now."""
-        return Loan(self, pid, sorted(self._peers()))
+    def open(self, pid: int, among: Collection[str] | None, place: Place) -> Loan:
+        """A loan for the program `pid`, on the blades there are now, of `among` if that is given."""
+        blades = sorted(name for name in self._lives if among is None or name in among)
+        return Loan(self, pid, blades, place)
 
     def call(self, blade: str, op: str, **fields: Any) -> control.Message:
         """A request to a memory blade, over a connection that is made again once if it has broken."""
@@ -136,9 +152,10 @@ class Lender:
 class Loan:
     """What one program holds."""
 
-    def __init__(self, lender: Lender, pid: int, blades: list[str]) -> None:
+    def __init__(self, lender: Lender, pid: int, blades: list[str], place: Place) -> None:
         self._lender = lender
         self._pid = pid
+        self._place = place
         self.blades = blades
         self._connections: dict[str, Held] = {}
         self._next = pid % len(blades) if blades else 0  # so that small programs do not all start on the first
@@ -147,43 +164,53 @@ class Loan:
         """Connect the program's queue pair to `blade`; returns the other end."""
         life = self._lender.life(blade)
         reply = self._lender.call(
-            blade, "verbs.accept", service="memory", client=self._lender.client_name, qpn=qpn, psn=psn, gid=gid
+            blade, "verbs.accept", service="memory", client=self._lender.client_name, qpn=qpn, psn=psn, gid=gid,
+            **self._lender.introduction(),
         )
         self._connections[blade] = Held(reply["connection"], life)
         return address_of(reply)
 
-    def region(self, size: int, without: Collection[int] = ()) -> Granted | None:
-        """A region on the next blade that has room and is not one of `without`; None if there is none."""
-        for _ in self.blades:
-            number = self._next
-            self._next = (number + 1) % len(self.blades)
-            blade = self.blades[number]
-            held = self._connections.get(blade)
-            if number in without or held is None or held.life != self._lender.life(blade):
+    def regions(self, size: int, copies: int, without: Collection[int] = ()) -> list[Granted] | None:
+        """Regions on the first `copies` blades, in the order of choice, that have room and are none of `without`.
+
+        None, and nothing held, if there are fewer.
+        """
+        granted: list[Granted] = []
+        for blade in self._order(size, copies, without):
+            one = self._region(blade, size)
+            if one is None:
                 continue
-            try:
-                reply = self._lender.call(blade, "memory.allocate", connection=held.number, pid=self._pid, size=size)
-            except control.ControlError as failure:
-                log.warning("%s gives no region: %s", blade, failure.error)
-                continue
-            return Granted(number, reply["addr"], reply["rkey"], reply["region"])
+            if not granted:  # where the second copies are has no say in whose turn it is
+                self._next = (one.blade + 1) % len(self.blades)
+            granted.append(one)
+            if len(granted) == copies:
+                return granted
+        for other in granted:
+            self._free(other)
         return None
 
-    def regions(self, size: int, copies: int, without: Collection[int] = ()) -> list[Granted] | None:
-        """Regions on `copies` different blades, none of them in `without`; None, and nothing held, if that fails."""
-        granted: list[Granted] = []
-        turn = self._next
-        while len(granted) < copies:
-            one = self.region(size, {*without, *(other.blade for other in granted)})
-            if one is None:
-                for other in granted:
-                    self._free(other)
-                return None
-            granted.append(one)
-            if len(granted) == 1:
-                turn = self._next  # where the second copies are has no say in whose turn it is
-        self._next = turn
-        return granted
+    def _region(self, blade: str, size: int) -> Granted | None:
+        held = self._reached(blade)
+        if held is None:
+            return None
+        try:
+            reply = self._lender.call(blade, "memory.allocate", connection=held.number, pid=self._pid, size=size)
+        except control.ControlError as failure:
+            log.warning("%s gives no region: %s", blade, failure.error)
+            return None
+        return Granted(self.blades.index(blade), reply["addr"], reply["rkey"], reply["region"])
+
+    def _order(self, size: int, copies: int, without: Collection[int]) -> list[str]:
+        """The manager's choice, then the others in turn."""
+        in_turn = [*range(self._next, len(self.blades)), *range(self._next)]
+        usable = [self.blades[n] for n in in_turn if n not in without and self._reached(self.blades[n])]
+        chosen = [blade for blade in self._place(usable, size, copies) if blade in usable]
+        return list(dict.fromkeys([*chosen, *usable]))
+
+    def _reached(self, blade: str) -> Held | None:
+        """The connection to a blade, if it is to the blade's present life."""
+        held = self._connections.get(blade)
+        return held if held is not None and held.life is not None and held.life == self._lender.life(blade) else None
 
     def _free(self, granted: Granted) -> None:
         blade = self.blades[granted.blade]

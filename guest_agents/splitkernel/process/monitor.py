@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from guest_agents import control
 from guest_agents.config import AgentConfig
-from guest_agents.splitkernel.process.desk import Desk
+from guest_agents.splitkernel.process.belonging import Belonging
+from guest_agents.splitkernel.process.desk import Desk, Stock
 from guest_agents.splitkernel.process.memory import Lender
 from guest_agents.splitkernel.process.patience import Patient
+from guest_agents.splitkernel.process.roots import Roots
 from guest_agents.splitkernel.process.vnode import Vnode
 from guest_agents.verbs.rpc import Client
 
@@ -27,30 +30,48 @@ def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control
 
     port -- where other agents' control servers listen
     """
+    mounts: dict[str, Vnode] = {}
     SOCKET.parent.mkdir(parents=True, exist_ok=True)
-    vnode = _vnode(config, port)
+    vnode = _vnode(config, port, config.name)
     threading.Thread(target=_serve, args=(vnode, config.vnode), name="vnode", daemon=True).start()
 
-    def storage() -> dict[str, Any]:
-        names = sorted(config.peers("storage"))[:1]
-        return {name: dict(vnode.counts) for name in names}
+    def serve_blade(blade: str, where: Path) -> None:
+        # Not under the name that /vnode has, which may be of the same blade: each empties the attic of its own name.
+        mounts[blade] = _vnode(config, port, f"{config.name}.vnodes", blade)
+        _serve(mounts[blade], where)
 
-    lender = Lender(config.name, config.secret, lambda: config.peers("memory"), port)
+    def call(blade: str, op: str, **fields: Any) -> control.Message:
+        address = config.peers("processor").get(blade)
+        if address is None:
+            raise control.ControlError(f"no processor blade {blade} lives in the rack", "see `rackless status`")
+        return control.call((address, port), config.secret, op, **fields)
+
+    def storage() -> dict[str, Any]:
+        counts = {name: Counter(vnode.counts) for name in sorted(config.peers("storage"))[:1]}
+        for blade, files in list(mounts.items()):
+            counts[blade] = counts.get(blade, Counter()) + Counter(files.counts)
+        return {blade: dict(sums) for blade, sums in counts.items()}
+
+    belonging = Belonging(config.name, config.holder, Roots(serve_blade).of, call)
+    lender = Lender(config.name, config.secret, lambda: config.peers("memory"), port, config.node.introduction)
     config.watch("memory", lender.members)
-    desk = Desk(SOCKET, JOBS, config.excache, lender, storage)
+    desk = Desk(SOCKET, Stock(JOBS, config.excache, lender, belonging, storage))
     desk.start()
 
     def stats(request: control.Message) -> control.Message:
         del request
         return {"programs": desk.programs, "storage": storage()}
 
-    return {"process.stats": stats}
+    def kill(request: control.Message) -> control.Message:
+        belonging.kill(str(request["id"]), str(request["signal"]))
+        return {}
+
+    return {"process.stats": stats, "process.kill": kill}
 
 
-def _vnode(config: AgentConfig, port: int, blade: str | None = None, top: str = "") -> Vnode:
-    """The files of a storage blade, or a subtree `top` of them; without `blade` of the first there is."""
-    client = Client(config.node, "storage", lambda: _storage(config, port, blade))
-    return Vnode(Patient(client), config.name, top)
+def _vnode(config: AgentConfig, port: int, client: str, blade: str | None = None) -> Vnode:
+    """The files of a storage blade, without `blade` of the first there is; no two mounts are of one `client`."""
+    return Vnode(Patient(Client(config.node, "storage", lambda: _storage(config, port, blade))), client)
 
 
 def _storage(config: AgentConfig, port: int, blade: str | None) -> control.ControlClient:
