@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import weakref
@@ -312,4 +313,11 @@ def _after_fork() -> None:
         node.after_fork()
 
 
+def _close_all() -> None:
+    """Before the interpreter ends: threads that it stops would take the replies for which the closing ones wait."""
+    for node in list(_nodes):
+        node.close()
+
+
 os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_close_all)
