@@ -63,12 +63,15 @@ class LockBook:
             with entry.lock:
                 if self._entries.get(name) is not entry:
                     continue  # it went in this moment
+                if self._is_lost(entry):
+                    self._forget(name, entry)
+                    continue
                 if entry.home is None:
                     try:
                         home = self._life_of(request["home"]) if request.get("home") else life
                         made = self._links.call(home, "lite.lock.make", name=name)
                     except LiteError:
-                        self._forget(name)
+                        self._forget(name, entry)
                         raise
                     entry.home, entry.address, entry.rkey = home, made["address"], made["rkey"]
                 return self._use(entry, life, int(request["client"]))
@@ -78,7 +81,8 @@ class LockBook:
         entry = self._entries.get(request["name"])
         if entry is not None:
             with entry.lock:
-                if entry.home is not None and self._entries.get(request["name"]) is entry:
+                present = self._entries.get(request["name"]) is entry
+                if present and entry.home is not None and not self._is_lost(entry):
                     return self._use(entry, Life(*request["life"]), int(request["client"]))
         raise NoSuchName(f"no lock is called {request['name']!r}")
 
@@ -94,7 +98,7 @@ class LockBook:
         for name, entry in entries:
             with entry.lock:
                 if entry.home == life:
-                    self._forget(name)
+                    self._forget(name, entry)
         self._unused([user for _name, entry in entries for user in list(entry.users) if user[0] == life])
 
     def rebuild(self, locks: Iterable[tuple[str, Life, int, int]], users: Iterable[tuple[str, Life, int]]) -> None:
@@ -120,12 +124,17 @@ class LockBook:
                 entry.users.difference_update(users)
                 if entry.users or entry.home is None or self._entries.get(name) is not entry:
                     continue
-                self._forget(name)
+                self._forget(name, entry)
                 try:
                     self._links.call(entry.home, "lite.lock.drop", name=name, dead=self._dead())
                 except LiteError:
                     continue  # its home has died; else the word is kept there until a lock of that name is made again
 
-    def _forget(self, name: str) -> None:
+    def _is_lost(self, entry: _Entry) -> bool:
+        """Its home is dead, and `died` will say so in a moment."""
+        return entry.home is not None and not self._is_alive(entry.home)
+
+    def _forget(self, name: str, entry: _Entry) -> None:
         with self._lock:
-            self._entries.pop(name, None)
+            if self._entries.get(name) is entry:
+                del self._entries[name]
