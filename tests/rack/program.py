@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import shlex
 import subprocess
@@ -30,31 +31,38 @@ class Program:
                                      f"exec python3 -u -c {shlex.quote(BEGIN + textwrap.dedent(source))}")  # fmt: skip
         self.rack, self.blade = rack, blade
         self.process = subprocess.Popen(command, env=rack.bench.env(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.STDOUT, text=True)  # fmt: skip
+                                        stderr=subprocess.STDOUT, bufsize=0)  # fmt: skip
+        self._said = b""
         running.append(self)
         self.pid = int(self.hear())
 
     def hear(self, seconds: float = 120) -> str:
         """Its next line. If that is an exception's first, the test fails with all of it."""
         assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
-        assert ready, f"the program on {self.blade} said nothing for {seconds:g} s"
-        line = self.process.stdout.readline()
-        assert not line.startswith("Traceback"), f"on {self.blade}: {line}{self.process.stdout.read()}"
-        return line.strip()
+        while b"\n" not in self._said:
+            ready, _, _ = select.select([self.process.stdout], [], [], seconds)
+            assert ready, f"the program on {self.blade} said nothing for {seconds:g} s, but {self._said!r}"
+            said = os.read(self.process.stdout.fileno(), 1 << 16)
+            if not said:
+                break
+            self._said += said
+        line, _, self._said = self._said.partition(b"\n")
+        if line.startswith(b"Traceback"):
+            raise AssertionError(f"on {self.blade}: {(line + self._said + self.process.stdout.read()).decode()}")
+        return line.decode().strip()
 
     def tell(self, line: str = "") -> None:
         """What its `input()` returns."""
         assert self.process.stdin is not None
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
+        self.process.stdin.write(line.encode() + b"\n")
 
     def end(self) -> str:
         """The rest of what it says, when it has ended well."""
-        output, _ = self.process.communicate(timeout=120)
+        rest, _ = self.process.communicate(timeout=120)
         running.remove(self)
+        output = (self._said + rest).decode().strip()
         assert self.process.returncode == 0, output
-        return output.strip()
+        return output
 
     def kill(self) -> None:
         """On the blade, if that can be reached, and here."""
