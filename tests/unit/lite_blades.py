@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import queue
+import secrets
 import socket
 import threading
 import time
@@ -266,7 +267,7 @@ class Blade:
 
     def __init__(self, rack: Rack, name: str, index: int) -> None:
         self.rack, self.name = rack, name
-        self.address = f"127.0.0.{index + 1}"
+        self.address = f"{rack.network}.{index + 1}"
         self.core = StandInCore(rack.fabric)
         self.manager: Manager | None = None
         self.directory: Directory | None = None
@@ -364,7 +365,9 @@ class Rack:
     def __init__(self, folder: Path, names: list[str], memory: int = 16 << 20, timing: Timing = FAST) -> None:
         self.folder, self.memory, self.timing = folder, memory, timing
         self.fabric = Fabric()
-        self.manager_address = "127.0.0.1"
+        # Of its own: while a manager is away, its port could become that of another test's.
+        self.network = f"127.{1 + secrets.randbelow(254)}.{secrets.randbelow(256)}"
+        self.manager_address = f"{self.network}.1"
         self.port = 0
         self.expected: list[str] = names
         self.blades: dict[str, Blade] = {}

@@ -189,6 +189,7 @@ def test_a_socket_that_comes_late(tmp_path: Path) -> None:
     timer = threading.Timer(0.3, lambda: late.append(Qemu(tmp_path / "agent")))
     timer.start()
     assert ask(tmp_path / "agent") == {}
+    timer.join()
     late[0].close()
 
 
