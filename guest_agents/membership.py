@@ -21,7 +21,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -266,6 +266,16 @@ class Manager:
                 log.exception("the books of %s are not settled", member.name)
 
 
+def living(before: Collection[Message], members: Collection[Message], dead: Mapping[int, int]) -> list[Message]:
+    """The members that are alive, by node id, after news (see Follower.news); `before`: those before the news.
+
+    A manager that was restarted does not know everybody yet: who is missing in its list, and not dead, is alive.
+    """
+    lives = {m["node_id"]: m for m in (*before, *members)
+             if m["state"] == "alive" and m["incarnation"] > dead.get(m["node_id"], 0)}  # fmt: skip
+    return [lives[node] for node in sorted(lives)]
+
+
 class Follower:
     """Who wants to know what happens to this blade's membership; does nothing by itself.
 
@@ -299,6 +309,8 @@ class Membership:
         self.incarnation: int | None = None
         self.members: list[Message] = []
         self.dead: dict[int, int] = {}
+        self.living: list[Message] = []
+        """The members that are alive; see the function of that name."""
         self._version: int | None = None
         self._left = False
 
@@ -307,8 +319,8 @@ class Membership:
         threading.Thread(target=self._run, name="membership", daemon=True).start()
 
     def of_kind(self, kind: str) -> list[Message]:
-        """The members of a kind that are alive, by node id, as the manager last said: it tells news at once."""
-        return [m for m in self.members if m["kind"] == kind and m["state"] == "alive"]
+        """The members of a kind that are alive, by node id; managers tell news at once."""
+        return [m for m in self.living if m["kind"] == kind]
 
     def leave(self) -> None:
         """Tell the manager that this blade's agent ends."""
@@ -361,4 +373,5 @@ class Membership:
         dead = {int(node): int(incarnation) for node, incarnation in reply["dead"]}
         if reply["members"] != self.members or dead != self.dead:
             self.members, self.dead = reply["members"], dead
+            self.living = living(self.living, self.members, dead)
             self.follower.news(self.members, dead)

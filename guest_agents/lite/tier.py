@@ -354,14 +354,14 @@ class Tier(Follower):
         raise ManagerLost
 
     def _living(self) -> list[Life]:
-        return [Life(m["node_id"], m["incarnation"]) for m in self.membership.members if m["state"] == "alive"]
+        return [Life(m["node_id"], m["incarnation"]) for m in self.membership.living]
 
     def _address_of(self, life: Life) -> tuple[str, int] | None:
         if self._manager is not None:  # it knows first
             found = self._manager.alive().get(life.node)
             return (found.management, self.settings.port) if found is not None and found.life == life else None
-        for member in self.membership.members:
-            if member["state"] == "alive" and Life(member["node_id"], member["incarnation"]) == life:
+        for member in self.membership.living:
+            if Life(member["node_id"], member["incarnation"]) == life:
                 return member["management"], self.settings.port
         return None
 

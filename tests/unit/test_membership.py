@@ -182,6 +182,30 @@ def test_who_dies_with_the_manager_is_declared_dead_by_the_next(
         again.kill()
 
 
+def test_who_has_not_come_to_a_new_manager_yet_is_not_gone(
+    manager: Process, agents: Callable[..., Membership]
+) -> None:
+    stays, goes = agents("mb0", 2, manager.address), agents("mb1", 3, manager.address)
+    eventually(lambda: names(stays) == ["mb0", "mb1"])
+    seen: list[tuple[list[str], list[str]]] = []
+    hear = stays.follower.news
+
+    def news(members: list[Message], dead: dict[int, int]) -> None:
+        hear(members, dead)
+        seen.append((names(stays), [m["name"] for m in stays.of_kind("memory")]))
+
+    stays.follower.news = news  # type: ignore[method-assign]
+    goes._left = True
+    manager.kill()
+    again = Process(manager.address[1])
+    try:
+        eventually(lambda: seen and seen[-1][1] == ["mb0"])
+        assert seen[0] == (["mb0"], ["mb0", "mb1"])
+        assert stays.follower.deaths[3] == goes.incarnation  # type: ignore[attr-defined]
+    finally:
+        again.kill()
+
+
 def test_silence_is_death_within_a_bounded_time(manager: Process, agents: Callable[..., Membership]) -> None:
     stays = agents("mb0", 2, manager.address)
     assert stays.joined.wait(10)
