@@ -350,8 +350,9 @@ class Membership:
         self.incarnation: int | None = None
         self.members: list[Message] = []
         self.dead: dict[int, int] = {}
+        self.living: list[Message] = []
+        """The members that are alive; see the function of that name."""
         self._version: int | None = None
-        self._living: list[Message] = []
         self._left = False
         self._watchers: list[Callable[[], None]] = []
 
@@ -360,8 +361,8 @@ class Membership:
         threading.Thread(target=self._run, name="membership", daemon=True).start()
 
     def of_kind(self, kind: str) -> list[Message]:
-        """The members of a kind that are alive, by node id; managers tell news at once. See `living`."""
-        return [m for m in self._living if m["kind"] == kind]
+        """The members of a kind that are alive, by node id; managers tell news at once."""
+        return [m for m in self.living if m["kind"] == kind]
 
     def watch(self, changed: Callable[[], None]) -> None:
         """Have `changed` called whenever members come or go, by the membership thread: it must be quick."""
@@ -418,7 +419,7 @@ class Membership:
         dead = {int(node): int(incarnation) for node, incarnation in reply["dead"]}
         if reply["members"] != self.members or dead != self.dead:
             self.members, self.dead = reply["members"], dead
-            self._living = living(self._living, self.members, dead)
+            self.living = living(self.living, self.members, dead)
             self.follower.news(self.members, dead)
             for changed in self._watchers:
                 changed()

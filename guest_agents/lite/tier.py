@@ -152,27 +152,27 @@ class Tier(Follower):
     def reborn(self, life: Life) -> None:
         """Begin a life with clean books: what programs have open answers NODE_DEAD, locks are lost."""
         with self._burying:
-            before, self._life = self._life, life
+            self._life = None  # until the books are clean, nobody gets anything of the new life
             # Others may still have LMRs with blocks in our earlier lives: that is not our memory any more.
             self._buried[life.node] = life.incarnation - 1
             self.links.end(life.node, life.incarnation - 1)
             self.core.join(life.node, life.incarnation)
-            if before is None:
-                return
-            self.peers.forget_all()
-            self.lmrs.kill_all(NodeDead.code)
-            self.locks.forget_all()
-            self.tickets.forget_all()
-            self.waits.wake_all(NodeDead.code)
-            self.blocks.free_all()
-            self._kept.clear()
-            for client in self.clients.all():
-                client.locks.clear()
-                client.barriers = False
-                for handle in client.handles.values():
-                    handle.ticket = VOID
-            with self._owing:
-                self._owed.clear()
+        # Not while burying: a lock that is being settled asks this very tier to bury the dead.
+        self.peers.forget_all()
+        self.lmrs.kill_all(NodeDead.code)
+        self.locks.forget_all()
+        self.tickets.forget_all()
+        self.waits.wake_all(NodeDead.code)
+        self.blocks.free_all()
+        self._kept.clear()
+        for client in self.clients.all():
+            client.locks.clear()
+            client.barriers = False
+            for handle in client.handles.values():
+                handle.ticket = VOID
+        with self._owing:
+            self._owed.clear()
+        self._life = life
 
     def news(self, members: list[Message], dead: dict[int, int]) -> None:
         """Members came or went."""
@@ -196,10 +196,11 @@ class Tier(Follower):
 
     def member(self, node: int) -> Message:
         """A living member by its id. NO_SUCH_NODE, NODE_DEAD."""
+        for member in self.membership.living:
+            if member["node_id"] == node:
+                return member
         for member in self.membership.members:
             if member["node_id"] == node:
-                if member["state"] == "alive":
-                    return member
                 raise NodeDead(f"{member['name']} is {member['state']}")
         raise NoSuchNode(f"no node has the id {node}")
 
@@ -378,8 +379,8 @@ class Tier(Follower):
         """Its present life; one that was restarted has a moment to join its own list."""
         deadline = time.monotonic() + _READY_SECONDS
         while self.membership.joined.wait(max(0.0, deadline - time.monotonic())):
-            for member in self.membership.members:
-                if member["address"] == self.settings.manager and member["state"] == "alive":
+            for member in self.membership.living:
+                if member["address"] == self.settings.manager:
                     return Life(member["node_id"], member["incarnation"])
             if time.monotonic() > deadline:
                 break
@@ -387,14 +388,14 @@ class Tier(Follower):
         raise ManagerLost
 
     def _living(self) -> list[Life]:
-        return [Life(m["node_id"], m["incarnation"]) for m in self.membership.members if m["state"] == "alive"]
+        return [Life(m["node_id"], m["incarnation"]) for m in self.membership.living]
 
     def _address_of(self, life: Life) -> tuple[str, int] | None:
         if self._manager is not None:  # it knows first
             found = self._manager.alive().get(life.node)
             return (found.management, self.settings.port) if found is not None and found.life == life else None
-        for member in self.membership.members:
-            if member["state"] == "alive" and Life(member["node_id"], member["incarnation"]) == life:
+        for member in self.membership.living:
+            if Life(member["node_id"], member["incarnation"]) == life:
                 return member["management"], self.settings.port
         return None
 

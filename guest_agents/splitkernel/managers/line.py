@@ -71,8 +71,8 @@ class Line:
     def _manager_life(self) -> Life | None:
         if not self._membership.joined.is_set():
             return None
-        for member in self._membership.members:
-            if member["address"] == self._manager_address and member["state"] == "alive":
+        for member in self._membership.living:
+            if member["address"] == self._manager_address:
                 return Life(member["node_id"], member["incarnation"])
         return None
 
@@ -80,7 +80,7 @@ class Line:
         if self._manager is not None:  # it knows first
             found = self._manager.alive().get(life.node)
             return (found.management, self._port) if found is not None and found.life == life else None
-        for member in self._membership.members:
-            if member["state"] == "alive" and Life(member["node_id"], member["incarnation"]) == life:
+        for member in self._membership.living:
+            if Life(member["node_id"], member["incarnation"]) == life:
                 return member["management"], self._port
         return None
