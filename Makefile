@@ -41,9 +41,9 @@ testbed: setup ## fresh machine -> a running default rack, a demo job on it, and
 test: test-unit test-long test-rack ## fresh machine -> every test: unit first, then on real blades
 
 test-unit: setup ## the tests that need no blade (under a minute)
-	@$(PYTEST) tests/unit -m 'not long' -n 4 --dist loadfile $(ARGS)
+	@$(PYTEST) tests/unit -m 'not long' -n 3 --dist loadfile $(ARGS)
 
-test-long: setup ## those that need no blade either, but more time: storms, fuzz, random operations, deaths (a minute)
+test-long: setup ## those that need no blade either, but more time: storms, random operations, deaths (2 minutes)
 	@$(PYTEST) tests/unit -m long -n 4 --dist loadfile $(ARGS)
 
 test-rack: setup ## the tests on real blades (minutes; root)

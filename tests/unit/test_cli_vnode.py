@@ -17,7 +17,7 @@ from tests.unit.split_blades import Rack, eventually
 from tests.unit.stand_in import StandInRack
 from tests.unit.stand_in_rackless import Rackless
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.long, pytest.mark.netns]
 OPS = ("vnode.create", "vnode.delete", "vnode.list", "program.place", "program.list", "process.kill")
 
 

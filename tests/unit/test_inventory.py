@@ -103,6 +103,7 @@ def test_a_rack_that_is_not_up_has_no_hosts_and_says_so(demo: Ansible, tmp_path:
     assert "rack other is not up" in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.netns
 def test_ping_reaches_every_blade(stand_in_rack: StandInRack, tmp_path: Path) -> None:
     facts: dict[str, object] = {

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent / "native"
 LIBRARY = Path(__file__).parents[2] / "guest_agents" / "native" / "liblite"
 SOURCES = [LIBRARY / name for name in ("liblite.c", "data.c", "control.c", "json.c")]
 FLAGS = ["-std=gnu17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{LIBRARY}"]
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+pytestmark = [pytest.mark.long, pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")]
 
 
 def _build(folder: Path, source: Path, *flags: str) -> Path:

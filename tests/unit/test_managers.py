@@ -22,6 +22,8 @@ from guest_agents.splitkernel.managers.vnode import Ledger, VNode
 from tests.unit import stand_in_pyverbs
 from tests.unit.split_blades import MEMORY, Rack, Visitor, eventually
 
+pytestmark = pytest.mark.long
+
 REGION = 4 << 20
 NAMES = ("gm0", "pb0", "pb1", "mb0", "mb1", "mb2", "sb0")
 MakeRack = Callable[..., Rack]

@@ -20,7 +20,7 @@ import pytest
 from tests.unit import fsx, vnode_mounts
 from tests.unit.vnode_mounts import Mounts, mounted
 
-pytestmark = pytest.mark.skipif(bool(vnode_mounts.missing()), reason=str(vnode_mounts.missing()))
+pytestmark = [pytest.mark.long, pytest.mark.skipif(bool(vnode_mounts.missing()), reason=str(vnode_mounts.missing()))]
 
 
 @pytest.fixture(scope="module")
