@@ -197,8 +197,9 @@ def _perftest_latency(pair: Pair, tool: str, size: int) -> list[float]:
 def _perftest_throughput(pair: Pair, tool: str, size: int, depth: int) -> float:
     """Microseconds per operation with `depth` outstanding."""
     said = _perftest(pair, tool, size, f"-n {COUNT} -t {depth}")
-    row = re.findall(r"^ *(\d+) +(\d+) +([0-9.]+) +([0-9.]+) +([0-9.]+) *$", said, re.MULTILINE)
+    row = re.findall(r"^\s*(\d+)\s+(\d+)\s+([0-9.]+)\s+([0-9.]+)\s+([0-9.]+)\s*$", said, re.MULTILINE)
     if not row:
         raise RacklessError(f"{tool} printed no figures", hint=said[-300:])
-    mebibytes_per_second = float(row[-1][3])
-    return size / (mebibytes_per_second * (1 << 20)) * 1e6
+    mebibytes_per_second, million_per_second = float(row[-1][3]), float(row[-1][4])
+    # Both are printed with few digits: that of small messages' bytes would be 0.01.
+    return 1 / million_per_second if size < 1024 else size / (mebibytes_per_second * (1 << 20)) * 1e6
