@@ -104,6 +104,27 @@ def test_who_was_told_that_the_port_is_closed_is_not_told_again_when_it_is_open(
     pair.clean_up(server, caller)
 
 
+def test_a_reply_that_comes_before_the_acknowledgement_of_its_call_does_not_keep_the_ring(pair: Pair) -> None:
+    server, again, caller = Program(pair.nodes[2]), Program(pair.nodes[2]), Program(pair.nodes[1])
+    pair.nodes[2].port_open(server.client, PORT, 100)
+
+    def serve(program: Program) -> None:
+        program.reply(program.receive(PORT)[0].value, b"answer")
+
+    for program in (server, again):
+        server_thread = threading.Thread(target=serve, args=(program,))
+        server_thread.start()
+        pair.fake.fake_late(1)
+        reply, data = caller.call(2, PORT, b"question", timeout_ms=3000)
+        pair.fake.fake_late(0)
+        server_thread.join()
+        assert (reply.status, data) == (0, b"answer")
+        pair.nodes[2].port_close(program.client, PORT)
+        if program is server:
+            pair.nodes[2].port_open(again.client, PORT, 100)
+    pair.clean_up(server, again, caller)
+
+
 @pytest.mark.parametrize("sizes", [(100, wire.MAX_MESSAGE), (1 << 20, 100), (100, 100)])
 def test_a_port_registered_anew_has_its_new_size(pair: Pair, sizes: tuple[int, int]) -> None:
     first, second, caller = Program(pair.nodes[2]), Program(pair.nodes[2]), Program(pair.nodes[1])

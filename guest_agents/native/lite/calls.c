@@ -235,19 +235,20 @@ void rpc_room(struct core *core)
         core_alarm(core, core->now + LOOK_AGAIN_NS);
 }
 
-/* A message has its place in the other node's memory, or never will. */
-static void landed(struct core *core, const struct op *op)
+void rpc_landed(struct core *core, struct op *op)
 {
-    struct ring_out *ring = op->peer->out[op->request.arg0];
+    if (op->sent)
+        return;
+    op->sent = true;
+    struct ring_out *ring = op->request.op == LITE_REPLY || op->request.op == LITE_REPLY_RECEIVE
+                                ? NULL : op->peer->out[op->request.arg0];
     if (ring && --ring->in_flight == 0 && !list_empty(&ring->waiting))
         renew(core, ring);
 }
 
 void rpc_sent(struct core *core, struct op *op)
 {
-    op->sent = true;
-    if (op->request.op == LITE_CALL || op->request.op == LITE_SEND)
-        landed(core, op);
+    rpc_landed(core, op);
     if (op->status || op->request.op == LITE_SEND || op->request.op == LITE_REPLY) {
         op_answer(core, op, op->status);
     } else if (op->request.op == LITE_REPLY_RECEIVE && op->deadline && op->deadline <= core->now) {

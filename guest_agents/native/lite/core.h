@@ -369,6 +369,7 @@ void rpc_replied(struct core *core, struct peer *peer, uint32_t slot, uint32_t b
 void rpc_room(struct core *core);                             /* there may be room in a ring, or a slot, now */
 void rpc_slot_release(struct core *core, struct op *op);
 void rpc_sent(struct core *core, struct op *op);              /* all pieces of a message ended */
+void rpc_landed(struct core *core, struct op *op);            /* ... its place in the ring is filled */
 void rpc_void(struct op *op);                                 /* it was begun, but will have no data */
 bool rpc_wants_room(struct core *core, const struct op *op);   /* it waits for room in a ring */
 void calls_peer_gone(struct core *core, struct peer *peer, int code);

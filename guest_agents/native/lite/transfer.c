@@ -279,9 +279,11 @@ void transfer_piece_done(struct core *core, struct piece *piece, int status)
     }
     struct peer *peer = piece->peer;
     piece_free(core, piece);
-    if (op->ended)
+    if (op->ended) {
+        if (op->head_bytes && !op->in_flight)
+            rpc_landed(core, op); /* a reply may come before the acknowledgement of its call */
         op_settle(core, op);
-    else if (list_empty(&op->wait) || (op->status && !op->in_flight))
+    } else if (list_empty(&op->wait) || (op->status && !op->in_flight))
         transfer(core, op);
     transfer_pump(core, peer);
 }

@@ -56,7 +56,12 @@ static pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
 static struct fake_qp *qps[QPS];
 static struct fake_mr *mrs[MRS];
 static uint32_t next_qp = 17, next_mr = 1;
-static int held, delay_us = 30;
+static int held, delay_us = 30, late;
+static struct late {
+    struct fake_cq *cq;
+    struct ibv_wc wc;
+} late_ack[QUEUE];
+static unsigned lates;
 static uint64_t carried;
 static void (*on_carry)(uint64_t carried);
 static pthread_t carrier;
@@ -72,6 +77,17 @@ static void complete(struct fake_cq *cq, struct ibv_wc wc)
         if (write(cq->pipe[1], "x", 1) != 1)
             abort();
     }
+}
+
+/* A request's own completion: on a real fabric its acknowledgement may come after what it has led to. */
+static void acknowledge(struct fake_cq *cq, struct ibv_wc wc)
+{
+    if (!late)
+        complete(cq, wc);
+    else if (lates < QUEUE)
+        late_ack[lates++] = (struct late){cq, wc};
+    else
+        abort();
 }
 
 static char *reach(uint32_t key, uint64_t address, uint64_t length, int access)
@@ -169,7 +185,7 @@ static void *run(void *unused)
                              ? IBV_WC_RETRY_EXC_ERR : carry(w, peer);
             if (status != IBV_WC_SUCCESS)
                 qp->state = IBV_QPS_ERR;
-            complete(qp->cq, (struct ibv_wc){.wr_id = w->wr.wr_id, .status = status, .qp_num = qp->qp.qp_num});
+            acknowledge(qp->cq, (struct ibv_wc){.wr_id = w->wr.wr_id, .status = status, .qp_num = qp->qp.qp_num});
             qp->first = (qp->first + 1) % QUEUE;
             qp->count--;
         }
@@ -190,6 +206,16 @@ EXPORT void fake_hold(int hold)
     pthread_mutex_lock(&lock);
     held = hold;
     pthread_cond_signal(&wake);
+    pthread_mutex_unlock(&lock);
+}
+/* Keep the completions of requests back, while what they carry arrives; 0 delivers them. */
+EXPORT void fake_late(int keep)
+{
+    pthread_mutex_lock(&lock);
+    late = keep;
+    for (unsigned i = 0; !late && i < lates; i++)
+        complete(late_ack[i].cq, late_ack[i].wc);
+    lates = late ? lates : 0;
     pthread_mutex_unlock(&lock);
 }
 EXPORT void fake_delay(int us)
