@@ -65,7 +65,7 @@ def observe(settings: Settings, rack: str) -> dict[str, Observed]:
 
 def plan(settings: Settings, rack: Rack) -> Plan:
     """What `up` would do now."""
-    key = image_build.image_key(rack.image)
+    key = image_build.image_key(rack.image, rack.flavour)
     return make_plan(rack, key, observe(settings, rack.name))
 
 
@@ -81,7 +81,7 @@ def up(settings: Settings, rack: Rack, emit: Emit, cold: bool = False) -> UpResu
         emit(Note(warning))
     require_root("make network interfaces and start virtual machines")
     with lock.hold(paths):
-        image = image_build.build(rack.image, settings.cache_dir / "images", emit)
+        image = image_build.build(rack.image, settings.cache_dir / "images", emit, rack.flavour)
         chosen = probe.accelerator(settings, image.kernel)
         settings = settings.scaled(chosen.name)
         paths = RackPaths(settings, rack.name)

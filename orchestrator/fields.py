@@ -114,7 +114,7 @@ def _kind(value: object) -> object:
 
 def _image(value: object) -> object:
     if not isinstance(value, str) or not re.fullmatch(r"[a-z][a-z0-9.-]{0,31}", value):
-        raise ValueError(f'{shown(value)} is not the name of an image; write for example "debian13"')
+        raise ValueError(f'{shown(value)} is not the name of an image or flavour; write for example "debian13"')
     return value
 
 

@@ -241,6 +241,7 @@ class Rack(_Part):
     image: ImageName = Field(
         default="debian13", description="Recipe in images/ of the blades' root file system."
     )
+    flavour: ImageName = Field(default="blade", description="Flavour of that recipe, such as `lab` with debuggers.")
     fabric: Fabric = Field(default=Fabric(), description="The network that RDMA runs on.")
     management: Management = Field(default=Management(), description="The network for SSH and control.")
     membership: Membership = Field(default=Membership(), description="How a dead blade is noticed.")

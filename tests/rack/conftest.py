@@ -55,6 +55,10 @@ class Bench:
         return {blade["name"]: blade for blade in state["blades"]}
 
 
+AGENT = "/etc/rackless/services/agent"
+"""The agent's service, for runit's sv."""
+
+
 @dataclass
 class Rack:
     """A rack that is up."""
@@ -70,6 +74,10 @@ class Rack:
     def on(self, blade: str, command: str) -> str:
         """What a shell command prints on a blade; the test fails when it fails."""
         return str(self("ssh", blade, "--", command, seconds=300).stdout)
+
+    def kill_agent(self, blade: str) -> None:
+        """End the blade's agent as a crash does; its supervisor starts the next one."""
+        self.on(blade, f"kill -9 $(cat {AGENT}/supervise/pid)")
 
 
 def unique(prefix: str) -> str:

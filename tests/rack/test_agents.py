@@ -25,7 +25,7 @@ def _wait_ready(rack: Rack, blade: str, seconds: float = 180) -> None:
 
 def test_a_killed_agent_is_started_again_and_keeps_its_node_id(rack: Rack) -> None:
     before = _agent(rack, "mb1")
-    rack.on("mb1", "kill -9 $(cat /etc/rackless/services/agent/supervise/pid)")
+    rack.kill_agent("mb1")
     _wait_ready(rack, "mb1")
     after = _agent(rack, "mb1")
     assert after["node_id"] == before["node_id"]
@@ -35,13 +35,13 @@ def test_a_killed_agent_is_started_again_and_keeps_its_node_id(rack: Rack) -> No
 
 def test_a_restarted_process_monitor_serves_files_again(rack: Rack) -> None:
     rack.on("sb0", "echo here > /srv/vnode/there.txt")
-    rack.on("pb0", "kill -9 $(cat /etc/rackless/services/agent/supervise/pid)")
+    rack.kill_agent("pb0")
     _wait_ready(rack, "pb0")
     assert rack.on("pb0", "cat /vnode/there.txt; rm /vnode/there.txt") == "here\n"
 
 
 def test_a_restarted_manager_gets_its_members_back(rack: Rack) -> None:
-    rack.on("gm0", "kill -9 $(cat /etc/rackless/services/agent/supervise/pid)")
+    rack.kill_agent("gm0")
     for blade in ("gm0", "pb0", "mb0", "mb1", "sb0"):
         _wait_ready(rack, blade)
     assert len({blade["agents"]["node_id"] for blade in rack.bench.status(rack.name).values()}) == 5

@@ -444,7 +444,7 @@ def test_soak(lite: Rack) -> None:
 def _kill_agent(rack: Rack, blade: str) -> None:
     """Kill a blade's agent and wait until the next one has joined."""
     before = stat(rack, blade)[blade]["incarnation"]
-    rack.on(blade, "kill -9 $(cat /etc/rackless/services/agent/supervise/pid)")
+    rack.kill_agent(blade)
     deadline = time.monotonic() + 90
     while True:
         found = stat(rack).values()

@@ -183,9 +183,8 @@ def test_without_replicas_a_program_ends_with_one_line(three: Rack) -> None:
 @pytest.mark.parametrize("replicas", ["1", "2"])
 def test_a_restart_of_the_manager_harms_no_program(three: Rack, replicas: str, tmp_path: Path) -> None:
     stats = tmp_path / "stats.json"
-    kill = "kill -9 $(cat /etc/rackless/services/agent/supervise/pid)"
     words = ("--replicas", replicas, "--excache", "4MiB", "--stats", str(stats), "--", PROGRAM, "mixed", "16", "3")
-    code, output, errors = run_and(three, lambda: three.on("gm0", kill), "mb0", 1, *words)
+    code, output, errors = run_and(three, lambda: three.kill_agent("gm0"), "mb0", 1, *words)
     assert (code, errors) == (0, ""), output
     assert json.loads(stats.read_text())["failovers"] == 0
     assert_nothing_is_lent(three, *MEMORY)

@@ -10,7 +10,7 @@ from typing import IO
 
 import pytest
 
-from tests.rack.conftest import Bench, Rack, unique
+from tests.rack.conftest import AGENT, Bench, Rack, unique
 
 pytestmark = [pytest.mark.rack, pytest.mark.timeout(900)]
 
@@ -28,7 +28,6 @@ for number in range(int(sys.argv[1])):
     os.fsync(fd)
     print(number, flush=True)
 """
-AGENT = "/etc/rackless/services/agent"
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +73,7 @@ def _recorded(rack: Rack) -> list[int]:
 def test_an_agent_that_restarts_is_waited_for(small: Rack, records: tuple[subprocess.Popen[str], IO[str]]) -> None:
     process, output = records
     _said(output, 10)
-    small.on("sb0", f"kill -9 $(cat {AGENT}/supervise/pid)")
+    small.kill_agent("sb0")
     _said(output, 59)  # and no error between
     assert process.wait() == 0
     assert _recorded(small) == list(range(60))

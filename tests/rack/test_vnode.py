@@ -183,7 +183,7 @@ def test_a_restarted_manager_disturbs_nobody(rack: Rack) -> None:
     try:
         eventually(lambda: len(programs(rack)) == 1)
         before = programs(rack)
-        rack.on("gm0", "kill -9 $(cat /etc/rackless/services/agent/supervise/pid)")
+        rack.kill_agent("gm0")
         busy.tell("go on")
         busy.hear("turn")
         assert programs(rack) == before
