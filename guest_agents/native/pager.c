@@ -102,7 +102,7 @@ static void *run(void *unused)
     config->enter_thread();
     pthread_setname_np(pthread_self(), "rackless-pager");
     pthread_mutex_lock(&lock);
-    evict_make_room(&lines, 0); /* what the program had filled before is now to be shared with the line buffer */
+    evict_make_room(&lines, 0, 0); /* what the program had filled before is now to be shared with the line buffer */
     pthread_mutex_unlock(&lock);
     for (;;) {
         struct pollfd watch[2 + 2 * FAMILY_CHILDREN];
@@ -240,7 +240,7 @@ static const char *start(struct arena *arena, size_t *excache_pages)
     family.close = config->close;
     if (!lines.count || monitor_attach(&lines.monitor, config->job))
         return lines.monitor.error;
-    int error = lines_init(&lines, arena, *excache_pages);
+    int error = lines_init(&lines, arena, *excache_pages, &config->organisation);
     if (error) {
         snprintf(why, sizeof why, "no RDMA device: %s", strerror(-error));
         return why;
