@@ -73,11 +73,12 @@ def total(job: Path) -> dict[str, Any]:
             one = parse(file.read_bytes())
         except ValueError:
             continue  # a program killed while making its file
+        before = dict(result)
         result["programs"] += 1
         for name in FIELDS:
             result[name] += one[name]
-        for name in ("excache_bytes", "sets"):  # each program has an ExCache of its own
-            result[name] = one[name]
+        for name in ("excache_bytes", "sets"):  # each program has an ExCache of its own, perhaps not in use yet
+            result[name] = max(before[name], one[name])
         for blade, numbers in one["blades"].items():
             sums = result["blades"].setdefault(blade, dict.fromkeys(BLADE_FIELDS, 0))
             for name, value in numbers.items():

@@ -302,6 +302,34 @@ static void maps(size_t pages, int rounds, uint64_t seed)
     printf("maps: fine\n");
 }
 
+/* Pages that meet in one set of a set-associative ExCache, again and again; and, among them, some that may not be read
+ * when they have to leave. */
+static void conflicts(size_t pages, int rounds, size_t stride)
+{
+    uint64_t *block = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    uint32_t *version = mmap(NULL, pages * 4, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    for (size_t p = 0; p < pages; p++)
+        fill(block, p, version[p] = 1);
+    for (int r = 0; r < rounds; r++)
+        for (size_t first = 0; first < stride; first += stride / 7 + 1) {
+            for (size_t p = first; p < pages; p += 3 * stride)
+                mprotect(block + p * WORDS, PAGE, PROT_NONE);
+            for (int twice = 0; twice < 2; twice++)
+                for (size_t p = first; p < pages; p += stride)
+                    if ((p - first) % (3 * stride)) {
+                        check("conflict", block, p, version[p]);
+                        fill(block, p, ++version[p]);
+                    }
+            for (size_t p = first; p < pages; p += 3 * stride)
+                mprotect(block + p * WORDS, PAGE, PROT_READ | PROT_WRITE);
+            for (size_t p = first; p < pages; p += stride)
+                check("after a conflict", block, p, version[p]);
+        }
+    for (size_t p = 0; p < pages; p++)
+        check("after all conflicts", block, p, version[p]);
+    printf("conflicts: fine\n");
+}
+
 int main(int argc, char **argv)
 {
     if (argc < 3)
@@ -326,6 +354,8 @@ int main(int argc, char **argv)
         orphan(pages);
     else if (!strcmp(mode, "blocks"))
         blocks(pages, rounds, seed);
+    else if (!strcmp(mode, "conflicts"))
+        conflicts(pages, rounds, argc > 4 ? strtoul(argv[4], NULL, 10) : 64);
     else if (!strcmp(mode, "maps"))
         maps(pages, rounds, seed);
     else
