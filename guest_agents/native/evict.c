@@ -44,7 +44,7 @@ static void depart(struct lines *l, size_t page)
 {
     unsigned flags = l->state[page] & ~STATE_MASK;
     l->departures += (flags & PACKABLE) != 0;
-    l->where[page] = l->departures;
+    l->where[page] = flags & PACKABLE ? l->departures : (uint32_t)l->count->evictions;
     lines_set_state(l, page, REMOTE | flags);
 }
 
@@ -119,12 +119,19 @@ static void pool_share(struct lines *l, int points)
         l->points = 0;
 }
 
-/* If the page went not long ago, it would still be in a pool that were larger by the whole ExCache. */
+/* If the page went not long ago, it would still be in a pool that were larger by the whole ExCache; or, if it cannot be
+ * packed, mapped, without a pool. */
 void evict_weigh_read(struct lines *l, size_t page)
 {
     size_t held = pool_pages(&l->pool);
-    if (held && l->state[page] & PACKABLE && l->departures - l->where[page] < l->budget * l->pool.pages / held)
+    if (!held)
+        return;
+    if (!(l->state[page] & PACKABLE)) {
+        if ((uint32_t)l->count->evictions - l->where[page] < l->budget)
+            pool_share(l, -READ_POINTS);
+    } else if (l->departures - l->where[page] < l->budget * l->pool.pages / held) {
         pool_share(l, READ_POINTS);
+    }
 }
 
 static uint16_t stamp(const struct lines *l)

@@ -75,7 +75,7 @@ struct lines {
     int uffd;
     uint8_t *state;             /* enum page_state | flags, per page */
     uint32_t *where;            /* MAPPED, DOZING: its line; BUFFERED: slot; PACKED: see pool.h;
-                                 * REMOTE: value of `departures` when it went */
+                                 * REMOTE: value of `departures` when it went, or of count->evictions if it is not PACKABLE */
 
     struct sets sets;
     char *frames;               /* a page for each line, in which it dozes; holds no memory otherwise */
