@@ -14,6 +14,7 @@ enum {
     POOL_SHARE_MOST = 4,        /* and never the last quarter */
     POOL_LEAST = 2,             /* segments */
     READ_POINTS = 30,           /* a READ costs about 15 unpackings; twice that served gawk and sqlite3 best */
+    PLAIN_READ_POINTS = 15,     /* for sort, which the pool does not serve; more harmed what it does serve */
     SEGMENT_POINTS = 32,        /* so many move the pool's limit by a segment */
     STAMP_EVICTIONS = 16,       /* stamps of packed pages count evictions, so many at a time */
 };
@@ -48,6 +49,12 @@ static void depart(struct lines *l, size_t page)
     lines_set_state(l, page, REMOTE | flags);
 }
 
+/* A clean slot may also be a copy that was made for evict_store_all. */
+static bool is_at(const struct lines *l, size_t page, size_t slot)
+{
+    return (l->state[page] & STATE_MASK) == BUFFERED && l->where[page] == slot;
+}
+
 /* A slot for `page`: the oldest that is free or clean. Its former page is then at its blade only. */
 static size_t take_slot(struct lines *l, size_t page, bool dirty)
 {
@@ -59,10 +66,10 @@ static size_t take_slot(struct lines *l, size_t page, bool dirty)
         }
         size_t index = slot_of_hand(l);
         struct slot *slot = &l->slots[index];
-        if (slot->state == SLOT_CLEAN)
-            depart(l, slot->page);
-        else if (slot->state != SLOT_FREE)
+        if (slot->state != SLOT_CLEAN && slot->state != SLOT_FREE)
             continue;
+        if (slot->state == SLOT_CLEAN && is_at(l, slot->page, index))
+            depart(l, slot->page);
         *slot = (struct slot){.page = (uint32_t)page, .state = dirty ? SLOT_DIRTY : SLOT_CLEAN};
         l->dirty_slots += dirty;
         l->dirty_on[region_of(l, page)->at[0].link] += dirty;
@@ -120,15 +127,15 @@ static void pool_share(struct lines *l, int points)
 }
 
 /* If the page went not long ago, it would still be in a pool that were larger by the whole ExCache; or, if it cannot be
- * packed, mapped, without a pool. */
+ * packed, mapped, if pages like it had what the pool holds now. */
 void evict_weigh_read(struct lines *l, size_t page)
 {
     size_t held = pool_pages(&l->pool);
     if (!held)
         return;
     if (!(l->state[page] & PACKABLE)) {
-        if ((uint32_t)l->count->evictions - l->where[page] < l->budget)
-            pool_share(l, -READ_POINTS);
+        if ((uint32_t)l->count->evictions - l->where[page] < held)
+            pool_share(l, -PLAIN_READ_POINTS);
     } else if (l->departures - l->where[page] < l->budget * l->pool.pages / held) {
         pool_share(l, READ_POINTS);
     }
@@ -322,4 +329,25 @@ void evict_make_room(struct lines *l, size_t page, size_t count)
     send_away(l, &victims);
     for (size_t i = 0; i < count && i < l->sets.count; i++)
         sample(l, sets_of(&l->sets, page + i));
+}
+
+/* A slot from which the contents of a page go to its blade, while the page stays where it is. */
+static char *copy_out(struct lines *l, size_t page)
+{
+    char *data = slot_data(l, take_slot(l, page, true));
+    l->state[page] &= (uint8_t)~DIRTY;
+    return data;
+}
+
+void evict_store_all(struct lines *l)
+{
+    for (size_t segment = 0; segment < l->pool.most; segment++)
+        for (size_t at = 0, page; pool_next(&l->pool, segment, &at, &page);)
+            if (l->state[page] & DIRTY)
+                codec_unpack(pool_get(&l->pool, page), (uint64_t *)copy_out(l, page));
+    for (size_t set = 0; l->sets.policy == POLICY_LRU && set < l->sets.count; set++)
+        for (uint32_t i = l->sets.set[set].oldest; i && l->sets.line[i].dozing; i = l->sets.line[i].newer)
+            if (l->state[l->sets.line[i].page] & DIRTY)
+                memcpy(copy_out(l, l->sets.line[i].page), lines_frame(l, l->sets.line[i].page), PAGE_SIZE);
+    lines_flush_all(l); /* a copy that went later might be older than what a page is then */
 }

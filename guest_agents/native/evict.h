@@ -21,6 +21,10 @@ void evict_release_line(struct lines *l, size_t page);
 /* A slot of the line buffer is no longer needed for its page. */
 void evict_release_slot(struct lines *l, size_t index);
 
+/* Have the memory blades confirm the contents of every page that is not mapped. To be called when no fault is being
+ * answered. */
+void evict_store_all(struct lines *l);
+
 /* Note what a fault for this page costs: a READ, or only an unpacking. To be called before it leaves where it is. */
 void evict_weigh_read(struct lines *l, size_t page);
 void evict_weigh_unpacking(struct lines *l, size_t page);

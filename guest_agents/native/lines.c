@@ -321,13 +321,21 @@ static int organise(struct lines *l, size_t excache_pages, const struct organisa
     return sets_init(&l->sets, sets, ways, o->policy, l->where);
 }
 
+static int make_regions(struct lines *l, size_t bytes)
+{
+    l->region_file = memfd_create("rackless-regions", MFD_CLOEXEC);
+    if (l->region_file < 0 || ftruncate(l->region_file, (off_t)bytes))
+        return errno;
+    l->region = (void *)syscall(SYS_mmap, NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, l->region_file, 0L);
+    return l->region == MAP_FAILED ? errno : madvise(l->region, bytes, MADV_DONTFORK);
+}
+
 int lines_init(struct lines *l, struct arena *arena, size_t excache_pages, const struct organisation *o)
 {
     l->arena = arena;
     l->state = raw_memory(arena->pages);
     l->where = raw_memory(arena->pages * sizeof *l->where);
-    l->region = raw_memory(arena->pages / REGION_PAGES * sizeof *l->region);
-    if (!l->state || !l->where || !l->region)
+    if (!l->state || !l->where || make_regions(l, arena->pages / REGION_PAGES * sizeof *l->region))
         return -ENOMEM;
     int error = organise(l, excache_pages, o);
     if (error)

@@ -102,7 +102,8 @@ struct lines {
     struct fabric fabric;
     struct fabric_link link[COUNTERS_BLADES];
     struct monitor monitor;
-    struct region *region;
+    struct region *region;      /* in a shared file, which outlives us (family.h) */
+    int region_file;
     size_t regions;             /* that have a place */
     struct replica replica;
     struct request request[ID_BATCH];

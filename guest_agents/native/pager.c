@@ -96,6 +96,12 @@ static void drain(int uffd)
     }
 }
 
+/* Of two pauses, of which -1 is for ever. */
+static int sooner(int a, int b)
+{
+    return a < 0 || (b >= 0 && b < a) ? b : a;
+}
+
 static void *run(void *unused)
 {
     (void)unused;
@@ -109,7 +115,7 @@ static void *run(void *unused)
         nfds_t n = 0;
         pthread_mutex_lock(&lock);
         family_bury(&family);
-        int pause = replica_step(&lines);
+        int pause = sooner(replica_step(&lines), family_settle(&family));
         watch[n++] = (struct pollfd){.fd = lines.uffd, .events = POLLIN};
         watch[n++] = (struct pollfd){.fd = lines.monitor.news, .events = POLLIN};
         n += family_watch(&family, watch + n);
@@ -187,6 +193,7 @@ static void after_fork_child(void)
     config->close(lines.uffd);
     config->close(lines.monitor.socket);
     config->close(lines.monitor.news);
+    config->close(lines.region_file);
 }
 
 static void before_exit(void)
@@ -283,7 +290,7 @@ static const char *start(struct arena *arena, size_t *excache_pages)
         close(uffd);
         return why;
     }
-    const int ours[] = {uffd, lines.monitor.socket, lines.monitor.news, lines.fabric.channel->fd,
+    const int ours[] = {uffd, lines.region_file, lines.monitor.socket, lines.monitor.news, lines.fabric.channel->fd,
                         lines.fabric.context->cmd_fd, lines.fabric.context->async_fd};
     for (size_t i = 0; i < sizeof ours / sizeof *ours; i++)
         config->guard(ours[i]);

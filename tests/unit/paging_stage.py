@@ -73,7 +73,7 @@ class Stage:
         excache: int = 4 << 20,
         stdin: str = "",
         organisation: Mapping[str, str | int] = {},
-        **more: int,
+        **more: int | str,
     ) -> Done:
         """Run a program to its end; `more` are other settings of fake_monitor.c, `organisation` options of `split`."""
         job = self._folder / "job"

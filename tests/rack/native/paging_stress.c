@@ -8,6 +8,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -230,6 +231,45 @@ static void orphan(size_t pages)
     printf("orphan: parent ends\n");
 }
 
+/* A child, its child, and so on; each sees what was there when it was forked, and what it has changed since. */
+static _Noreturn void descend(uint64_t *block, size_t pages)
+{
+    enum { DEPTH = 3, STEP = 7 };
+    size_t depth = 0;
+    for (;; depth++) {
+        for (size_t p = depth; p < pages; p += STEP)
+            fill(block, p, 100);
+        if (depth == DEPTH || fork())
+            break;
+    }
+    for (size_t p = depth; p < pages; p += 2 * STEP)
+        fill(block, p, 200);
+    usleep(600000); /* the first program is killed meanwhile */
+    if (fork() == 0)
+        depth += 10; /* one more, while its memory comes */
+    for (size_t p = 0; p < pages; p++) {
+        uint32_t version = p % STEP <= depth % 10 ? 100 : 1;
+        check("descendant", block, p, p % (2 * STEP) == depth % 10 ? 200 : version);
+    }
+    if (printf("depth %zu: fine\n", depth) < 0 || fflush(stdout))
+        _exit(1);
+    _exit(0);
+}
+
+/* A program that is killed `ms` milliseconds after it forked, and has changed its own memory meanwhile. */
+static void killed(size_t pages, int ms)
+{
+    uint64_t *block = calloc(pages, PAGE);
+    for (size_t p = 0; p < pages; p++)
+        fill(block, p, 1);
+    if (fork() == 0)
+        descend(block, pages);
+    double end = now() + 1e-3 * ms;
+    for (size_t p = 0; now() < end; p = (p + 37) % pages)
+        fill(block, p, 9);
+    kill(getpid(), SIGKILL);
+}
+
 static void blocks(size_t pages, int rounds, uint64_t seed)
 {
     enum { N = 64 };
@@ -352,6 +392,8 @@ int main(int argc, char **argv)
         forks(pages, rounds, seed);
     else if (!strcmp(mode, "orphan"))
         orphan(pages);
+    else if (!strcmp(mode, "killed"))
+        killed(pages, rounds);
     else if (!strcmp(mode, "blocks"))
         blocks(pages, rounds, seed);
     else if (!strcmp(mode, "conflicts"))

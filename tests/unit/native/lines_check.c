@@ -76,7 +76,8 @@ static void check(struct lines *l)
     for (size_t i = 0; i < l->nslots; i++) {
         const struct slot *slot = &l->slots[i];
         dirty += slot->state == SLOT_DIRTY;
-        held += slot->state != SLOT_FREE && slot->page != NO_OWNER;
+        held += slot->state != SLOT_FREE && slot->page != NO_OWNER && l->where[slot->page] == i &&
+                (l->state[slot->page] & STATE_MASK) == BUFFERED; /* others are copies: evict_store_all */
         MUST(slot->state != SLOT_FREE || slot->page == NO_OWNER, "slot %zu", i);
     }
     MUST(lined == l->lined && lined == mapped, "%zu lines, %zu booked, %zu pages", lined, l->lined, mapped);
