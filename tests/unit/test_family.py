@@ -88,7 +88,7 @@ def monitored(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     assert set(os.listdir("/proc/self/fd")) <= before
 
 
-def settings(folder: Path) -> dict[str, str]:
+def settings(folder: Path) -> dict[str, Any]:
     return {"heirs": str(folder / "heirs"), "memory": str(folder / "memory")}
 
 
