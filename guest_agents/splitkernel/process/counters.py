@@ -36,6 +36,10 @@ FIELDS = (
     "failovers",
     "rereplicated_bytes",
     "degraded_regions",
+    "prefetched",
+    "sets",
+    "dozes",
+    "doze_hits",
 )
 BLADE_FIELDS = ("misses", "flushes", "bytes_in", "bytes_out")
 BLADES = 16
@@ -69,10 +73,12 @@ def total(job: Path) -> dict[str, Any]:
             one = parse(file.read_bytes())
         except ValueError:
             continue  # a program killed while making its file
+        before = dict(result)
         result["programs"] += 1
         for name in FIELDS:
             result[name] += one[name]
-        result["excache_bytes"] = one["excache_bytes"]  # each program has an ExCache of its own
+        for name in ("excache_bytes", "sets"):  # each program has an ExCache of its own, perhaps not in use yet
+            result[name] = max(before[name], one[name])
         for blade, numbers in one["blades"].items():
             sums = result["blades"].setdefault(blade, dict.fromkeys(BLADE_FIELDS, 0))
             for name, value in numbers.items():
