@@ -1,6 +1,7 @@
 #include "evict.h"
 
 #include "codec.h"
+#include "trace.h"
 #include "wire.h"
 
 #include <stdlib.h>
@@ -216,6 +217,7 @@ static void evict(struct lines *l)
     }
     if (!n)
         lines_die("the ExCache is full of pages without read permission");
+    uint64_t begin = trace_begin();
     qsort(victim, n, sizeof *victim, by_number);
     for (size_t i = 0; i < n;) {
         size_t k = 1;
@@ -230,6 +232,7 @@ static void evict(struct lines *l)
         i += k;
     }
     l->count->evictions += n;
+    trace_done(TRACE_EVICT, begin, victim[0], n, 0, 0);
     wire_flush(l, wire_fair_share(l, 1));
 }
 

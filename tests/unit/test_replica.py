@@ -19,7 +19,8 @@ HERE = Path(__file__).parent / "native"
 NATIVE = Path(__file__).parents[2] / "guest_agents" / "native"
 STRESS = Path(__file__).parents[1] / "rack/native/paging_stress.c"
 SHIM = ("shim.c", "malloc.c", "mappings.c", "descriptors.c", "heap.c", "arena.c")
-PAGER = ("pager.c", "family.c", "lines.c", "evict.c", "pool.c", "codec.c", "wire.c", "replica.c", "fabric.c")
+PAGER = ("pager.c", "family.c", "lines.c", "evict.c", "pool.c", "codec.c", "wire.c", "replica.c", "trace.c",
+         "fabric.c")  # fmt: skip
 FLAGS = ["-std=gnu17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{NATIVE}"]
 SECONDS = 200
 LOST = 70
@@ -81,7 +82,7 @@ class Stage:
             "FAKE_EVENTS": events, **{f"FAKE_{name.upper()}": str(value) for name, value in more.items()},
         }  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=SECONDS, input=stdin)
-        return Done(done.returncode, done.stdout, done.stderr, counters.total(job))
+        return Done(done.returncode, done.stdout, done.stderr, counters.total(counters.processes(job).values()))
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ def handlers(config: AgentConfig) -> dict[str, control.Handler]:
         disk = files.statfs()
         return {
             **files.counts,
+            "by_opcode": files.tally.counts(),
             "bytes_total": disk.f_blocks * disk.f_frsize,
             "bytes_free": disk.f_bavail * disk.f_frsize,
         }
