@@ -22,6 +22,7 @@ while [ "$1" != -- ]; do
     --excache) excache=$2 ;;
     --replicas) replicas=$2 ;;
     --stats) stats=$2 ;;
+    --trace) trace=$2 ;;
     --cwd) cd "$2" || exit 125 ;;
     --env) export "$2" ;;
     --vnode) export RACKLESS_VNODE="$2" ;;
@@ -30,6 +31,7 @@ while [ "$1" != -- ]; do
 done
 shift
 [ -z "$stats" ] || echo "{\\"misses\\": 1, \\"excache\\": \\"$excache\\", \\"replicas\\": \\"$replicas\\"}" > "$stats"
+[ -z "$trace" ] || [ -n "$FORGET_TRACE" ] || echo '{"traceEvents": []}' > "$trace"
 exec "$@"
 """
 
