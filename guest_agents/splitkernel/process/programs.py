@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,9 @@ class Program:
     """The folder with its counters."""
     excache: int | None = None
     """Bytes of its ExCache, as it was started with; each process that it starts has as much."""
+    clock: int = field(default_factory=time.monotonic_ns)
+    """When this agent heard of it and, 0 while it runs, of its end: on the clock of traces, which nobody sets."""
+    clock_ended: int = 0
 
 
 class Programs:
@@ -78,6 +81,7 @@ class Programs:
             if program.ended is not None:
                 return
             program.ended, program.exit_code = time.time(), exit_code
+            program.clock_ended = time.monotonic_ns()
             os.close(program.handle)
             ended = [other for other in self._programs if other.ended is not None]
             for old in ended[:-ENDED_KEPT]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import struct
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +74,15 @@ def write(job: Path, program: Program) -> Path:
     for file in sorted(job.glob("*.trace")):
         with suppress(OSError, ValueError):  # one killed while making its file
             noted[int(file.stem)] = parse(file.read_bytes())
-    since_boot = time.monotonic_ns() - time.time_ns()
-    started = int(program.started * _SECOND) + since_boot
-    zero = min([started, *(one.begin for one in noted.values())])
+    zero = min([program.clock, *(one.begin for one in noted.values())])
+    end = max([program.clock_ended, *(one.end for one in noted.values())])
     path = job / "trace.json"
     with path.open("w") as out:
         out.write('{"traceEvents": [\n')
-        life = _span(program.command, program.pid, LIFE, started - zero, _length(program),
+        life = _span(program.command, program.pid, LIFE, program.clock - zero, end - program.clock,
                      id=program.pid, vnode=program.vnode, exit_code=program.exit_code)  # fmt: skip
         out.write(json.dumps(life))
-        commands = {program.pid: program.command} | {pid: one["command"] for pid, one in counted.items()}
+        commands = {pid: one["command"] for pid, one in counted.items()} | {program.pid: program.command}
         for pid in sorted({program.pid, *noted}):
             out.write(",\n" + json.dumps(_named("process_name", pid, 0, commands.get(pid) or "?")))
         for pid, one in noted.items():
@@ -98,10 +97,6 @@ def write(job: Path, program: Program) -> Path:
         out.write(f'\n], "displayTimeUnit": "ms", "otherData": {json.dumps(other)}}}\n')
     path.chmod(0o644)  # `split` may not be root's
     return path
-
-
-def _length(program: Program) -> int:
-    return int(((program.ended or time.time()) - program.started) * _SECOND)
 
 
 def _events(pid: int, noted: Noted, blades: list[str], zero: int) -> Iterator[Event]:
@@ -140,8 +135,7 @@ def _counters(pid: int, noted: Noted, zero: int) -> Iterator[Event]:
             told[name] = value
             yield {"name": name, "ph": "C", "pid": pid, "ts": _us(when - zero), "args": {"value": value}}
 
-    pairs = zip(noted.snapshots, noted.snapshots[1:], strict=False)
-    for (when, before), (then, after) in pairs:
+    for (when, before), (then, after) in pairwise(noted.snapshots):
         for name in RATES:
             rate = (after[at[name]] - before[at[name]]) * _SECOND / max(1, then - when)
             yield from tell(when, f"{name}/s", round(rate, 1))
