@@ -87,7 +87,7 @@ class Program:
         self.pager.ask(f"attach {os.getpid()} {self.job}")
 
     def counts(self, blades: dict[str, dict[str, int]], **values: int) -> None:
-        write_counters(self.job, os.getpid(), blades, excache_bytes=4 * MIB, **values)
+        write_counters(self.job, os.getpid(), blades, "sort", excache_bytes=4 * MIB, **values)
 
     def close(self) -> None:
         self.split.close()

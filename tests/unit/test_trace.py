@@ -197,7 +197,8 @@ def test_forks_and_failovers_are_in_it(split: Path, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_a_running_program_is_seen_with_its_counters(rack: Rack, split: Path) -> None:
-    command = [split, "run", "--excache", str(4 << 20), "--", split.parent / "paging_stress", "mixed", "16", "1000"]
+    stress = str(split.parent / "paging_stress")
+    command = [str(split), "run", "--excache", str(4 << 20), "--", stress, "mixed", "16", "1000"]
     process = subprocess.Popen(command, cwd=rack.folder, stdout=subprocess.DEVNULL)
 
     def counted() -> dict[str, Any]:
