@@ -38,25 +38,27 @@ def made(job: Path) -> dict[str, Any]:
 
 def check(told: dict[str, Any]) -> None:
     """What Perfetto's importer asks of the format: fields by phase, and spans of a track inside one another."""
-    tracks: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    tracks: dict[tuple[int, int], list[tuple[float, float, str]]] = {}
     for event in told["traceEvents"]:
         assert isinstance(event["pid"], int)
+        assert "tid" not in event or 0 < event["tid"] < 1 << 32
         assert isinstance(event["name"], str)
         assert event["ph"] in "XCMi"
         if event["ph"] != "M":
             assert event["ts"] >= 0
         if event["ph"] == "X":
             assert event["dur"] >= 0
-            tracks.setdefault((event["pid"], event["tid"]), []).append((event["ts"], event["ts"] + event["dur"]))
+            tracks.setdefault((event["pid"], event["tid"]), []).append(
+                (event["ts"], event["ts"] + event["dur"], event["name"]))
         if event["ph"] == "C":
             assert all(isinstance(value, int | float) for value in event["args"].values())
     for spans in tracks.values():
-        open_until: list[float] = []
-        for begin, end in sorted(spans, key=lambda span: (span[0], -span[1])):
-            while open_until and open_until[-1] <= begin:
-                open_until.pop()
-            assert not open_until or end <= open_until[-1] + 0.001, "spans of one track cross"
-            open_until.append(end)
+        around: list[tuple[float, float, str]] = []
+        for span in sorted(spans, key=lambda span: (span[0], -span[1])):
+            while around and around[-1][1] <= span[0]:
+                around.pop()
+            assert not around or span[1] <= around[-1][1] + 0.001, f"spans of one track cross: {around[-1]}, {span}"
+            around.append(span)
 
 
 def spans(told: dict[str, Any], name: str) -> list[dict[str, Any]]:
@@ -91,9 +93,9 @@ def test_events_and_counters_of_a_pager(tmp_path: Path) -> None:
     ])  # fmt: skip
     told = made(tmp_path)
     (miss,), (flush,), (lost,) = (spans(told, name) for name in ("miss", "flush", "failover"))
-    assert (miss["tid"], miss["args"]) == (trace.PAGER, {"pages": 4, "blades": "mb1", "page": 77, "piggyback": True})
+    assert (miss["tid"], miss["args"]) == (701, {"pages": 4, "blades": "mb1", "page": 77, "piggyback": True})
     assert miss["ts"] == pytest.approx(109_000, abs=0.01)
-    assert (flush["tid"], flush["dur"], flush["args"]) == (trace.LANES + 3, 8000, {"pages": 12, "blades": "mb0,mb1"})
+    assert (flush["tid"], flush["dur"], flush["args"]) == (713, 8000, {"pages": 12, "blades": "mb0,mb1"})
     assert lost["args"] == {"blades": "mb0"}
     assert [value for _, value in values(told, "misses/s")] == [500, 0, 50, 0]
     assert values(told, "misses/s")[1][0] == pytest.approx(110_000, abs=0.01), "a rate ends where its interval does"

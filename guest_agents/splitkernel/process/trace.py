@@ -31,7 +31,7 @@ RATES = ("faults", "misses", "flushes", "zero_fills", "piggybacks", "evictions",
 GAUGES = ("pages_held", "pages_mapped", "pages_pooled", "degraded_regions")
 
 LIFE, PAGER, LANES = 0, 1, 10
-"""Track numbers ("thread" ids) in each process; flush n is LANES + n."""
+"""Tracks of each process; flush n is LANES + n."""
 _SECOND = 10**9
 _NAMES = {LIFE: "life", PAGER: "pager"}
 Event = dict[str, Any]
@@ -74,17 +74,18 @@ def write(job: Path, program: Program) -> Path:
     for file in sorted(job.glob("*.trace")):
         with suppress(OSError, ValueError):  # one killed while making its file
             noted[int(file.stem)] = parse(file.read_bytes())
+    # A quick program may page before this agent has heard that it began; what it left running may page after its end.
     zero = min([program.clock, *(one.begin for one in noted.values())])
     end = max([program.clock_ended, *(one.end for one in noted.values())])
     path = job / "trace.json"
     with path.open("w") as out:
         out.write('{"traceEvents": [\n')
-        life = _span(program.command, program.pid, LIFE, program.clock - zero, end - program.clock,
+        life = _span(program.command, program.pid, LIFE, 0, end - zero,
                      id=program.pid, vnode=program.vnode, exit_code=program.exit_code)  # fmt: skip
         out.write(json.dumps(life))
         commands = {pid: one["command"] for pid, one in counted.items()} | {program.pid: program.command}
         for pid in sorted({program.pid, *noted}):
-            out.write(",\n" + json.dumps(_named("process_name", pid, 0, commands.get(pid) or "?")))
+            out.write(",\n" + json.dumps(_named("process_name", pid, LIFE, commands.get(pid) or "?")))
         for pid, one in noted.items():
             blades = list(counted[pid]["blades"]) if pid in counted else []
             for event in _events(pid, one, blades, zero):
@@ -109,8 +110,8 @@ def _events(pid: int, noted: Noted, blades: list[str], zero: int) -> Iterator[Ev
         yield _named("thread_name", pid, track, _NAMES.get(track, f"flush {track - LANES}"))
     if noted.dropped:
         first = min(begin for begin, *_ in noted.events)
-        yield {"name": f"{noted.dropped} earlier events were dropped", "ph": "i", "s": "p", "pid": pid, "tid": PAGER,
-               "ts": _us(first - zero)}  # fmt: skip
+        yield {"name": f"{noted.dropped} earlier events were dropped", "ph": "i", "s": "p", "pid": pid,
+               "tid": thread(pid, PAGER), "ts": _us(first - zero)}  # fmt: skip
     for begin, length, page, pages, places, kind, lane in noted.events:
         if kind >= len(KINDS) or begin < noted.begin:
             continue  # killed while it was written
@@ -146,12 +147,18 @@ def _counters(pid: int, noted: Noted, zero: int) -> Iterator[Event]:
             yield from tell(noted.snapshots[-1][0], f"{name}/s", 0.0)
 
 
+def thread(pid: int, track: int) -> int:
+    """The thread id of a track. Perfetto may merge thread 0 with others; two processes need not share any."""
+    return pid if track == LIFE else pid * 100 + track
+
+
 def _span(name: str, pid: int, track: int, begin: int, length: int, **args: Any) -> Event:
-    return {"name": name, "ph": "X", "pid": pid, "tid": track, "ts": _us(begin), "dur": _us(length), "args": args}
+    return {"name": name, "ph": "X", "pid": pid, "tid": thread(pid, track), "ts": _us(begin), "dur": _us(length),
+            "args": args}  # fmt: skip
 
 
 def _named(what: str, pid: int, track: int, name: str) -> Event:
-    return {"name": what, "ph": "M", "pid": pid, "tid": track, "args": {"name": name}}
+    return {"name": what, "ph": "M", "pid": pid, "tid": thread(pid, track), "args": {"name": name}}
 
 
 def _us(nanoseconds: int) -> float:
