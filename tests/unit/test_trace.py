@@ -145,12 +145,13 @@ def split(rack: Rack) -> Path:
 
 
 def run(
-    split: Path, folder: Path, *words: str, options: Sequence[str] = (), code: int = 0, **more: str
+    split: Path, folder: Path, *words: str, options: Sequence[str] = (), code: int = 0, before: Sequence[str] = (),
+    **more: str,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Counters and trace of a run of paging_stress with an ExCache of 4 MiB; `more` goes into its environment."""
     options = ["--trace", "trace.json", "--stats", "stats.json", "--excache", str(4 << 20), *options]
-    done = subprocess.run([split, "run", *options, "--", split.parent / "paging_stress", *words], cwd=folder,
-                          env={**os.environ, **more}, capture_output=True, text=True, timeout=200)  # fmt: skip
+    command = [str(split), "run", *options, "--", *before, str(split.parent / "paging_stress"), *words]
+    done = subprocess.run(command, cwd=folder, env={**os.environ, **more}, capture_output=True, text=True, timeout=200)
     assert done.returncode == code, done
     told = json.loads((folder / "trace.json").read_text())
     check(told)
@@ -195,6 +196,18 @@ def test_forks_and_failovers_are_in_it(split: Path, tmp_path: Path) -> None:
     _, told = run(split, tmp_path, "mixed", "16", "9", code=70, FAKE_EVENTS="1x600")
     assert spans(told, "miss")
     assert [event["args"]["exit_code"] for event in spans(told, life(split, "mixed 16 9"))] == [70]
+
+
+@pytest.mark.long
+def test_a_process_that_was_killed_has_its_trace_until_then(split: Path, tmp_path: Path) -> None:
+    kill = ("timeout", "-s", "KILL", "1")
+    stats, told = run(split, tmp_path, "mixed", "16", "999", before=kill, code=137, FAKE_EVENTS="")
+    (memory,) = spans(told, "remote memory")
+    assert memory["args"] == {"ended": "killed"}
+    assert [one["pid"] for one in stats["processes"]] == [memory["pid"]]
+    dropped = told["otherData"]["dropped_events"][str(memory["pid"])]
+    assert len(spans(told, "miss")) + dropped >= stats["misses"] - 1 > 100
+    assert memory["pid"] != spans(told, f"timeout -s KILL 1 {life(split, 'mixed 16 999')}")[0]["pid"]
 
 
 @pytest.mark.long
