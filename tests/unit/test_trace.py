@@ -116,6 +116,13 @@ def test_what_was_overwritten_is_counted(tmp_path: Path) -> None:
     assert note["name"] == "5 earlier events were dropped"
 
 
+def test_a_link_in_the_jobs_folder_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("as it was")
+    (tmp_path / "trace.json").symlink_to(tmp_path / "precious")
+    assert made(tmp_path)["traceEvents"]
+    assert (tmp_path / "precious").read_text() == "as it was"
+
+
 def test_files_that_are_none_and_processes_without_one(tmp_path: Path) -> None:
     write_counters(tmp_path, 8)
     write_counters(tmp_path, 9, managed=0)

@@ -78,7 +78,8 @@ def write(job: Path, program: Program) -> Path:
     zero = min([program.clock, *(one.begin for one in noted.values())])
     end = max([program.clock_ended, *(one.end for one in noted.values())])
     path = job / "trace.json"
-    with path.open("w") as out:
+    path.unlink(missing_ok=True)  # everybody may write in that folder: it must be a new file, and no link
+    with path.open("x") as out:
         out.write('{"traceEvents": [\n')
         life = _span(program.command, program.pid, LIFE, 0, end - zero,
                      id=program.pid, vnode=program.vnode, exit_code=program.exit_code)  # fmt: skip
