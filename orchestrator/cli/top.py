@@ -121,7 +121,7 @@ def tables(look: dict[str, Any]) -> list[Table]:
 def _title(look: dict[str, Any]) -> str:
     clock = time.strftime("%H:%M:%S", time.localtime(look["time"]))
     running = len(look["programs"])
-    return f"{look['rack']}  {clock}  {running or 'no'} program{'s' if running != 1 else ''}; rates per second"
+    return f"{look['rack']}  {clock}  {running or 'no'} program{'s' if running != 1 else ''}, in {look['seconds']:g} s"
 
 
 def _blades(look: dict[str, Any]) -> Table:
@@ -138,8 +138,8 @@ def _programs(look: dict[str, Any]) -> Table:
                      _mib(program["working_set_at_most"]), rates["faults"], rates["misses"], rates["flushes"],
                      rates["zero_fills"], _mib(rates["bytes_in"]), _mib(rates["bytes_out"]),
                      counted["hit_ratio_of_faults"], program["command"][:40]))  # fmt: skip
-    return Table(("program", "ExCache MiB", "pages in it", "MiB held", "MiB used <=", "faults", "misses", "flushes",
-                  "zero-fills", "MiB in", "MiB out", "hits of faults", "command"), rows)  # fmt: skip
+    return Table(("program", "ExCache MiB", "pages in it", "MiB held", "MiB used <=", "faults/s", "misses/s",
+                  "flushes/s", "zero-fills/s", "MiB/s in", "MiB/s out", "hits of faults", "command"), rows)  # fmt: skip
 
 
 def _memory(look: dict[str, Any]) -> Table:
@@ -149,8 +149,8 @@ def _memory(look: dict[str, Any]) -> Table:
         rows.append((blade["name"], _mib(blade["bytes_allocated"]), _mib(blade["bytes_total"]), blade["regions"],
                      blade["connections"], blade["refused"], rates["misses"], rates["flushes"],
                      _mib(rates["bytes_in"]), _mib(rates["bytes_out"])))  # fmt: skip
-    return Table(("memory", "MiB lent", "MiB total", "regions", "programs", "refused", "misses", "flushes", "MiB read",
-                  "MiB written"), rows)  # fmt: skip
+    return Table(("memory", "MiB lent", "MiB total", "regions", "programs", "refused", "misses/s", "flushes/s",
+                  "MiB/s read", "MiB/s written"), rows)  # fmt: skip
 
 
 def _storage(look: dict[str, Any]) -> Table:
@@ -161,7 +161,7 @@ def _storage(look: dict[str, Any]) -> Table:
         rows.append((blade["name"], _mib(blade["bytes_free"]), _mib(blade["bytes_total"]), rates["requests"],
                      _mib(rates["bytes_out"]), _mib(rates["bytes_in"]),
                      ", ".join(f"{name} {rate:g}" for rate, name in busiest)))  # fmt: skip
-    return Table(("storage", "MiB free", "MiB total", "ops", "MiB read", "MiB written", "most of them"), rows)
+    return Table(("storage", "MiB free", "MiB total", "ops/s", "MiB/s read", "MiB/s written", "most of them"), rows)
 
 
 def _managers(look: dict[str, Any]) -> Table:

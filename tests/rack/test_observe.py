@@ -66,7 +66,7 @@ def test_plain_lines_until_ctrl_c(rack: Rack) -> None:
     assert process.stdout is not None
     titles = 0
     while titles < 2:
-        titles += "rates per second" in process.stdout.readline()
+        titles += "in 0.5 s" in process.stdout.readline()
     os.kill(process.pid, signal.SIGINT)
     rest, _ = process.communicate(timeout=30)
     assert process.returncode == 0, rest

@@ -165,7 +165,7 @@ def test_lines_with_nothing_running(run: Run) -> None:
     done = run("--once")
     assert done.exit_code == 0
     title, _, *rest = done.stdout.splitlines()
-    assert title == "demo  12:00:00  no programs; rates per second"
+    assert title == "demo  12:00:00  no programs, in 2 s"
     assert [line.split()[0] for line in rest[1:6]] == ["gm0", "pb0", "mb0", "mb1", "sb0"]
     assert not any(line.startswith("program") for line in rest)
     assert "\x1b" not in done.stdout
@@ -225,7 +225,7 @@ def test_plain_lines_go_on_until_ctrl_c(run: Run) -> None:
 
     done = run(meanwhile=meanwhile)
     assert done.exit_code == 0
-    assert done.stdout.count("rates per second") == 3
+    assert done.stdout.count("programs, in 2 s") == 3
     assert "interrupted" not in done.output
 
 
