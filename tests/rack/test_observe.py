@@ -28,7 +28,7 @@ def test_top_stats_and_trace_tell_the_same(rack: Rack, tmp_path: Path) -> None:
     rack.on("pb0", f"chmod +x {PROGRAM}")
     stats_file, trace_file = tmp_path / "stats.json", tmp_path / "trace.json"
     words = ["run", "--rack", rack.name, "--on", "pb0", "--excache", "4MiB", "--stats", str(stats_file),
-             "--trace", str(trace_file), "--", "sh", "-c", f"ls > list; exec {PROGRAM} blocks 16 1"]  # fmt: skip
+             "--trace", str(trace_file), "--", "sh", "-c", f"ls > list; exec {PROGRAM} mixed 16 8"]  # fmt: skip
     running = subprocess.Popen(rack.bench.command(*words), env=rack.bench.env())
     looks = []
     while running.poll() is None:
@@ -38,7 +38,7 @@ def test_top_stats_and_trace_tell_the_same(rack: Rack, tmp_path: Path) -> None:
     stats, trace = json.loads(stats_file.read_text()), json.loads(trace_file.read_text())
 
     paging: list[dict[str, Any]] = [p for look in looks for p in look["programs"] if p["counters"]["managed"]]
-    assert paging, "it was never seen"
+    assert paging, f"it was never seen: {looks}"
     assert max(program["rates"]["misses"] or 0 for program in paging) > 0
     assert all(program["excache_pages"] <= 1024 for program in paging)
     traffic = [blade["rates"]["bytes_in"] or 0 for look in looks for blade in look["memory"]]
