@@ -33,8 +33,8 @@ def adopt(job: Path, programs: Programs, vnodes: dict[str, str]) -> None:
         if _ticks(about["pid"]) != about["ticks"]:
             raise ProcessLookupError
         program = programs.begin(about["pid"], about["vnode"], about["command"], about["started"], job,
-                                 about["excache"])  # fmt: skip
-    except (OSError, ValueError, KeyError, ControlError):
+                                 about.get("excache"))  # fmt: skip
+    except (OSError, ValueError, ControlError):
         shutil.rmtree(job, ignore_errors=True)
         return
     vnodes[str(job)] = program.vnode
