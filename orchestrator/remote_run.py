@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +44,8 @@ class Job:
     excache: int | None = None
     replicas: int | None = None
     """Memory blades that keep each page; None means one."""
+    organisation: Mapping[str, str | int] = field(default_factory=dict)
+    """How its ExCache is organised, as options of `split run`: ways, policy, victim, prefetch, pool."""
     stats: Path | None = None
     """Where the counters go on this host."""
     trace: Path | None = None
@@ -69,6 +71,8 @@ class Job:
             split += ["--excache", str(self.excache)]
         if self.replicas is not None:
             split += ["--replicas", str(self.replicas)]
+        for name, value in self.organisation.items():
+            split += [f"--{name}", str(value)]
         if self.stats is not None:
             split += ["--stats", f"{self.folder}/{STATS}"]
         if self.trace is not None:

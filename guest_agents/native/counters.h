@@ -48,6 +48,10 @@ struct counters {
     uint64_t failovers;         /* memory blades lost, and the program went on */
     uint64_t rereplicated_bytes;/* copied to give regions two copies again */
     uint64_t degraded_regions;  /* vRegions that have one copy now, and should have two */
+    uint64_t prefetched;        /* pages that came with a miss, unasked */
+    uint64_t sets;              /* of lines; 1: fully associative */
+    uint64_t dozes;             /* lines put out of sight, to see whether they are used (policy LRU) */
+    uint64_t doze_hits;         /* ... and they were */
     uint64_t blades;
     struct blade_counters blade[COUNTERS_BLADES];
     char command[COUNTERS_COMMAND];

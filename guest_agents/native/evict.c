@@ -4,42 +4,21 @@
 #include "trace.h"
 #include "wire.h"
 
+#include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum {
     POOL_SHARE_FIRST = 2,       /* the pool may hold half of the ExCache at first, */
     POOL_SHARE_MOST = 4,        /* and never the last quarter */
     POOL_LEAST = 2,             /* segments */
     READ_POINTS = 30,           /* a READ costs about 15 unpackings; twice that served gawk and sqlite3 best */
+    PLAIN_READ_POINTS = 15,     /* for sort, which the pool does not serve; more harmed what it does serve */
     SEGMENT_POINTS = 32,        /* so many move the pool's limit by a segment */
     STAMP_EVICTIONS = 16,       /* stamps of packed pages count evictions, so many at a time */
 };
-
-/* ---- the queue of mapped pages ---- */
-
-static bool queue_valid(const struct lines *l, size_t position)
-{
-    uint32_t page = l->queue[position & l->queue_mask];
-    return (l->state[page] & STATE_MASK) == MAPPED && l->where[page] == (uint32_t)position;
-}
-
-void evict_enqueue(struct lines *l, size_t page)
-{
-    if (l->tail - l->head > l->queue_mask) { /* full of stale entries: close the gaps */
-        size_t to = l->head;
-        for (size_t from = l->head; from != l->tail; from++) {
-            if (!queue_valid(l, from))
-                continue;
-            uint32_t moved = l->queue[from & l->queue_mask];
-            l->queue[to & l->queue_mask] = moved;
-            l->where[moved] = (uint32_t)to++;
-        }
-        l->tail = to;
-    }
-    l->where[page] = (uint32_t)l->tail;
-    l->queue[l->tail++ & l->queue_mask] = (uint32_t)page;
-}
 
 /* ---- the line buffer ---- */
 
@@ -67,8 +46,14 @@ static void depart(struct lines *l, size_t page)
 {
     unsigned flags = l->state[page] & ~STATE_MASK;
     l->departures += (flags & PACKABLE) != 0;
-    l->where[page] = l->departures;
+    l->where[page] = flags & PACKABLE ? l->departures : (uint32_t)l->count->evictions;
     lines_set_state(l, page, REMOTE | flags);
+}
+
+/* A clean slot may also be a copy that was made for evict_store_all. */
+static bool is_at(const struct lines *l, size_t page, size_t slot)
+{
+    return (l->state[page] & STATE_MASK) == BUFFERED && l->where[page] == slot;
 }
 
 /* A slot for `page`: the oldest that is free or clean. Its former page is then at its blade only. */
@@ -82,10 +67,10 @@ static size_t take_slot(struct lines *l, size_t page, bool dirty)
         }
         size_t index = slot_of_hand(l);
         struct slot *slot = &l->slots[index];
-        if (slot->state == SLOT_CLEAN)
-            depart(l, slot->page);
-        else if (slot->state != SLOT_FREE)
+        if (slot->state != SLOT_CLEAN && slot->state != SLOT_FREE)
             continue;
+        if (slot->state == SLOT_CLEAN && is_at(l, slot->page, index))
+            depart(l, slot->page);
         *slot = (struct slot){.page = (uint32_t)page, .state = dirty ? SLOT_DIRTY : SLOT_CLEAN};
         l->dirty_slots += dirty;
         l->dirty_on[region_of(l, page)->at[0].link] += dirty;
@@ -142,12 +127,19 @@ static void pool_share(struct lines *l, int points)
         l->points = 0;
 }
 
-/* If the page went not long ago, it would still be in a pool that were larger by the whole ExCache. */
+/* If the page went not long ago, it would still be in a pool that were larger by the whole ExCache; or, if it cannot be
+ * packed, mapped, if pages like it had what the pool holds now. */
 void evict_weigh_read(struct lines *l, size_t page)
 {
     size_t held = pool_pages(&l->pool);
-    if (held && l->state[page] & PACKABLE && l->departures - l->where[page] < l->budget * l->pool.pages / held)
+    if (!held)
+        return;
+    if (!(l->state[page] & PACKABLE)) {
+        if ((uint32_t)l->count->evictions - l->where[page] < held)
+            pool_share(l, -PLAIN_READ_POINTS);
+    } else if (l->departures - l->where[page] < l->budget * l->pool.pages / held) {
         pool_share(l, READ_POINTS);
+    }
 }
 
 static uint16_t stamp(const struct lines *l)
@@ -176,18 +168,18 @@ static int by_number(const void *a, const void *b)
     return x < y ? -1 : x > y;
 }
 
-/* Take one mapped page (already protected against writes) out of the books of mapped ones. */
-static void shelve(struct lines *l, size_t page)
+/* Find another place for a page that has just lost its line (and cannot be written to any more). */
+static void shelve(struct lines *l, size_t page, const char *data)
 {
     static uint8_t packed[CODEC_ROOM];
     unsigned flags = l->state[page];
-    const char *data = arena_address(l->arena, page);
-    l->mapped--;
-    size_t bytes = flags & (DIRTY | STORED) ? codec_pack((const uint64_t *)data, packed) : 0;
+    bool pack = l->unpacked ? (flags & (DIRTY | STORED)) == DIRTY : flags & (DIRTY | STORED);
+    size_t bytes = pack ? codec_pack((const uint64_t *)data, packed) : 0;
+    l->count->evictions++;
     if (!(flags & STORED) && (!(flags & DIRTY) || bytes == CODEC_ZEROS)) {
         lines_set_state(l, page, UNTOUCHED);
         l->count->zero_drops++;
-    } else if (bytes) {
+    } else if (bytes && !l->unpacked) {
         while (!pool_put(&l->pool, page, stamp(l), packed, bytes))
             make_segment(l, bytes);
         lines_set_state(l, page, PACKED | PACKABLE | (flags & (STORED | DIRTY)));
@@ -201,45 +193,170 @@ static void shelve(struct lines *l, size_t page)
     }
 }
 
-static void evict(struct lines *l)
+/* The page keeps its line, but not its place in the page table. */
+static void doze(struct lines *l, size_t page, const char *data)
 {
-    uint32_t victim[EVICT_PAGES];
-    size_t n = 0;
-    for (size_t looked = l->tail - l->head; looked && n < EVICT_PAGES; looked--) {
-        size_t position = l->head++;
-        if (!queue_valid(l, position))
-            continue;
-        uint32_t page = l->queue[position & l->queue_mask];
-        if (bit_test(l->arena->unreadable, page))
-            evict_enqueue(l, page);
-        else
-            victim[n++] = page;
-    }
-    if (!n)
-        lines_die("the ExCache is full of pages without read permission");
-    uint64_t begin = trace_begin();
-    qsort(victim, n, sizeof *victim, by_number);
+    memcpy(lines_frame(l, page), data, PAGE_SIZE);
+    lines_set_state(l, page, DOZING | (l->state[page] & (STORED | DIRTY)));
+    l->count->dozes++;
+}
+
+/* A mapped page, even if the program has taken away its own permission to read it. */
+static const char *bytes_of(struct lines *l, size_t page)
+{
+    static char copy[PAGE_SIZE] __attribute__((aligned(PAGE_SIZE)));
+    const char *data = arena_address(l->arena, page);
+    if (!bit_test(l->arena->unreadable, page))
+        return data;
+    int memory = open("/proc/self/mem", O_RDONLY | O_CLOEXEC);
+    if (memory < 0 || pread(memory, copy, PAGE_SIZE, (off_t)(uintptr_t)data) != PAGE_SIZE)
+        lines_die("the ExCache is full of pages without read permission: %s", strerror(errno));
+    close(memory);
+    return copy;
+}
+
+/* Take mapped pages out of the page table, neighbours together, and hand each to `next` before it goes. */
+static void withdraw(struct lines *l, uint32_t *page, size_t n, void (*next)(struct lines *, size_t, const char *))
+{
+    qsort(page, n, sizeof *page, by_number);
     for (size_t i = 0; i < n;) {
         size_t k = 1;
-        unsigned dirty = l->state[victim[i]] & DIRTY;
-        while (i + k < n && victim[i + k] == victim[i] + k && (l->state[victim[i + k]] & DIRTY) == dirty)
+        unsigned dirty = l->state[page[i]] & DIRTY;
+        while (i + k < n && page[i + k] == page[i] + k && (l->state[page[i + k]] & DIRTY) == dirty)
             k++;
         if (dirty)
-            lines_protect(l, victim[i], k, true);
+            lines_protect(l, page[i], k, true); /* a store meanwhile would be lost: it waits */
         for (size_t j = 0; j < k; j++)
-            shelve(l, victim[i] + j);
-        lines_unmap(l, victim[i], k);
+            next(l, page[i] + j, bytes_of(l, page[i] + j));
+        lines_unmap(l, page[i], k);
         i += k;
     }
-    l->count->evictions += n;
-    trace_done(TRACE_EVICT, begin, victim[0], n, 0, 0);
+}
+
+void evict_release_line(struct lines *l, size_t page)
+{
+    if ((l->state[page] & STATE_MASK) == DOZING)
+        lines_release_frame(lines_frame(l, page));
+    sets_remove(&l->sets, page);
+    l->lined--;
+}
+
+/* The page of a set that is to leave: what nobody may read only when there is nothing else, it costs more. */
+static size_t choose(struct lines *l, size_t set)
+{
+    size_t page = sets_choose(&l->sets, set);
+    for (size_t others = l->sets.set[set].count; others && bit_test(l->arena->unreadable, page); others--) {
+        if ((l->state[page] & STATE_MASK) == DOZING)
+            break;
+        sets_renew(&l->sets, page);
+        page = sets_oldest(&l->sets, set);
+    }
+    return page;
+}
+
+/* LRU: let the oldest lines of a set doze. */
+static void sample(struct lines *l, size_t set)
+{
+    uint32_t dozing[EVICT_PAGES];
+    size_t page, n = 0;
+    while (sets_next_to_doze(&l->sets, set, &page)) {
+        if (n == EVICT_PAGES) {
+            withdraw(l, dozing, n, doze);
+            n = 0;
+        }
+        dozing[n++] = (uint32_t)page;
+    }
+    withdraw(l, dozing, n, doze);
+}
+
+struct victims {
+    uint32_t page[EVICT_PAGES];
+    size_t n;
+};
+
+static void send_away(struct lines *l, struct victims *victims)
+{
+    withdraw(l, victims->page, victims->n, shelve);
+    victims->n = 0;
     wire_flush(l, wire_fair_share(l, 1));
 }
 
-void evict_make_room(struct lines *l, size_t pages)
+/* Free so many lines of a set. Those that were mapped are noted, to leave together. */
+static void evict(struct lines *l, size_t set, size_t lines, struct victims *victims)
+{
+    for (; lines && l->sets.set[set].count; lines--) {
+        size_t page = choose(l, set);
+        if ((l->state[page] & STATE_MASK) == DOZING) {
+            char *frame = lines_frame(l, page);
+            sets_remove(&l->sets, page);
+            l->lined--;
+            shelve(l, page, frame);
+            lines_release_frame(frame);
+            continue;
+        }
+        evict_release_line(l, page);
+        if (victims->n == EVICT_PAGES)
+            send_away(l, victims);
+        victims->page[victims->n++] = (uint32_t)page;
+    }
+}
+
+/* One set: many leave at once, ahead of need, because that is cheaper. */
+static void make_room_anywhere(struct lines *l, size_t count)
+{
+    struct victims victims = {.n = 0};
+    while (l->lined + pool_pages(&l->pool) + count > l->budget) {
+        evict(l, 0, EVICT_PAGES, &victims);
+        send_away(l, &victims);
+        sample(l, 0);
+    }
+}
+
+static void make_room(struct lines *l, size_t page, size_t count)
 {
     if (l->pool.held > l->pool_limit && l->pool.held > 1)
         spill(l, pool_oldest(&l->pool));
-    while (l->mapped + pool_pages(&l->pool) + pages > l->budget)
-        evict(l);
+    if (l->sets.count == 1) {
+        make_room_anywhere(l, count);
+        return;
+    }
+    struct victims victims = {.n = 0};
+    for (size_t i = 0; i < count && i < l->sets.count; i++) {
+        size_t set = sets_of(&l->sets, page + i), more = (count - i + l->sets.count - 1) / l->sets.count;
+        size_t room = l->sets.ways - l->sets.set[set].count;
+        if (more > room)
+            evict(l, set, more - room, &victims);
+    }
+    send_away(l, &victims);
+    for (size_t i = 0; i < count && i < l->sets.count; i++)
+        sample(l, sets_of(&l->sets, page + i));
+}
+
+void evict_make_room(struct lines *l, size_t page, size_t count)
+{
+    uint64_t begin = trace_begin(), before = l->count->evictions;
+    make_room(l, page, count);
+    if (l->count->evictions != before)
+        trace_done(TRACE_EVICT, begin, page, l->count->evictions - before, 0, 0);
+}
+
+/* A slot from which the contents of a page go to its blade, while the page stays where it is. */
+static char *copy_out(struct lines *l, size_t page)
+{
+    char *data = slot_data(l, take_slot(l, page, true));
+    l->state[page] &= (uint8_t)~DIRTY;
+    return data;
+}
+
+void evict_store_all(struct lines *l)
+{
+    for (size_t segment = 0; segment < l->pool.most; segment++)
+        for (size_t at = 0, page; pool_next(&l->pool, segment, &at, &page);)
+            if (l->state[page] & DIRTY)
+                codec_unpack(pool_get(&l->pool, page), (uint64_t *)copy_out(l, page));
+    for (size_t set = 0; l->sets.policy == POLICY_LRU && set < l->sets.count; set++)
+        for (uint32_t i = l->sets.set[set].oldest; i && l->sets.line[i].dozing; i = l->sets.line[i].newer)
+            if (l->state[l->sets.line[i].page] & DIRTY)
+                memcpy(copy_out(l, l->sets.line[i].page), lines_frame(l, l->sets.line[i].page), PAGE_SIZE);
+    lines_flush_all(l); /* a copy that went later might be older than what a page is then */
 }

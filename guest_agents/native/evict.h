@@ -1,4 +1,4 @@
-/* What leaves the program's sight: oldest pages first, packed into the pool or, when that does not pay, into the line
+/* What leaves the program's sight: the pages that sets.h chooses, packed into the pool or, when that does not pay, into the line
  * buffer; and from either, when they are full, to the memory blades.
  *
  * How much of the ExCache the pool may hold follows from what a little more would have spared: of unpackings, if there
@@ -12,14 +12,18 @@
 /* The share of the pool to begin with, once l->budget is known. */
 void evict_init(struct lines *l);
 
-/* A page has been mapped: the last one to leave. */
-void evict_enqueue(struct lines *l, size_t page);
+/* Evict until there is a line for each of these pages. Any page that is PACKED or BUFFERED may have moved afterwards. */
+void evict_make_room(struct lines *l, size_t page, size_t count);
 
-/* Evict until so many pages more may be mapped. Any page that is PACKED or BUFFERED may have moved afterwards. */
-void evict_make_room(struct lines *l, size_t pages);
+/* A page that is MAPPED or DOZING needs its line no more. */
+void evict_release_line(struct lines *l, size_t page);
 
 /* A slot of the line buffer is no longer needed for its page. */
 void evict_release_slot(struct lines *l, size_t index);
+
+/* Have the memory blades confirm the contents of every page that is not mapped. To be called when no fault is being
+ * answered. */
+void evict_store_all(struct lines *l);
 
 /* Note what a fault for this page costs: a READ, or only an unpacking. To be called before it leaves where it is. */
 void evict_weigh_read(struct lines *l, size_t page);

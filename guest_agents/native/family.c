@@ -1,24 +1,45 @@
 #define _GNU_SOURCE
 #include "family.h"
 
+#include "evict.h"
+
 #include <errno.h>
 #include <linux/userfaultfd.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 static const char zero_page[PAGE_SIZE] __attribute__((aligned(PAGE_SIZE)));
 
+enum { SETTLE_MS = 50 }; /* after a fork: whoever calls exec has mostly done so by then */
+
+static size_t heir_bytes(size_t words)
+{
+    return sizeof(struct heir) + words * sizeof(uint64_t);
+}
+
+static uint64_t milliseconds(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
 static void bury(struct family *f, struct child *child)
 {
+    char text[32];
+    snprintf(text, sizeof text, "forgo %u", child->number);
+    send(f->lines->monitor.socket, text, strlen(text), MSG_NOSIGNAL | MSG_DONTWAIT);
     f->close(child->uffd);
     f->close(child->channel);
-    if (child->needs)
-        munmap(child->needs, child->words * 8);
+    munmap(child->heir, heir_bytes(child->words));
     *child = (struct child){.uffd = -1, .channel = -1};
 }
 
@@ -61,15 +82,18 @@ static void complete(struct family *f, struct child *child)
     forget(child);
 }
 
-static void send_descriptor(int socket, int descriptor)
+enum { DESCRIPTORS = 3 };
+
+static void send_descriptors(int socket, const char *text, const int *descriptor, size_t n)
 {
-    char byte = 0, space[CMSG_SPACE(sizeof descriptor)] = {0};
-    struct iovec data = {&byte, 1};
-    struct msghdr message = {.msg_iov = &data, .msg_iovlen = 1, .msg_control = space, .msg_controllen = sizeof space};
+    size_t bytes = n * sizeof *descriptor;
+    char space[CMSG_SPACE(DESCRIPTORS * sizeof *descriptor)] = {0};
+    struct iovec data = {(char *)text, strlen(text)};
+    struct msghdr message = {.msg_iov = &data, .msg_iovlen = 1, .msg_control = space, .msg_controllen = CMSG_SPACE(bytes)};
     struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-    *header = (struct cmsghdr){.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(sizeof descriptor)};
-    memcpy(CMSG_DATA(header), &descriptor, sizeof descriptor);
-    sendmsg(socket, &message, MSG_NOSIGNAL);
+    *header = (struct cmsghdr){.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(bytes)};
+    memcpy(CMSG_DATA(header), descriptor, bytes);
+    sendmsg(socket, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
 }
 
 static int receive_descriptor(int socket)
@@ -88,18 +112,43 @@ static int receive_descriptor(int socket)
     return descriptor;
 }
 
+/* Tell the process monitor of a child. It answers nothing: a fork must not wait for it. */
+static void announce(struct family *f, struct child *child, int file)
+{
+    char text[32];
+    const int descriptor[DESCRIPTORS] = {child->uffd, file, f->lines->region_file};
+    snprintf(text, sizeof text, "heir %u", child->number);
+    send_descriptors(f->lines->monitor.socket, text, descriptor, DESCRIPTORS);
+}
+
+static void make_heir(struct family *f, struct child *child)
+{
+    const struct arena *arena = f->lines->arena;
+    size_t bytes = heir_bytes(child->words);
+    int file = memfd_create("rackless-heir", MFD_CLOEXEC);
+    if (file < 0 || ftruncate(file, (off_t)bytes) ||
+        (child->heir = (void *)syscall(SYS_mmap, NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0L)) == MAP_FAILED)
+        lines_die("no memory to note what a forked child needs: %s", strerror(errno));
+    madvise(child->heir, bytes, MADV_DONTFORK);
+    child->heir->base = (uintptr_t)arena->base;
+    child->heir->pages = arena->pages;
+    child->heir->words = child->words;
+    child->needs = child->heir->needs;
+    announce(f, child, file);
+    close(file);
+}
+
 void family_add(struct family *f, struct child *parent, int uffd)
 {
     struct lines *l = f->lines;
     if (f->count == FAMILY_CHILDREN)
         lines_die("more than %d forked children that have not called exec", FAMILY_CHILDREN);
-    lines_flush_all(l); /* now everything not mapped is clean: at its blade, or a copy of that in the buffer */
     struct child *child = &f->child[f->count++];
     f->guard(uffd);
-    *child = (struct child){.uffd = uffd, .channel = -1, .words = (l->arena->top + 63) / 64};
-    child->needs = raw_memory(child->words * 8);
-    if (!child->needs)
-        lines_die("no memory to note what a forked child needs");
+    *child = (struct child){.number = ++f->numbers, .uffd = uffd, .channel = -1, .words = (l->arena->top + 63) / 64};
+    make_heir(f, child);
+    if (!f->settle_at)
+        f->settle_at = milliseconds() + SETTLE_MS;
     if (parent && parent->uffd >= 0) {
         size_t words = parent->words < child->words ? parent->words : child->words;
         memcpy(child->needs, parent->needs, words * 8);
@@ -112,9 +161,25 @@ void family_add(struct family *f, struct child *parent, int uffd)
         if (f->forking && !f->taken) {
             child->channel = f->channel[0];
             f->taken = true;
-            send_descriptor(child->channel, uffd);
+            send_descriptors(child->channel, ".", &uffd, 1);
         }
     }
+}
+
+int family_settle(struct family *f)
+{
+    if (!f->settle_at)
+        return -1;
+    uint64_t now = milliseconds();
+    if (now < f->settle_at)
+        return (int)(f->settle_at - now);
+    f->settle_at = 0;
+    if (f->count)
+        evict_store_all(f->lines);
+    for (size_t i = 0; i < f->count; i++)
+        if (f->child[i].uffd >= 0)
+            f->child[i].heir->settled = 1;
+    return -1;
 }
 
 struct child *family_find(struct family *f, int uffd)
@@ -159,8 +224,21 @@ void family_complete_all(struct family *f)
         complete(f, &f->child[i]);
 }
 
+/* Nobody tells us when a child's child ends or calls exec; but then there is nothing of it to be protected. */
+static void look_after(struct family *f)
+{
+    for (size_t i = 0; i < f->count; i++) {
+        struct uffdio_writeprotect nothing = {.range = {(uintptr_t)f->lines->arena->base, PAGE_SIZE}};
+        if (f->child[i].channel < 0 && f->child[i].uffd >= 0 &&
+            ioctl(f->child[i].uffd, UFFDIO_WRITEPROTECT, &nothing) && errno == ESRCH)
+            forget(&f->child[i]);
+    }
+}
+
 void family_bury(struct family *f)
 {
+    if (f->count >= FAMILY_CHILDREN / 4)
+        look_after(f);
     for (size_t i = 0; i < f->count;) {
         if (f->child[i].uffd >= 0) {
             i++;

@@ -20,6 +20,7 @@
 
 enum {
     BUFFER_SHARE = 8,       /* the line buffer is an eighth of the ExCache */
+    LANDING_PAGES = RUN_PAGES + 1,
 };
 
 static const char zeros[RUN_PAGES * PAGE_SIZE] __attribute__((aligned(PAGE_SIZE)));
@@ -43,8 +44,9 @@ void lines_set_state(struct lines *l, size_t page, unsigned state)
 static void map(struct lines *l, size_t page, unsigned flags)
 {
     lines_set_state(l, page, MAPPED | flags);
-    l->mapped++;
-    evict_enqueue(l, page);
+    l->lined++;
+    if (!sets_add(&l->sets, page))
+        lines_die("a set of the ExCache has no line for page %zu: this is a bug", page);
 }
 
 /* ---- the kernel's side: install, protect, remove ---- */
@@ -91,6 +93,16 @@ void lines_unmap(struct lines *l, size_t page, size_t count)
         lines_die("giving memory back failed: %s", strerror(errno));
 }
 
+char *lines_frame(const struct lines *l, size_t page)
+{
+    return l->frames + ((size_t)(l->where[page] - 1) << PAGE_SHIFT);
+}
+
+void lines_release_frame(char *frame)
+{
+    madvise(frame, PAGE_SIZE, MADV_DONTNEED);
+}
+
 static void wake(struct lines *l, size_t page)
 {
     struct uffdio_range range = {(uintptr_t)arena_address(l->arena, page), PAGE_SIZE};
@@ -111,13 +123,12 @@ static size_t next_run(size_t page, size_t *expected, size_t *run, size_t limit)
 
 static void zero_fill(struct lines *l, size_t page, bool write)
 {
-    size_t limit = l->budget / 8 < RUN_PAGES ? l->budget / 8 : RUN_PAGES;
-    size_t want = next_run(page, &l->next_zero, &l->zero_run, limit), run = 1;
+    size_t want = next_run(page, &l->next_zero, &l->zero_run, l->run_most), run = 1;
     while (run < want && page + run < l->arena->top && l->state[page + run] == UNTOUCHED &&
            bit_test(l->arena->used, page + run) && !bit_test(l->arena->unreadable, page + run))
         run++;
     l->next_zero = page + run;
-    evict_make_room(l, run);
+    evict_make_room(l, page, run);
     int error = lines_install(l, l->uffd, page, zeros, run, !write);
     if (error)
         lines_die("filling memory failed: %s", strerror(error));
@@ -128,16 +139,17 @@ static void zero_fill(struct lines *l, size_t page, bool write)
 
 static void fetch(struct lines *l, size_t page, bool write)
 {
-    size_t want = next_run(page, &l->next_fetch, &l->fetch_run, RUN_PAGES), run = 1;
+    size_t want = next_run(page, &l->next_fetch, &l->fetch_run, l->fetch_most), run = 1;
     while (run < want && (page + run) % REGION_PAGES && (l->state[page + run] & STATE_MASK) == REMOTE)
         run++;
     l->next_fetch = page + run;
     uint32_t link = region_of(l, page)->at[0].link;
     wire_read(l, page, run, l->landing, ID_MISS, l->dirty_on[link] >= wire_fair_share(l, 2));
     l->count->misses++;
+    l->count->prefetched += run - 1;
     evict_weigh_read(l, page);
     l->count->blade[link].misses++;
-    evict_make_room(l, run); /* while the data is on its way */
+    evict_make_room(l, page, run); /* while the data is on its way */
     uint64_t start = nanoseconds();
     wire_await(l, ID_MISS);
     l->count->wait_nanoseconds += nanoseconds() - start;
@@ -156,7 +168,7 @@ static void fetch(struct lines *l, size_t page, bool write)
 
 static void take_back(struct lines *l, size_t page, bool write)
 {
-    evict_make_room(l, 1); /* may recycle the very slot */
+    evict_make_room(l, page, 1); /* may recycle the very slot */
     if ((l->state[page] & STATE_MASK) != BUFFERED) {
         fetch(l, page, write);
         return;
@@ -176,8 +188,8 @@ static void take_back(struct lines *l, size_t page, bool write)
 static void unpack(struct lines *l, size_t page, bool write)
 {
     unsigned want = l->state[page] & (STATE_MASK | DIRTY);
-    size_t run = 1, limit = write && !(want & DIRTY) ? 1 : next_run(page, &l->next_packed, &l->packed_run, RUN_PAGES);
-    evict_make_room(l, limit); /* may send some of the pages away */
+    size_t run = 1, limit = write && !(want & DIRTY) ? 1 : next_run(page, &l->next_packed, &l->packed_run, l->run_most);
+    evict_make_room(l, page, limit); /* may send some of the pages away */
     if ((l->state[page] & STATE_MASK) != PACKED) {
         miss(l, page, write);
         return;
@@ -200,6 +212,21 @@ static void unpack(struct lines *l, size_t page, bool write)
     l->count->packed_hits++;
 }
 
+/* A line that dozed has been used. */
+static void awaken(struct lines *l, size_t page, bool write)
+{
+    char *frame = lines_frame(l, page);
+    bool dirty = write || (l->state[page] & DIRTY);
+    int error = lines_install(l, l->uffd, page, frame, 1, !dirty);
+    if (error)
+        lines_die("installing memory that dozed failed: %s", strerror(error));
+    l->on_arrival(l, page, frame);
+    lines_set_state(l, page, MAPPED | (l->state[page] & STORED) | (dirty ? DIRTY : 0));
+    sets_renew(&l->sets, page);
+    lines_release_frame(frame);
+    l->count->doze_hits++;
+}
+
 static void miss(struct lines *l, size_t page, bool write)
 {
     switch (l->state[page] & STATE_MASK) {
@@ -214,6 +241,9 @@ static void miss(struct lines *l, size_t page, bool write)
         break;
     case REMOTE:
         fetch(l, page, write);
+        break;
+    case DOZING:
+        awaken(l, page, write);
         break;
     default:
         /* Two threads missed it together; or the program dropped it behind our back, then it reads as zeros. */
@@ -239,6 +269,8 @@ void lines_write(struct lines *l, size_t page)
     }
     l->state[page] |= DIRTY;
     l->count->write_faults++;
+    if (l->sets.policy == POLICY_LRU)
+        sets_renew(&l->sets, page);
     lines_protect(l, page, 1, false);
 }
 
@@ -250,8 +282,8 @@ void lines_drop(struct lines *l, size_t page, size_t count)
             evict_release_slot(l, l->where[i]);
         else if (state == PACKED)
             pool_remove(&l->pool, i);
-        else if (state == MAPPED)
-            l->mapped--;
+        else if (state == MAPPED || state == DOZING)
+            evict_release_line(l, i);
         lines_set_state(l, i, UNTOUCHED);
     }
     lines_unmap(l, page, count);
@@ -259,34 +291,68 @@ void lines_drop(struct lines *l, size_t page, size_t count)
 
 /* ---- start ---- */
 
-int lines_init(struct lines *l, struct arena *arena, size_t excache_pages)
+static size_t at_most(size_t n, size_t most)
 {
-    size_t extra = RUN_PAGES + 1, capacity = 1;
+    return n < most ? n : most;
+}
+
+/* How many lines the ExCache has, in how many sets, and what goes in and out together. */
+static int organise(struct lines *l, size_t excache_pages, const struct organisation *o)
+{
     /* Victims are packed before they are unmapped, and compacting copies a segment. */
-    size_t passing = EVICT_PAGES + SEGMENT_PAGES;
+    size_t passing = EVICT_PAGES + SEGMENT_PAGES, sets = 1, ways = excache_pages;
+    l->nslots = o->victim ? at_most(o->victim, excache_pages / 2) : excache_pages / BUFFER_SHARE;
+    l->budget = excache_pages - l->nslots - LANDING_PAGES - passing;
+    l->run_most = at_most(l->budget / 8, RUN_PAGES);
+    l->unpacked = o->unpacked || o->ways;
+    if (o->ways) {
+        ways = at_most(o->ways, l->budget);
+        sets = l->budget / ways;
+        l->budget = sets * ways;
+        l->run_most = at_most(sets * (ways < 8 ? 1 : ways / 8), RUN_PAGES);
+    }
+    l->fetch_most = o->prefetch ? at_most(o->prefetch, l->run_most) : l->run_most;
+    l->count->sets = sets;
+    l->frames = raw_memory((sets * ways) << PAGE_SHIFT);
+    if (!l->frames)
+        return -ENOMEM;
+    madvise(l->frames, (sets * ways) << PAGE_SHIFT, MADV_NOHUGEPAGE);
+    madvise(l->frames, (sets * ways) << PAGE_SHIFT, MADV_DONTFORK);
+    return sets_init(&l->sets, sets, ways, o->policy, l->where);
+}
+
+static int make_regions(struct lines *l, size_t bytes)
+{
+    l->region_file = memfd_create("rackless-regions", MFD_CLOEXEC);
+    if (l->region_file < 0 || ftruncate(l->region_file, (off_t)bytes))
+        return errno;
+    l->region = (void *)syscall(SYS_mmap, NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, l->region_file, 0L);
+    return l->region == MAP_FAILED ? errno : madvise(l->region, bytes, MADV_DONTFORK);
+}
+
+int lines_init(struct lines *l, struct arena *arena, size_t excache_pages, const struct organisation *o)
+{
     l->arena = arena;
-    l->nslots = excache_pages / BUFFER_SHARE;
-    l->budget = excache_pages - l->nslots - extra - passing;
-    while (capacity < 4 * excache_pages)
-        capacity *= 2;
-    l->queue_mask = capacity - 1;
-    l->queue = raw_memory(capacity * sizeof *l->queue);
     l->state = raw_memory(arena->pages);
     l->where = raw_memory(arena->pages * sizeof *l->where);
-    l->region = raw_memory(arena->pages / REGION_PAGES * sizeof *l->region);
+    if (!l->state || !l->where || make_regions(l, arena->pages / REGION_PAGES * sizeof *l->region))
+        return -ENOMEM;
+    int error = organise(l, excache_pages, o);
+    if (error)
+        return error;
     l->slots = raw_memory(l->nslots * sizeof *l->slots);
     l->free_batches = (1u << FLUSH_BATCHES) - 1;
     l->next_zero = l->next_fetch = l->next_packed = NO_PAGE;
-    size_t bytes = (extra + l->nslots) << PAGE_SHIFT;
+    size_t bytes = (LANDING_PAGES + l->nslots) << PAGE_SHIFT;
     l->landing = raw_memory(bytes);
-    if (!l->queue || !l->state || !l->where || !l->region || !l->slots || !l->landing)
+    if (!l->slots || !l->landing)
         return -ENOMEM;
     madvise(l->landing, bytes, MADV_DONTFORK); /* pinned for RDMA: a forked child must not inherit it */
-    l->buffer = l->landing + (extra << PAGE_SHIFT);
+    l->buffer = l->landing + ((size_t)LANDING_PAGES << PAGE_SHIFT);
     for (size_t i = 0; i < l->nslots; i++)
         l->slots[i].page = NO_OWNER;
     evict_init(l);
-    int error = pool_init(&l->pool, l->budget / SEGMENT_PAGES, l->where);
+    error = pool_init(&l->pool, l->budget / SEGMENT_PAGES, l->where);
     if (error)
         return error;
     return fabric_open(&l->fabric, l->landing, bytes);
@@ -307,6 +373,8 @@ void lines_adopt(struct lines *l, int uffd)
             lines_die("cannot read /proc/self/pagemap: %s", strerror(errno));
         for (size_t i = 0; i < n; i++)
             if (entry[i] >> 63) {
+                if (l->sets.count > 1)
+                    evict_make_room(l, page + i, 1); /* its set may be full */
                 map(l, page + i, DIRTY);
                 l->count->zero_fills++; /* by the kernel, before we took over */
             }

@@ -1,11 +1,12 @@
 /* The ExCache of one program: which pages are mapped, which wait in the line buffer, which live on memory blades.
  *
- * Replacement is first-in first-out over the mapped pages (LegoOS found FIFO best, legoos.md 1.3) with a second
- * chance: an evicted page is packed (codec.h) into the *pool*, and a fault that finds it there costs no round trip.
- * What does not pack, and what falls out of the pool, passes through the *line buffer*: registered memory, the source
- * of RDMA WRITEs. A page touched again while it is there comes back with a local copy. Dirty pages leave the buffer in
- * batches, because remote paging costs per round trip and not per byte (paging.md). Memory blades hold plain pages.
- * Mapped pages, pool and buffer together are the ExCache's size; evict.c shares it out.
+ * Pages that the program can use have a *line* each, and which of them leaves first is for sets.h to say: without other
+ * wishes, first in first out over all of them (LegoOS found FIFO best, legoos.md 1.3). There is a second chance: an
+ * evicted page is packed (codec.h) into the *pool*, and a fault that finds it there costs no round trip. What does not
+ * pack, and what falls out of the pool, passes through the *line buffer*: registered memory, the source of RDMA WRITEs,
+ * and LegoOS's victim cache: a page touched again while it is there comes back with a local copy. Dirty pages leave the
+ * buffer in batches, because remote paging costs per round trip and not per byte (paging.md). Memory blades hold plain
+ * pages. Lines, pool and buffer together are the ExCache's size; evict.c shares it out.
  *
  * Where a page goes follows from its address: vRegion (4 MiB) -> its one or two places at memory blades (replica.h).
  * Nothing here is thread-safe: callers hold the pager's lock.
@@ -18,7 +19,9 @@
 #include "fabric.h"
 #include "monitor.h"
 #include "pool.h"
+#include "organisation.h"
 #include "replica.h"
+#include "sets.h"
 
 enum {
     REGION_PAGES = 1024,        /* a vRegion: 4 MiB */
@@ -34,6 +37,7 @@ enum page_state {
     BUFFERED,                   /* in the line buffer */
     PACKED,                     /* in the pool */
     REMOTE,                     /* at its memory blade only */
+    DOZING,                     /* has its line, but not in the page table: in l->frames (sets.h) */
     STATE_MASK = 7,
     DIRTY = 8,                  /* differs from the copy at the memory blade */
     STORED = 16,                /* the memory blade has a copy (perhaps old) */
@@ -70,15 +74,17 @@ struct lines {
     struct arena *arena;
     int uffd;
     uint8_t *state;             /* enum page_state | flags, per page */
-    uint32_t *where;            /* MAPPED: position in `queue`; BUFFERED: slot; PACKED: see pool.h;
-                                 * REMOTE: value of `departures` when it went */
+    uint32_t *where;            /* MAPPED, DOZING: its line; BUFFERED: slot; PACKED: see pool.h;
+                                 * REMOTE: value of `departures` when it went, or of count->evictions if it is not PACKABLE */
 
-    uint32_t *queue;            /* mapped pages, oldest first; entries may be stale */
-    size_t head, tail, queue_mask;
-    size_t mapped;
-    size_t budget;              /* pages that may be mapped or held by the pool */
+    struct sets sets;
+    char *frames;               /* a page for each line, in which it dozes; holds no memory otherwise */
+    size_t lined;               /* pages that have a line */
+    size_t budget;              /* pages that may have a line or be held by the pool */
     size_t contents;            /* pages that are not UNTOUCHED */
+    size_t run_most, fetch_most;/* pages that are filled or taken together; and of a READ */
 
+    bool unpacked;              /* no pool */
     struct pool pool;
     size_t pool_limit;          /* segments */
     int points;                 /* for (or, negative, against) a larger pool */
@@ -96,7 +102,8 @@ struct lines {
     struct fabric fabric;
     struct fabric_link link[COUNTERS_BLADES];
     struct monitor monitor;
-    struct region *region;
+    struct region *region;      /* in a shared file, which outlives us (family.h) */
+    int region_file;
     size_t regions;             /* that have a place */
     struct replica replica;
     struct request request[ID_BATCH];
@@ -113,8 +120,9 @@ struct lines {
 
 enum { LINES_MIN_PAGES = 512 }; /* the smallest ExCache that makes sense: 2 MiB */
 
-/* Make the books and the registered buffer. 0, or a negative errno. */
-int lines_init(struct lines *lines, struct arena *arena, size_t excache_pages);
+/* Make the books and the registered buffer; what is too large in `o` for this ExCache is made smaller. 0, or a
+ * negative errno. */
+int lines_init(struct lines *lines, struct arena *arena, size_t excache_pages, const struct organisation *o);
 
 /* Take over what is present in the arena, which must now be registered with `uffd`: all mapped, all dirty. */
 void lines_adopt(struct lines *lines, int uffd);
@@ -129,7 +137,7 @@ void lines_drop(struct lines *lines, size_t page, size_t count);
 /* Write every dirty page of the buffer to its blade and wait for it. */
 void lines_flush_all(struct lines *lines);
 
-/* Contents of a page that is BUFFERED or REMOTE, valid until the next call. */
+/* Contents of a page that is neither UNTOUCHED nor MAPPED, valid until the next call. */
 const char *lines_peek(struct lines *lines, size_t page);
 
 /* Copy `count` pages into a (perhaps another) address space; write-protected if `clean`. 0, or an errno
@@ -140,6 +148,10 @@ int lines_install(struct lines *lines, int uffd, size_t page, const char *data, 
 void lines_set_state(struct lines *lines, size_t page, unsigned state);
 void lines_protect(struct lines *lines, size_t page, size_t count, bool on);
 void lines_unmap(struct lines *lines, size_t page, size_t count);
+
+/* Where a DOZING page is; and give that memory back, once the contents are elsewhere. */
+char *lines_frame(const struct lines *l, size_t page);
+void lines_release_frame(char *frame);
 
 /* One line on standard error. Allocates nothing. */
 void lines_say(const char *format, ...) __attribute__((format(printf, 1, 2)));

@@ -116,8 +116,14 @@ static void drain(int uffd)
 static void gauge(void)
 {
     lines.count->pages_held = lines.contents;
-    lines.count->pages_mapped = lines.mapped;
+    lines.count->pages_mapped = lines.lined;
     lines.count->pages_pooled = pool_pages(&lines.pool);
+}
+
+/* Of two pauses, of which -1 is for ever. */
+static int sooner(int a, int b)
+{
+    return a < 0 || (b >= 0 && b < a) ? b : a;
 }
 
 static void *run(void *unused)
@@ -126,14 +132,14 @@ static void *run(void *unused)
     config->enter_thread();
     pthread_setname_np(pthread_self(), "rackless-pager");
     pthread_mutex_lock(&lock);
-    evict_make_room(&lines, 0); /* what the program had filled before is now to be shared with the line buffer */
+    evict_make_room(&lines, 0, 0); /* what the program had filled before is now to be shared with the line buffer */
     pthread_mutex_unlock(&lock);
     for (;;) {
         struct pollfd watch[2 + 2 * FAMILY_CHILDREN];
         nfds_t n = 0;
         pthread_mutex_lock(&lock);
         family_bury(&family);
-        int pause = replica_step(&lines);
+        int pause = sooner(replica_step(&lines), family_settle(&family));
         gauge();
         pause = trace_pause(pause);
         watch[n++] = (struct pollfd){.fd = lines.uffd, .events = POLLIN};
@@ -215,6 +221,7 @@ static void after_fork_child(void)
     config->close(lines.uffd);
     config->close(lines.monitor.socket);
     config->close(lines.monitor.news);
+    config->close(lines.region_file);
 }
 
 static void before_exit(void)
@@ -273,7 +280,7 @@ static const char *start(struct arena *arena, size_t *excache_pages)
     family.close = config->close;
     if (!lines.count || monitor_attach(&lines.monitor, config->job))
         return lines.monitor.error;
-    int error = lines_init(&lines, arena, *excache_pages);
+    int error = lines_init(&lines, arena, *excache_pages, &config->organisation);
     if (error) {
         snprintf(why, sizeof why, "no RDMA device: %s", strerror(-error));
         return why;
@@ -316,7 +323,7 @@ static const char *start(struct arena *arena, size_t *excache_pages)
         close(uffd);
         return why;
     }
-    const int ours[] = {uffd, lines.monitor.socket, lines.monitor.news, lines.fabric.channel->fd,
+    const int ours[] = {uffd, lines.region_file, lines.monitor.socket, lines.monitor.news, lines.fabric.channel->fd,
                         lines.fabric.context->cmd_fd, lines.fabric.context->async_fd};
     for (size_t i = 0; i < sizeof ours / sizeof *ours; i++)
         config->guard(ours[i]);

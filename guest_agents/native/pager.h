@@ -8,9 +8,11 @@
 #define RACKLESS_PAGER_H
 
 #include "arena.h"
+#include "organisation.h"
 
 struct pager_config {
     size_t excache_pages;
+    struct organisation organisation;
     uint32_t copies;                /* of every page, on as many memory blades: 1 or 2 */
     const char *job;                /* directory for the counters of this program */
     void (*enter_thread)(void);     /* to be called first in a thread that must not use managed memory */

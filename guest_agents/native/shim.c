@@ -3,6 +3,8 @@
  * RACKLESS_EXCACHE   bytes of the ExCache; without it nothing is ever paged
  * RACKLESS_JOB       directory for counters
  * RACKLESS_REPLICAS  copies of remote memory; 1 without it
+ * RACKLESS_WAYS, RACKLESS_POLICY, RACKLESS_VICTIM, RACKLESS_PREFETCH, RACKLESS_POOL
+ *                    how the ExCache is organised (organisation.h); `split` has checked them
  */
 #define _GNU_SOURCE
 #include "shim.h"
@@ -32,6 +34,7 @@ static _Thread_local bool thread_is_local __attribute__((tls_model("initial-exec
 
 static size_t excache_pages;
 static uint32_t copies = 1;
+static struct organisation organisation;
 static char job[200];
 static char pager_path[300];
 static const struct pager *pager;   /* once paging */
@@ -54,6 +57,7 @@ static void load_pager(void)
     static struct pager_config config;
     config = config_template;
     config.excache_pages = excache_pages;
+    config.organisation = organisation;
     config.job = job;
     config.copies = copies;
     bool before = thread_is_local;
@@ -108,6 +112,24 @@ static int no_growth(struct arena *arena, size_t top)
     return ENOMEM;
 }
 
+static uint32_t number(const char *name)
+{
+    const char *value = getenv(name);
+    return value ? (uint32_t)strtoul(value, NULL, 10) : 0;
+}
+
+static void read_organisation(void)
+{
+    const char *policy = getenv("RACKLESS_POLICY"), *pool = getenv("RACKLESS_POOL");
+    organisation = (struct organisation){
+        .ways = number("RACKLESS_WAYS"),
+        .policy = !policy ? POLICY_FIFO : *policy == 'l' ? POLICY_LRU : *policy == 'r' ? POLICY_RANDOM : POLICY_FIFO,
+        .victim = number("RACKLESS_VICTIM"),
+        .prefetch = number("RACKLESS_PREFETCH"),
+        .unpacked = pool && !strcmp(pool, "off"),
+    };
+}
+
 static void start(void)
 {
     managed.arena.grow = grow;
@@ -127,6 +149,7 @@ static void start(void)
     const char *replicas = getenv("RACKLESS_REPLICAS");
     if (replicas && !strcmp(replicas, "2"))
         copies = 2;
+    read_organisation();
     excache_pages = strtoull(excache, NULL, 10) >> PAGE_SHIFT;
     snprintf(job, sizeof job, "%s", where);
     if (excache_pages)

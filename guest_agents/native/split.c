@@ -271,7 +271,83 @@ static _Noreturn void become(char **argv)
 
 struct options {
     const char *excache, *replicas, *stats, *trace, *vnode, *directory;
+    const char *ways, *policy, *victim, *prefetch, *pool; /* NULL: as is fastest */
 };
+
+enum { LINE_BYTES = 4096, SMALLEST_EXCACHE = 2 << 20, MOST_PREFETCH = 32 };
+
+/* A whole number from 1 to `most`, or NULL. */
+static unsigned long count_of(const char *option, const char *text, unsigned long most)
+{
+    char *end;
+    if (!text)
+        return 0;
+    unsigned long n = strtoul(text, &end, 10);
+    if (*text < '0' || *text > '9' || *end || !n || n > most) {
+        char limit[32];
+        snprintf(limit, sizeof limit, most < INT_MAX ? "1 to %lu" : "1 or more", most);
+        fprintf(stderr, "rackless: --%s takes a number of lines, %s, not '%s'\n", option, limit, text);
+        exit(USAGE);
+    }
+    return n;
+}
+
+static void check_word(const char *option, const char *text, const char *known)
+{
+    char words[64], *save = NULL;
+    snprintf(words, sizeof words, "%s", known);
+    for (const char *word = strtok_r(words, " ", &save); text; word = strtok_r(NULL, " ", &save)) {
+        if (!word) {
+            fprintf(stderr, "rackless: --%s takes one of: %s; not '%s'\n", option, known, text);
+            exit(USAGE);
+        }
+        if (!strcmp(word, text))
+            return;
+    }
+}
+
+/* Refuse what makes no sense whatever the ExCache's size. */
+static void check_organisation(const struct options *o)
+{
+    count_of("ways", o->ways, INT_MAX);
+    count_of("victim", o->victim, INT_MAX);
+    count_of("prefetch", o->prefetch, MOST_PREFETCH);
+    check_word("policy", o->policy, "fifo lru random");
+    check_word("pool", o->pool, "on off");
+    if (o->ways && o->pool && !strcmp(o->pool, "on"))
+        die(USAGE, "--pool on and --ways exclude each other: sets have as many lines whatever packs (leave one out)%s%s",
+            "", "");
+}
+
+/* Refuse what does not fit an ExCache of `size` bytes: a tenth or so is working space. */
+static void check_fit(const struct options *o, const char *size)
+{
+    unsigned long long bytes = strtoull(size, NULL, 10);
+    unsigned long lines = (unsigned long)((bytes < SMALLEST_EXCACHE ? SMALLEST_EXCACHE : bytes) / LINE_BYTES);
+    unsigned long ways = count_of("ways", o->ways, INT_MAX), victim = count_of("victim", o->victim, INT_MAX);
+    unsigned long buffer = victim ? victim : lines / 8;
+    char fits[160];
+    if (victim > lines / 2) {
+        snprintf(fits, sizeof fits, "an ExCache of %lu lines (4 KiB each): at most %lu", lines, lines / 2);
+        die(USAGE, "--victim %s leaves too little of %s", o->victim, fits);
+    }
+    if (ways > lines * 3 / 4 - buffer) {
+        snprintf(fits, sizeof fits, "an ExCache of %lu lines (4 KiB each), %lu of them victims: at most %lu", lines, buffer,
+                 lines * 3 / 4 - buffer);
+        die(USAGE, "--ways %s does not fit %s", o->ways, fits);
+    }
+}
+
+static void set_organisation(const struct options *o)
+{
+    const char *const known[][2] = {{"RACKLESS_WAYS", o->ways}, {"RACKLESS_POLICY", o->policy}, {"RACKLESS_POOL", o->pool},
+                                    {"RACKLESS_VICTIM", o->victim}, {"RACKLESS_PREFETCH", o->prefetch}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (known[i][1])
+            setenv(known[i][0], known[i][1], 1);
+        else
+            unsetenv(known[i][0]); /* this program's, not those of the one that starts it */
+}
 
 static void set_variable(char *text)
 {
@@ -289,7 +365,9 @@ static int read_options(int argc, char **argv, struct options *o)
         {"excache", required_argument, NULL, 'e'}, {"replicas", required_argument, NULL, 'r'},
         {"stats", required_argument, NULL, 's'}, {"vnode", required_argument, NULL, 'v'},
         {"cwd", required_argument, NULL, 'c'}, {"env", required_argument, NULL, 'E'},
-        {"trace", required_argument, NULL, 't'}, {0}};
+        {"ways", required_argument, NULL, 'w'}, {"policy", required_argument, NULL, 'p'},
+        {"victim", required_argument, NULL, 'V'}, {"prefetch", required_argument, NULL, 'f'},
+        {"pool", required_argument, NULL, 'P'}, {"trace", required_argument, NULL, 't'}, {0}};
     for (int c; (c = getopt_long(argc, argv, "+", known, NULL)) != -1;) {
         if (c == 'e')
             o->excache = optarg;
@@ -305,6 +383,16 @@ static int read_options(int argc, char **argv, struct options *o)
             set_variable(optarg);
         else if (c == 'r')
             o->replicas = optarg;
+        else if (c == 'w')
+            o->ways = optarg;
+        else if (c == 'p')
+            o->policy = optarg;
+        else if (c == 'V')
+            o->victim = optarg;
+        else if (c == 'f')
+            o->prefetch = optarg;
+        else if (c == 'P')
+            o->pool = optarg;
         else
             exit(USAGE);
     }
@@ -315,6 +403,7 @@ static int read_options(int argc, char **argv, struct options *o)
         die(USAGE, "--excache takes a number of bytes, not '%s'%s", o->excache, "");
     if (strcmp(o->replicas, "1") && strcmp(o->replicas, "2"))
         die(USAGE, "--replicas takes 1 or 2, not '%s'%s", o->replicas, "");
+    check_organisation(o);
     if (strpbrk(o->vnode, " \t\n"))
         die(USAGE, "'%s' cannot name a vNode%s", o->vnode, "");
     return optind;
@@ -353,6 +442,7 @@ static int run(int argc, char **argv)
     if (!size || !root)
         die(INTERNAL, "the process monitor's answer makes no sense: %s%s", job, "");
 
+    check_fit(&o, size);
     FILE *trace = o.trace ? begin_trace(o.trace, job) : NULL;
 
     const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGCONT, SIGWINCH};
@@ -372,6 +462,7 @@ static int run(int argc, char **argv)
         setenv("RACKLESS_EXCACHE", size, 1);
         setenv("RACKLESS_JOB", job, 1);
         setenv("RACKLESS_REPLICAS", o.replicas, 1);
+        set_organisation(&o);
         setenv("RACKLESS_VNODE", o.vnode, 1);
         if (strcmp(root, "-")) {
             enter_root(root);
@@ -424,7 +515,8 @@ int main(int argc, char **argv)
     if ((argc == 3 || argc == 4) && !strcmp(argv[1], "kill"))
         return send_signal(argv[2], argc == 4 ? argv[3] : "TERM");
     fputs("usage: split run [--vnode NAME] [--excache BYTES] [--replicas 1|2] [--stats FILE] [--trace FILE]\n"
-          "                 [--cwd DIR] [--env NAME=VALUE]... [--] COMMAND [ARGUMENT...]\n"
+          "                 [--cwd DIR] [--env NAME=VALUE]... [--ways N] [--policy fifo|lru|random] [--victim N]\n"
+          "                 [--prefetch N] [--pool on|off] [--] COMMAND [ARGUMENT...]\n"
           "       split ps\n"
           "       split kill ID [SIGNAL]\n", stderr);
     return USAGE;

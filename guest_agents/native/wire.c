@@ -349,6 +349,8 @@ const char *lines_peek(struct lines *l, size_t page)
 {
     if ((l->state[page] & STATE_MASK) == BUFFERED)
         return slot_data(l, l->where[page]);
+    if ((l->state[page] & STATE_MASK) == DOZING)
+        return lines_frame(l, page);
     char *to = l->landing + RUN_PAGES * PAGE_SIZE;
     if ((l->state[page] & STATE_MASK) == PACKED) {
         codec_unpack(pool_get(&l->pool, page), (uint64_t *)to);

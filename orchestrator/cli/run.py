@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,14 @@ import typer
 
 from orchestrator.cli.common import CurrentRack, RackOption, complete_blade, current_rack
 from orchestrator.errors import RacklessError
+
+
+class Policy(StrEnum):
+    """Which line of a set leaves first."""
+
+    FIFO = "fifo"
+    LRU = "lru"
+    RANDOM = "random"
 
 
 def register(app: typer.Typer) -> None:
@@ -38,6 +47,23 @@ def run(
     replicas: Annotated[
         int | None, typer.Option(min=1, max=2, metavar="N", help="Memory blades that keep each page: 1 or 2.")
     ] = None,
+    ways: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Lines of each set of the ExCache.  [default: one set has all]"),
+    ] = None,
+    policy: Annotated[
+        Policy | None, typer.Option(help="Which line of a set leaves first.  [default: fifo]", show_choices=True)
+    ] = None,
+    victim: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Lines of the victim cache.  [default: an eighth of the ExCache]"),
+    ] = None,
+    prefetch: Annotated[
+        int | None, typer.Option(min=1, max=32, metavar="N", help="Most pages that a miss brings.  [default: 32]")
+    ] = None,
+    pool: Annotated[
+        bool | None, typer.Option("--pool/--no-pool", help="Keep packed pages too.  [default: without --ways]")
+    ] = None,
     stats: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the run's counters here, as JSON.")] = None,
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write what its pagers did here, for ui.perfetto.dev.")
@@ -48,7 +74,8 @@ def run(
 
     Its stdin, stdout, stderr and exit code are yours. It starts in /vnode, where the files of its vNode are;
     its memory beyond the ExCache is on the memory blades. With --replicas 2 each page is on two of them, and
-    the death of one does not end the program.
+    the death of one does not end the program. How the ExCache is organised (--ways, --policy, --victim, --prefetch,
+    --pool) is for comparisons: what it does by itself is the fastest.
     """
     from orchestrator.managers import place
     from orchestrator.remote_run import Job, run_job
@@ -61,6 +88,7 @@ def run(
             check_writable(path, option)
     if stats is not None and trace is not None and stats.resolve() == trace.resolve():
         raise RacklessError(f"--stats and --trace cannot both go to {stats}", hint="give each a file of its own")
+    organisation = organise(ways, policy, victim, prefetch, pool)
     current = current_rack(rack)
     if on is not None:
         processor_address(current, on)
@@ -71,8 +99,26 @@ def run(
     ssh_config = current.ssh_config()
     open_shared_connection(current.paths, ssh_config, on, address)
     ssh = ("ssh", "-F", str(ssh_config))
-    job = Job(ssh, on, command, size, replicas, stats, trace, vnode=vnode, cwd=cwd, env=env or [])
+    job = Job(ssh, on, command, size, replicas, organisation, stats, trace, vnode=vnode, cwd=cwd, env=env or [])
     raise typer.Exit(run_job(job))
+
+
+def organise(
+    ways: int | None, policy: Policy | None, victim: int | None, prefetch: int | None, pool: bool | None
+) -> dict[str, str | int]:
+    """Return the options of `split run` for an organisation. Raises RacklessError if it contradicts itself."""
+    if ways is not None and pool:
+        raise RacklessError(
+            "--pool and --ways exclude each other: sets have as many lines whatever packs", hint="leave one of them out"
+        )
+    given: dict[str, str | int | None] = {
+        "ways": ways,
+        "policy": None if policy is None else policy.value,
+        "victim": victim,
+        "prefetch": prefetch,
+        "pool": None if pool is None else "on" if pool else "off",
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def parse_excache(text: str | None) -> int | None:

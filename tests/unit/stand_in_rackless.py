@@ -21,6 +21,7 @@ while [ "$1" != -- ]; do
     case $1 in
     --excache) excache=$2 ;;
     --replicas) replicas=$2 ;;
+    --ways | --policy | --victim | --prefetch | --pool) organisation="$organisation $1 $2" ;;
     --stats) stats=$2 ;;
     --trace) trace=$2 ;;
     --cwd) cd "$2" || exit 125 ;;
@@ -30,6 +31,7 @@ while [ "$1" != -- ]; do
     shift 2
 done
 shift
+[ -z "$organisation" ] || echo "organised:$organisation"
 [ -z "$stats" ] || echo "{\\"misses\\": 1, \\"excache\\": \\"$excache\\", \\"replicas\\": \\"$replicas\\"}" > "$stats"
 [ -z "$trace" ] || [ -n "$FORGET_TRACE" ] || echo '{"traceEvents": []}' > "$trace"
 exec "$@"

@@ -95,6 +95,23 @@ def test_run_says_which_result_is_missing(rackless: Rackless) -> None:
 
 
 @pytest.mark.netns
+def test_run_says_how_the_excache_is_organised(rackless: Rackless) -> None:
+    options = ("--ways", "8", "--policy", "lru", "--victim", "16", "--prefetch", "4", "--no-pool")
+    done = rackless("run", "--on", "pb0", *options, "--", "true")
+    said = "organised: --ways 8 --policy lru --victim 16 --prefetch 4 --pool off\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
+    for options, why in (
+        (("--ways", "0"), "Invalid value for '--ways'"),
+        (("--policy", "mru"), "'mru' is not one of 'fifo', 'lru', 'random'"),
+        (("--prefetch", "33"), "Invalid value for '--prefetch'"),
+        (("--ways", "8", "--pool"), "--pool and --ways exclude each other"),
+    ):
+        done = rackless("run", "--on", "pb0", *options, "--", "true")
+        assert done.returncode != 0
+        assert why in done.stderr, done.stderr
+
+
+@pytest.mark.netns
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_run_forwards_signals(rackless: Rackless, number: signal.Signals) -> None:
     name = number.name.removeprefix("SIG")

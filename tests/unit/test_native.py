@@ -48,6 +48,23 @@ def test_packed_pages_come_back(pool_stress: Path, seed: int) -> None:
 
 
 @pytest.fixture(scope="session")
+def sets_stress(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("sets") / "sets_stress"
+    sources = [HERE / "sets_stress.c", NATIVE / "sets.c", NATIVE / "arena.c"]
+    subprocess.run(["cc", *FLAGS, "-fsanitize=undefined", "-o", program, *sources], check=True)
+    return program
+
+
+def test_lines_leave_their_set_in_the_order_of_the_policy(sets_stress: Path) -> None:
+    seen = set()
+    for seed in range(30):
+        done = subprocess.run([sets_stress, "20000", str(seed)], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, ""), f"{seed}: {done.stdout}{done.stderr}"
+        seen.add(done.stdout.split("policy ")[1][0])
+    assert seen == {"0", "1", "2"}
+
+
+@pytest.fixture(scope="session")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = tmp_path_factory.mktemp("shim") / "excache_shim.so"
     sources = [NATIVE / name for name in ("shim.c", "malloc.c", "mappings.c", "descriptors.c", "heap.c", "arena.c")]

@@ -63,6 +63,11 @@ def test_a_program_runs_as_at_a_shell(split: Split, tmp_path: Path) -> None:
     assert done.stdout == "1 2 .\n"
     for options, copies in (((), "1\n"), (("--replicas", "2"), "2\n")):
         assert split("run", *options, "sh", "-c", "echo $RACKLESS_REPLICAS").stdout == copies
+    said = 'echo $RACKLESS_WAYS $RACKLESS_POLICY $RACKLESS_VICTIM $RACKLESS_PREFETCH $RACKLESS_POOL'
+    options = ("--ways", "8", "--policy", "lru", "--victim", "16", "--prefetch", "4", "--pool", "off")
+    assert split("run", *options, "sh", "-c", said).stdout == "8 lru 16 4 off\n"
+    inner = f"{split.binary} run --policy fifo sh -c '{said}'"
+    assert split("run", *options, "sh", "-c", inner).stdout == "fifo\n"  # another program, an ExCache of its own
     assert split("run", "sh", "-c", "kill -9 $$").returncode == 137
 
 
@@ -108,6 +113,17 @@ def test_a_vnode_has_files_of_its_own(split: Split) -> None:
         (("--env", "A", "true"), 2, "--env takes NAME=VALUE, not 'A'"),
         (("--excache", "16MiB", "true"), 2, "--excache takes a number of bytes, not '16MiB'"),
         (("--replicas", "3", "true"), 2, "--replicas takes 1 or 2, not '3'"),
+        (("--ways", "0", "true"), 2, "--ways takes a number of lines, 1 or more, not '0'"),
+        (("--ways", "-8", "true"), 2, "--ways takes a number of lines, 1 or more, not '-8'"),
+        (("--prefetch", "33", "true"), 2, "--prefetch takes a number of lines, 1 to 32, not '33'"),
+        (("--victim", "8k", "true"), 2, "--victim takes a number of lines, 1 or more, not '8k'"),
+        (("--policy", "mru", "true"), 2, "--policy takes one of: fifo lru random; not 'mru'"),
+        (("--pool", "", "true"), 2, "--pool takes one of: on off; not ''"),
+        (("--ways", "8", "--pool", "on", "true"), 2, "--pool on and --ways exclude each other"),
+        (("--excache", "4194304", "--ways", "641", "true"), 2, "--ways 641 does not fit an ExCache of 1024 lines "
+         "(4 KiB each), 128 of them victims: at most 640"),
+        (("--excache", "4194304", "--victim", "513", "true"), 2, "--victim 513 leaves too little of an ExCache of 1024 "
+         "lines (4 KiB each): at most 512"),
         ((), 2, "no command given"),
     ],
 )  # fmt: skip

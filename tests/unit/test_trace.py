@@ -17,8 +17,8 @@ import pytest
 from guest_agents.splitkernel.process import trace
 from guest_agents.splitkernel.process.programs import Program
 from tests.unit.paging_counters import write_counters, write_trace
+from tests.unit.paging_stage import NATIVE, Stage, missing
 from tests.unit.split_blades import Rack, eventually
-from tests.unit.test_replica import NATIVE, Stage, missing
 
 MS = 10**6
 T0 = 10**12

@@ -46,6 +46,10 @@ FIELDS = (
     "failovers",
     "rereplicated_bytes",
     "degraded_regions",
+    "prefetched",
+    "sets",
+    "dozes",
+    "doze_hits",
 )
 BLADE_FIELDS = ("misses", "flushes", "bytes_in", "bytes_out", "reads", "writes", "piggybacks", "replica_writes")
 BLADES = 16
@@ -88,10 +92,12 @@ def total(counted: Iterable[dict[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = dict.fromkeys(FIELDS, 0)
     result.update(programs=0, blades={})
     for one in counted:
+        before = dict(result)
         result["programs"] += 1
         for name in FIELDS:
             result[name] += one[name]
-        result["excache_bytes"] = one["excache_bytes"]  # each program has an ExCache of its own
+        for name in ("excache_bytes", "sets"):  # each program has an ExCache of its own, perhaps not in use yet
+            result[name] = max(before[name], one[name])
         for blade, numbers in one["blades"].items():
             sums = result["blades"].setdefault(blade, dict.fromkeys(BLADE_FIELDS, 0))
             for name, value in numbers.items():

@@ -8,6 +8,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -230,6 +231,45 @@ static void orphan(size_t pages)
     printf("orphan: parent ends\n");
 }
 
+/* A child, its child, and so on; each sees what was there when it was forked, and what it has changed since. */
+static _Noreturn void descend(uint64_t *block, size_t pages)
+{
+    enum { DEPTH = 3, STEP = 7 };
+    size_t depth = 0;
+    for (;; depth++) {
+        for (size_t p = depth; p < pages; p += STEP)
+            fill(block, p, 100);
+        if (depth == DEPTH || fork())
+            break;
+    }
+    for (size_t p = depth; p < pages; p += 2 * STEP)
+        fill(block, p, 200);
+    usleep(600000); /* the first program is killed meanwhile */
+    if (fork() == 0)
+        depth += 10; /* one more, while its memory comes */
+    for (size_t p = 0; p < pages; p++) {
+        uint32_t version = p % STEP <= depth % 10 ? 100 : 1;
+        check("descendant", block, p, p % (2 * STEP) == depth % 10 ? 200 : version);
+    }
+    if (printf("depth %zu: fine\n", depth) < 0 || fflush(stdout))
+        _exit(1);
+    _exit(0);
+}
+
+/* A program that is killed `ms` milliseconds after it forked, and has changed its own memory meanwhile. */
+static void killed(size_t pages, int ms)
+{
+    uint64_t *block = calloc(pages, PAGE);
+    for (size_t p = 0; p < pages; p++)
+        fill(block, p, 1);
+    if (fork() == 0)
+        descend(block, pages);
+    double end = now() + 1e-3 * ms;
+    for (size_t i = 0; now() < end; i++) /* what it changes, its children are given before */
+        fill(block, i * 37 % (pages / 4) * 4, 9);
+    kill(getpid(), SIGKILL);
+}
+
 static void blocks(size_t pages, int rounds, uint64_t seed)
 {
     enum { N = 64 };
@@ -302,6 +342,34 @@ static void maps(size_t pages, int rounds, uint64_t seed)
     printf("maps: fine\n");
 }
 
+/* Pages that meet in one set of a set-associative ExCache, again and again; and, among them, some that may not be read
+ * when they have to leave. */
+static void conflicts(size_t pages, int rounds, size_t stride)
+{
+    uint64_t *block = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    uint32_t *version = mmap(NULL, pages * 4, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    for (size_t p = 0; p < pages; p++)
+        fill(block, p, version[p] = 1);
+    for (int r = 0; r < rounds; r++)
+        for (size_t first = 0; first < stride; first += stride / 7 + 1) {
+            for (size_t p = first; p < pages; p += 3 * stride)
+                mprotect(block + p * WORDS, PAGE, PROT_NONE);
+            for (int twice = 0; twice < 2; twice++)
+                for (size_t p = first; p < pages; p += stride)
+                    if ((p - first) % (3 * stride)) {
+                        check("conflict", block, p, version[p]);
+                        fill(block, p, ++version[p]);
+                    }
+            for (size_t p = first; p < pages; p += 3 * stride)
+                mprotect(block + p * WORDS, PAGE, PROT_READ | PROT_WRITE);
+            for (size_t p = first; p < pages; p += stride)
+                check("after a conflict", block, p, version[p]);
+        }
+    for (size_t p = 0; p < pages; p++)
+        check("after all conflicts", block, p, version[p]);
+    printf("conflicts: fine\n");
+}
+
 int main(int argc, char **argv)
 {
     if (argc < 3)
@@ -324,8 +392,12 @@ int main(int argc, char **argv)
         forks(pages, rounds, seed);
     else if (!strcmp(mode, "orphan"))
         orphan(pages);
+    else if (!strcmp(mode, "killed"))
+        killed(pages, rounds);
     else if (!strcmp(mode, "blocks"))
         blocks(pages, rounds, seed);
+    else if (!strcmp(mode, "conflicts"))
+        conflicts(pages, rounds, argc > 4 ? strtoul(argv[4], NULL, 10) : 64);
     else if (!strcmp(mode, "maps"))
         maps(pages, rounds, seed);
     else

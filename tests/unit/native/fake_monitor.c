@@ -6,6 +6,9 @@
  *   FAKE_EVENTS    what happens after how many requests: "1x500 1+900 0s2000 2l2500": blade 1 dies, is there again
  *                  (empty), blade 0 dies in silence, which membership notices a little later; and blade 2 is
  *                  declared dead while it still answers
+ *   FAKE_HEIRS     a socket where a test listens to what the process monitor would be told of forked children
+ *   FAKE_MEMORY    the blades' memory is in files FAKE_MEMORY.0, ..., which outlive the program; blade 0's is at
+ *                  address 1 << 44, and each of the others 1 << 36 higher
  *
  * What a dead blade held is overwritten. Link it instead of monitor.c.
  */
@@ -18,6 +21,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 void fake_hook(void (*hook)(uint64_t carried));
@@ -103,7 +109,14 @@ int monitor_attach(struct monitor *m, const char *job)
     m->socket = -1;
     for (uint32_t i = 0; i < m->blades; i++)
         snprintf(m->name[i], sizeof m->name[i], "mb%u", i);
-    const char *text = getenv("FAKE_EVENTS");
+    const char *heirs = getenv("FAKE_HEIRS"), *text = getenv("FAKE_EVENTS");
+    struct sockaddr_un name = {.sun_family = AF_UNIX};
+    if (heirs) {
+        strncpy(name.sun_path, heirs, sizeof name.sun_path - 1);
+        m->socket = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+        if (connect(m->socket, (struct sockaddr *)&name, sizeof name))
+            return errno;
+    }
     unsigned blade;
     char kind;
     unsigned long at;
@@ -119,11 +132,27 @@ void monitor_leave(struct monitor *m)
     (void)m;
 }
 
+static char *memory_of(uint32_t number)
+{
+    const char *prefix = getenv("FAKE_MEMORY");
+    char path[256];
+    if (!prefix)
+        return raw_memory((size_t)REGIONS * REGION_BYTES);
+    snprintf(path, sizeof path, "%s.%u", prefix, number);
+    int file = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    void *at = (void *)((1ull << 44) + ((uint64_t)number << 36));
+    if (file < 0 || ftruncate(file, (off_t)REGIONS * REGION_BYTES) ||
+        mmap(at, (size_t)REGIONS * REGION_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED_NOREPLACE, file, 0) != at)
+        abort();
+    close(file);
+    return at;
+}
+
 int monitor_connect(struct monitor *m, uint32_t number, struct fabric *f, struct fabric_link *link)
 {
     struct blade *blade = &blades[number];
     if (!blade->memory) {
-        blade->memory = raw_memory((size_t)REGIONS * REGION_BYTES);
+        blade->memory = memory_of(number);
         blade->mr = ibv_reg_mr(f->pd, blade->memory, (size_t)REGIONS * REGION_BYTES, IBV_ACCESS_LOCAL_WRITE |
                                IBV_ACCESS_REMOTE_READ | IBV_ACCESS_REMOTE_WRITE);
     }

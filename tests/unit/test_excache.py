@@ -1,0 +1,106 @@
+"""Each organisation of the ExCache: no byte is lost, no page is in two places, sets keep their limits, counters add up.
+
+The real shim, pager and userfaultfd, over stand-in verbs and memory blades; native/lines_check.c looks into the pager.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from tests.unit.paging_stage import Stage, missing
+
+pytestmark = [pytest.mark.long, pytest.mark.skipif(missing() is not None, reason=missing() or "")]
+PAGE = 4096
+
+ORGANISATIONS: list[dict[str, str | int]] = [
+    {},
+    {"policy": "lru"},
+    {"policy": "random"},
+    {"pool": "off"},
+    {"ways": 1},
+    {"ways": 8},
+    {"ways": 8, "policy": "lru"},
+    {"ways": 64, "policy": "lru", "victim": 8},
+    {"ways": 8, "policy": "random", "prefetch": 1},
+    {"ways": 2, "victim": 1, "prefetch": 4},
+]
+MODES = [("mixed", 16), ("threads", 16), ("blocks", 16), ("maps", 16), ("forks", 12), ("orphan", 8), ("conflicts", 8)]
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    return Stage(tmp_path_factory.mktemp("excache"), checked=True)
+
+
+def add_up(counted: dict[str, Any], organisation: dict[str, str | int]) -> None:
+    """Check that counters agree with each other; without forks (children are given pages too) and deaths."""
+    assert counted["misses"] == counted["reads"] == sum(blade["misses"] for blade in counted["blades"].values())
+    assert counted["bytes_in"] == PAGE * (counted["misses"] + counted["prefetched"])
+    assert counted["bytes_out"] == PAGE * counted["flushes"]
+    assert counted["flushes"] == sum(blade["flushes"] for blade in counted["blades"].values())
+    assert counted["piggybacks"] <= counted["misses"]
+    assert counted["evictions"] >= counted["zero_drops"] + counted["packed"]
+    assert counted["packed"] >= counted["packed_hits"] + counted["spills"] >= 0
+    assert counted["doze_hits"] <= counted["dozes"]
+    assert (counted["dozes"] > 0) == (organisation.get("policy") == "lru")
+    assert (counted["packed"] > 0) == ("ways" not in organisation and organisation.get("pool") != "off")
+    assert counted["prefetched"] == 0 or organisation.get("prefetch") != 1
+
+
+@pytest.mark.parametrize("organisation", ORGANISATIONS, ids=str)
+@pytest.mark.parametrize(("mode", "mebibytes"), MODES)
+def test_every_byte_is_right(stage: Stage, organisation: dict[str, str | int], mode: str, mebibytes: int) -> None:
+    done = stage.run(stage.stress, mode, str(mebibytes), "1", replicas=1, organisation=organisation)
+    assert (done.code, done.stderr) == (0, ""), done
+    assert done.counted["flushes"] > 0
+    ways = int(organisation.get("ways", 0))
+    lines = done.counted["excache_bytes"] // PAGE
+    assert ways * done.counted["sets"] <= lines
+    assert done.counted["sets"] == 1 if not ways else ways * (done.counted["sets"] + 1) > lines // 2
+    if mode not in ("forks", "orphan", "maps"):
+        add_up(done.counted, organisation)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_byte_is_right_with_any_organisation(stage: Stage, seed: int) -> None:
+    chance = random.Random(seed)
+    for _ in range(5):
+        organisation: dict[str, str | int] = {
+            "ways": chance.choice([0, 1, 3, 16, 100]),
+            "policy": chance.choice(["fifo", "lru", "random"]),
+            "victim": chance.choice([0, 1, 5, 200]),
+            "prefetch": chance.choice([0, 1, 2, 32]),
+            "pool": chance.choice(["on", "off"]),
+        }
+        mode = chance.choice(["mixed", "skewed", "threads", "forks", "blocks"])
+        death = f"{chance.randrange(3)}{chance.choice('xsl')}{chance.randrange(1, 100)}"
+        done = stage.run(stage.stress, mode, "12", "1", str(chance.randrange(1000)), events=death,
+                         organisation=organisation, excache=chance.choice([2, 3, 5]) << 20)  # fmt: skip
+        assert (done.code, done.stderr, done.counted["failovers"]) == (0, "", 1), f"{organisation} {death}: {done}"
+
+
+def test_a_line_that_meets_others_in_its_set_leaves_early(stage: Stage) -> None:
+    """Seventeen pages of one set do not fit into 8 ways, but fit into an ExCache without sets."""
+
+    def counted(stride: int, organisation: dict[str, str | int]) -> dict[str, Any]:
+        done = stage.run(stage.stress, "conflicts", "8", "8", str(stride), replicas=1, organisation=organisation)
+        assert (done.code, done.stderr) == (0, "")
+        return done.counted
+
+    sets = counted(1000, {"ways": 8, "victim": 1})["sets"]
+    one = counted(sets, {"pool": "off", "victim": 1})
+    assert one["sets"] == 1
+    assert counted(sets, {"ways": 8, "victim": 1})["misses"] > 2 * one["misses"]
+
+
+def test_lru_keeps_what_is_used_again_and_again(stage: Stage) -> None:
+    """Low pages are popular: with the same lines LRU misses them less often than FIFO."""
+    misses = {
+        policy: stage.run(stage.stress, "skewed", "16", "8", replicas=1, organisation={"policy": policy, "pool": "off"})
+        .counted["misses"]
+        for policy in ("fifo", "lru")
+    }  # fmt: skip
+    assert misses["lru"] < misses["fifo"]
