@@ -251,8 +251,29 @@ void family_bury(struct family *f)
     }
 }
 
+/* struct uffdio_poison: Linux 6.6, and headers may be older. */
+struct poison {
+    struct uffdio_range range;
+    uint64_t mode;
+    int64_t updated;
+};
+#define POISON _IOWR(UFFDIO, 0x08, struct poison)
+
+/* What a child needs is lost: it gets SIGBUS where it touches that. */
+static void spoil(struct family *f, struct child *child)
+{
+    size_t end = child->words * 64;
+    for (size_t page = 0; child->uffd >= 0 && (page = bits_next_set(child->needs, page, end)) < end; page++) {
+        struct poison poison = {.range = {(uintptr_t)arena_address(f->lines->arena, page), PAGE_SIZE}};
+        ioctl(child->uffd, POISON, &poison);
+    }
+}
+
 void family_kill(struct family *f)
 {
+    bool alone = send(f->lines->monitor.socket, "forgo 0", 7, MSG_NOSIGNAL | MSG_DONTWAIT) < 0 && errno != EAGAIN;
+    for (size_t i = 0; alone && i < f->count; i++)
+        spoil(f, &f->child[i]); /* no process monitor takes care of them */
     for (size_t i = 0; i < f->count; i++) {
         pid_t pid;
         if (f->child[i].channel >= 0 && recv(f->child[i].channel, &pid, sizeof pid, MSG_DONTWAIT) == sizeof pid)

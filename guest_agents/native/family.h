@@ -64,7 +64,8 @@ void family_bury(struct family *f);
 /* Store what children need, in case their parent is killed, once it is due. Returns in how many milliseconds that is;
  * -1: it is done. */
 int family_settle(struct family *f);
-/* This process ends without giving its children what they need: they end too, rather than wait for it for ever. */
+/* This process ends without giving its children what they need: they end too, rather than wait for it for ever. (Their
+ * children are the process monitor's, or get SIGBUS where their memory is lost.) */
 void family_kill(struct family *f);
 nfds_t family_watch(struct family *f, struct pollfd *watch);
 void family_check(struct family *f, const struct pollfd *watch, nfds_t n);

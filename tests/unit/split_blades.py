@@ -114,7 +114,7 @@ class Blade:
         self.belonging = Belonging(self.name, self.line.holder, self._root, self._call_other)
         # As in an agent; the port is known when the first blade serves.
         self.lender = lender = Lender(self.name, SECRET, lambda: self._peers("memory"), self.rack.port,
-                                      self.node.introduction)  # fmt: skip
+                                      self.node.introduction, self.node.device)  # fmt: skip
         self.membership.watch(lambda: lender.members(
             {member["name"]: member["incarnation"] for member in self.membership.of_kind("memory")}))  # fmt: skip
         jobs = self.rack.folder / f"{self.name}.jobs"

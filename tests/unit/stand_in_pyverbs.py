@@ -1,13 +1,17 @@
 """A stand-in for pyverbs, which only blades have: queue pairs, memory regions and completion queues without RDMA.
 
+The only work that is done is a READ: of this process's own memory, where the stand-in blades have theirs.
+
 `install` once, before the first import of guest_agents.verbs.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import sys
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +34,29 @@ class _Thing:
             self.fd = -1
 
 
+class _Init(_Thing):
+    """Of a queue pair."""
+
+    def __init__(self, scq: Any = None, **named: Any) -> None:
+        super().__init__()
+        self.scq = scq
+
+
+class _Piece(_Thing):
+    def __init__(self, address: int, length: int, lkey: int) -> None:
+        super().__init__()
+        self.address, self.length = address, length
+
+
+class _Request(_Thing):
+    def __init__(self, wr_id: int, sg: list[_Piece], **named: Any) -> None:
+        super().__init__()
+        self.wr_id, self.sg, self.remote = wr_id, sg, 0
+
+    def set_wr_rdma(self, rkey: int, remote: int) -> None:
+        self.remote = remote
+
+
 class _QueuePair(_Thing):
     """Notes how far it has come, and which are open."""
 
@@ -38,10 +65,17 @@ class _QueuePair(_Thing):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__()
         self.open.add(self.qp_num)
+        self._queue: _Queue | None = getattr(arguments[1], "scq", None) if len(arguments) > 1 else None
 
     def to_init(self, attributes: Any) -> None: ...
     def to_rtr(self, attributes: Any) -> None: ...
     def to_rts(self, attributes: Any) -> None: ...
+
+    def post_send(self, request: _Request) -> None:
+        piece = request.sg[0]
+        ctypes.memmove(piece.address, request.remote, piece.length)
+        assert self._queue is not None
+        self._queue.done.append(_Done(request.wr_id))
 
     def close(self) -> None:
         self.open.discard(self.qp_num)
@@ -55,15 +89,28 @@ class _Channel(_Thing):
         self.fd = os.eventfd(0)
 
 
+@dataclass
+class _Done:
+    """A completion."""
+
+    wr_id: int
+    status: int = 0
+
+
 class _Queue(_Thing):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__()
+        self.done: list[_Done] = []
+
     def poll(self, most: int) -> tuple[int, list[Any]]:
-        return 0, []
+        done, self.done = self.done[:most], self.done[most:]
+        return len(done), done
 
     def req_notify(self, solicited: bool) -> None: ...
 
 
-NAMES = {"addr": ("GID", "AHAttr", "GlobalRoute"), "qp": ("QPAttr", "QPCap", "QPInitAttr"), "mr": ("MR",),
-         "wr": ("SGE", "RecvWR", "SendWR"), "device": ("Context",), "pd": ("PD",)}  # fmt: skip
+NAMES = {"addr": ("GID", "AHAttr", "GlobalRoute"), "qp": ("QPAttr", "QPCap"), "mr": ("MR",), "wr": ("RecvWR",),
+         "device": ("Context",), "pd": ("PD",)}  # fmt: skip
 ENUMS = ("IBV_QPT_RC", "IBV_WR_SEND", "IBV_WR_RDMA_READ", "IBV_WR_RDMA_WRITE", "IBV_SEND_SIGNALED",
          "IBV_SEND_SOLICITED", "IBV_WC_SUCCESS", "IBV_ACCESS_LOCAL_WRITE", "IBV_ACCESS_REMOTE_READ",
          "IBV_ACCESS_REMOTE_WRITE", "IBV_ACCESS_REMOTE_ATOMIC")  # fmt: skip
@@ -71,10 +118,11 @@ ENUMS = ("IBV_QPT_RC", "IBV_WR_SEND", "IBV_WR_RDMA_READ", "IBV_WR_RDMA_WRITE", "
 
 def install() -> None:
     """Make `import pyverbs...` find these."""
-    modules = {name: dict.fromkeys(things, _Thing) for name, things in NAMES.items()}
-    modules["qp"]["QP"] = _QueuePair
+    modules: dict[str, dict[str, Any]] = {name: dict.fromkeys(things, _Thing) for name, things in NAMES.items()}
+    modules["qp"] |= {"QP": _QueuePair, "QPInitAttr": _Init}
+    modules["wr"] |= {"SGE": _Piece, "SendWR": _Request}
     modules["cq"] = {"CQ": _Queue, "CompChannel": _Channel}
-    modules["enums"] = {name: 1 << number for number, name in enumerate(ENUMS)}  # type: ignore[misc]
+    modules["enums"] = {name: 1 << number for number, name in enumerate(ENUMS)} | {"IBV_WC_SUCCESS": 0}
     for name, contents in modules.items():
         made = ModuleType(f"pyverbs.{name}")
         made.__dict__.update(contents)

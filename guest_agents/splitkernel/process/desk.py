@@ -14,8 +14,11 @@ SOCK_SEQPACKET, one text message each way; replies are "ok ..." or "error ERRNO 
     region BYTES COPIES [INDEX...] -> ok [INDEX ADDRESS RKEY]...     on as many blades, none with one of these indices
     release BLADE                  -> ok                             what it has there is given up: it is out of reach
     watch                          -> ok                             "lost BLADE" and "back BLADE" come unasked then
+    heir NUMBER                    -> (no answer)                    a child was forked; three descriptors: see heirs.py
+    forgo NUMBER                   -> (no answer)                    it has called exec or ended
 
-When a pager's socket closes, its program has ended (or called exec), and all it held is given back. When a socket of
+When a pager's socket closes, its program has ended (or called exec), its children get what they still need of its
+memory, and all it held is given back. When a socket of
 `split` closes before its report, it was killed, and the program with it.
 """
 
@@ -39,6 +42,7 @@ from guest_agents import control
 from guest_agents.splitkernel.managers.vnode import DEFAULT
 from guest_agents.splitkernel.process import figures, jobs, trace
 from guest_agents.splitkernel.process.belonging import Belonging
+from guest_agents.splitkernel.process.heirs import FILES, Heirs
 from guest_agents.splitkernel.process.memory import Lender, Loan
 from guest_agents.splitkernel.process.programs import Program
 
@@ -101,8 +105,13 @@ class Desk:
         self.programs += 1
         try:
             with client:
-                while message := client.recv(MESSAGE):
-                    client.send(visit.answer(message.decode("utf-8", "replace")).encode())
+                while True:
+                    data, files, _, _ = socket.recv_fds(client, MESSAGE, FILES, socket.MSG_CMSG_CLOEXEC)
+                    if not data:
+                        break
+                    message = data.decode("utf-8", "replace")
+                    if not visit.note(message, files):
+                        client.send(visit.answer(message).encode())
         except OSError as failure:
             log.warning("a program's socket failed: %s", failure)
         finally:
@@ -121,6 +130,20 @@ class Visit:
         self._excache = 0
         self._program: Program | None = None
         self._loan: Loan | None = None
+        self._heirs = Heirs()
+
+    def note(self, message: str, files: list[int]) -> bool:
+        """Take what needs no answer, and the descriptors that came with it. False if it is a request."""
+        word, *args = message.split()[:2] or [""]
+        if word == "heir" and self._loan is not None and len(args) == 1:
+            self._heirs.add(args[0], files)
+        elif word == "forgo":
+            self._heirs.forget(" ".join(args))
+        else:
+            for file in files:
+                os.close(file)
+            return False
+        return True
 
     def answer(self, message: str) -> str:
         """The reply to one request; never raises."""
@@ -155,12 +178,18 @@ class Visit:
         """The client has gone: return what it held."""
         self._stock.lender.unwatch(self._tell)
         if self._loan is not None:
+            self._bequeath(self._loan)
             self._loan.close()
         if self._program is not None:
             self._stock.belonging.programs.end(self._program, None)
         if self._job is not None:
             self._stock.vnodes.pop(str(self._job), None)
             shutil.rmtree(self._job, ignore_errors=True)
+
+    def _bequeath(self, loan: Loan) -> None:
+        if self._heirs:
+            with self._stock.lender.retrieval(loan.blades) as retrieval:
+                self._heirs.inherit(retrieval.read)
 
     def _new_job(self, excache: str = "-", vnode: str = DEFAULT) -> list[str]:
         root = self._stock.belonging.enter(vnode)

@@ -91,11 +91,11 @@ class Heirs:
 
     def add(self, number: str, files: list[int]) -> None:
         """A child has been forked; the descriptors are ours from now on."""
-        if len(files) != FILES:
-            for file in files:
-                os.close(file)
-            raise ValueError(f"a child comes with {FILES} descriptors, not {len(files)}")
+        self.forget(number)
         self._files[number] = files
+        if len(files) != FILES:  # we have too many open
+            log.error("a forked child will wait for ever if its parent is killed: it came without its descriptors")
+            self.forget(number)
 
     def forget(self, number: str) -> None:
         """A child depends on nobody any more."""
@@ -108,15 +108,10 @@ class Heirs:
             uffd, needs, regions = self._files[number]
             try:
                 _Bequest(_contents(regions), read).settle(_heir(os.dup(uffd), _contents(needs)))
-            except (OSError, struct.error):
+            except (OSError, struct.error):  # a bug, or not what a pager sends
                 log.exception("a forked child's memory cannot be given to it")
             finally:
                 self.forget(number)
-
-    def close(self) -> None:
-        """Forget all."""
-        for number in list(self._files):
-            self.forget(number)
 
 
 def _contents(file: int) -> bytes:

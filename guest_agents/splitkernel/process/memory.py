@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from guest_agents import control
+from guest_agents.splitkernel.process.retrieval import Retrieval
 from guest_agents.verbs.connection import Address, address_of
+from guest_agents.verbs.device import Device
 
 log = logging.getLogger("rackless.process")
 
@@ -48,6 +50,7 @@ class Lender:
 
     peers -- the memory blades now in the rack: name -> management address
     introduction -- what a memory blade is told of this one: its life, so that all goes back when it is over
+    device -- this blade's, for `retrieval`
     """
 
     def __init__(
@@ -57,8 +60,10 @@ class Lender:
         peers: Callable[[], dict[str, str]],
         port: int,
         introduction: Callable[[], dict[str, Any]] = dict,
+        device: Device | None = None,
     ) -> None:
         self._name = name
+        self._device = device
         self.introduction = introduction
         self._secret = secret
         self._peers = peers
@@ -138,15 +143,23 @@ class Lender:
         for told in watchers:
             told(what, blade)
 
+    def accept(self, blade: str, own: Address) -> tuple[Held, Address]:
+        """Have `blade` make the other end of the queue pair `own`; what is held there now, and that end."""
+        life = self.life(blade)
+        reply = self.call(
+            blade, "verbs.accept", service="memory", client=self._name, **own.fields(), **self.introduction()
+        )
+        return Held(reply["connection"], life), address_of(reply)
+
+    def retrieval(self, blades: Sequence[str]) -> Retrieval:
+        """Reads what a program has on these blades (in its order), on behalf of the program."""
+        assert self._device is not None
+        return Retrieval(self._device, self, blades)
+
     def give_back(self, blade: str, held: Held) -> None:
         """Return a connection and all that belongs to it, unless the blade has died: then its books have, too."""
         if held.life == self.life(blade):
             self.call(blade, "verbs.release", connection=held.number)
-
-    @property
-    def client_name(self) -> str:
-        """How this blade names itself to memory blades."""
-        return self._name
 
 
 class Loan:
@@ -162,13 +175,8 @@ class Loan:
 
     def connect(self, blade: str, qpn: int, psn: int, gid: str) -> Address:
         """Connect the program's queue pair to `blade`; returns the other end."""
-        life = self._lender.life(blade)
-        reply = self._lender.call(
-            blade, "verbs.accept", service="memory", client=self._lender.client_name, qpn=qpn, psn=psn, gid=gid,
-            **self._lender.introduction(),
-        )
-        self._connections[blade] = Held(reply["connection"], life)
-        return address_of(reply)
+        self._connections[blade], peer = self._lender.accept(blade, Address(qpn, psn, gid))
+        return peer
 
     def regions(self, size: int, copies: int, without: Collection[int] = ()) -> list[Granted] | None:
         """Regions on the first `copies` blades, in the order of choice, that have room and are none of `without`.

@@ -58,7 +58,8 @@ def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control
         return {blade: {**sums, "by_opcode": dict(by_opcode)} for blade, (sums, by_opcode) in counts.items()}
 
     belonging = Belonging(config.name, config.holder, Roots(serve_blade).of, call)
-    lender = Lender(config.name, config.secret, lambda: config.peers("memory"), port, config.node.introduction)
+    lender = Lender(config.name, config.secret, lambda: config.peers("memory"), port, config.node.introduction,
+                    config.node.device)  # fmt: skip
     config.watch("memory", lender.members)
     desk = Desk(SOCKET, Stock(JOBS, config.excache, lender, belonging, storage))
     desk.start()

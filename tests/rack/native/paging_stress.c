@@ -231,10 +231,12 @@ static void orphan(size_t pages)
     printf("orphan: parent ends\n");
 }
 
-/* A child, its child, and so on; each sees what was there when it was forked, and what it has changed since. */
-static _Noreturn void descend(uint64_t *block, size_t pages)
+enum { DEPTH = 3, STEP = 7 };
+
+/* A child, its child, and so on; each sees what was there when it was forked, and what it has changed since. It says so
+ * on `ready` when it has forked, and then waits for the end of the first program, which has the other end of `gate`. */
+static _Noreturn void descend(uint64_t *block, size_t pages, int ready, int gate)
 {
-    enum { DEPTH = 3, STEP = 7 };
     size_t depth = 0;
     for (;; depth++) {
         for (size_t p = depth; p < pages; p += STEP)
@@ -244,7 +246,11 @@ static _Noreturn void descend(uint64_t *block, size_t pages)
     }
     for (size_t p = depth; p < pages; p += 2 * STEP)
         fill(block, p, 200);
-    usleep(600000); /* the first program is killed meanwhile */
+    char byte = 0;
+    if (write(ready, &byte, 1) < 0)
+        byte = 1; /* the first program has not waited */
+    while (read(gate, &byte, 1) > 0) {
+    }
     if (fork() == 0)
         depth += 10; /* one more, while its memory comes */
     for (size_t p = 0; p < pages; p++) {
@@ -256,14 +262,28 @@ static _Noreturn void descend(uint64_t *block, size_t pages)
     _exit(0);
 }
 
-/* A program that is killed `ms` milliseconds after it forked, and has changed its own memory meanwhile. */
+/* A program that is killed `ms` milliseconds after all have forked, and has changed its own memory meanwhile; with 0
+ * at once. */
 static void killed(size_t pages, int ms)
 {
     uint64_t *block = calloc(pages, PAGE);
+    int ready[2], gate[2];
+    char byte;
     for (size_t p = 0; p < pages; p++)
         fill(block, p, 1);
-    if (fork() == 0)
-        descend(block, pages);
+    if (pipe(ready) || pipe(gate))
+        exit(1);
+    signal(SIGPIPE, SIG_IGN);
+    if (fork() == 0) {
+        close(ready[0]);
+        close(gate[1]);
+        descend(block, pages, ready[1], gate[0]);
+    }
+    close(ready[1]);
+    close(gate[0]);
+    for (int i = 0; ms && i <= DEPTH; i++)
+        if (read(ready[0], &byte, 1) != 1)
+            exit(1);
     double end = now() + 1e-3 * ms;
     for (size_t i = 0; now() < end; i++) /* what it changes, its children are given before */
         fill(block, i * 37 % (pages / 4) * 4, 9);
