@@ -27,6 +27,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import shutil
 import socket
 import tempfile
