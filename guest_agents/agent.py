@@ -11,7 +11,7 @@ from functools import partial
 from ipaddress import IPv4Interface
 from typing import Any
 
-from guest_agents import control, disk, fabric, identity, version
+from guest_agents import control, disk, fabric, identity, load, version
 from guest_agents.budget import Budget, budget_of
 from guest_agents.config import AgentConfig
 from guest_agents.identity import Identity
@@ -94,6 +94,7 @@ class Agent:
             "agent.status": self.status,
             "agent.update": self._update,
             "agent.hosts": self._hosts,
+            **load.handlers(),
         }
         node = open_node(fabric.RXE)
         handlers |= {**node.handlers(), "verbs.ping": ping_handler(node, self.secret)}

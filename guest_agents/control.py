@@ -20,9 +20,11 @@ Messages known today (`?` marks an optional field, sizes are bytes, GIDs are str
     memory.allocate connection, pid, size                         region, addr, rkey, size
     memory.free     connection, region                            -
     memory.stats    -                                             regions, bytes_allocated, bytes_registered,
-                                                                  bytes_total, bytes_of_others, connections
-    storage.stats   -                                             requests, bytes_in, bytes_out, bytes_total, bytes_free
-    process.stats   -                                             programs, storage
+                                                                  bytes_total, bytes_of_others, connections, refused,
+                                                                  requests (by opcode)
+    storage.stats   -                                             requests, by_opcode, bytes_in, bytes_out, bytes_total,
+                                                                  bytes_free
+    process.stats   -                                             programs, storage, running (with their counters)
     process.kill    id, signal                                    -
     vnode.create    name, processors?, memory?, storage?,         vnode
                     placement?
@@ -30,6 +32,8 @@ Messages known today (`?` marks an optional field, sizes are bytes, GIDs are str
     vnode.list      name?                                         vnodes
     program.place   vnode?, on?                                   blade, vnode
     program.list    -                                             programs
+    managers.stats  -                                             ready, process, memory, storage, requests, ...
+    agent.load      -                                             processor time, memory: guest_agents/load.py
     member.join     a blade's description, incarnation?, ...      node_id, incarnation, members, dead, version
     member.beat     node_id, incarnation, version                 known, members, dead, version
     member.leave    node_id, incarnation                          -

@@ -25,6 +25,9 @@ VNODE = "/vnode"
 EXIT_NOT_STARTED = 125
 """As env, nohup and docker say it: the program itself was not started."""
 
+STATS, TRACE = "stats.json", "trace.json"
+"""Results in a job's folder on its blade."""
+
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _SIGNAL_SECONDS = 15.0
 _CHUNK_BYTES = 64 * 1024
@@ -45,6 +48,8 @@ class Job:
     """How its ExCache is organised, as options of `split run`: ways, policy, victim, prefetch, pool."""
     stats: Path | None = None
     """Where the counters go on this host."""
+    trace: Path | None = None
+    """Where a trace goes on this host; None: none is made."""
     directory: str = VNODE
     vnode: str | None = None
     """None means the default one."""
@@ -53,7 +58,7 @@ class Job:
     env: Sequence[str] = ()
     """NAME=VALUE, on top of the blade's environment."""
     folder: str = field(default_factory=lambda: f"/tmp/rackless-run-{secrets.token_hex(8)}")
-    """On the blade, for as long as the job lasts: its process id, its counters."""
+    """On the blade, for as long as the job lasts: its process id, its results."""
 
     def script(self) -> str:
         """Return what the blade's shell does.
@@ -69,7 +74,9 @@ class Job:
         for name, value in self.organisation.items():
             split += [f"--{name}", str(value)]
         if self.stats is not None:
-            split += ["--stats", f"{self.folder}/stats.json"]
+            split += ["--stats", f"{self.folder}/{STATS}"]
+        if self.trace is not None:
+            split += ["--trace", f"{self.folder}/{TRACE}"]
         for setting in self.env:
             split += ["--env", setting]
         if self.vnode is not None:
@@ -87,10 +94,14 @@ class Job:
             f"mkdir -m 700 {self.folder} && echo $$ > {self.folder}/pid || exit {EXIT_NOT_STARTED}",
             shlex.join([*split, "--", *self.command]),
             "code=$?",
-            *([f"rm -rf {self.folder}"] if self.stats is None else []),
+            *([] if self.results() else [f"rm -rf {self.folder}"]),
             "exit $code",
         ]
         return "\n".join(lines)
+
+    def results(self) -> list[tuple[str, Path]]:
+        """The files that it leaves in its folder, and where they go."""
+        return [(name, path) for name, path in ((STATS, self.stats), (TRACE, self.trace)) if path is not None]
 
 
 def run_job(job: Job) -> int:
@@ -103,8 +114,8 @@ def run_job(job: Job) -> int:
         code = _run_on_a_terminal(job)
     else:
         code = _run_through_pipes(job)
-    if job.stats is not None:
-        _fetch_stats(job, job.stats, code)
+    if job.results():
+        _fetch_results(job, code)
     return code
 
 
@@ -165,19 +176,27 @@ def _send_signal(job: Job, number: int) -> bool:
     return sent.returncode == 0
 
 
-def _fetch_stats(job: Job, path: Path, code: int) -> None:
-    fetched = subprocess.run(
-        [*job.ssh, "-T", job.blade, f"cat {job.folder}/stats.json; code=$?; rm -rf {job.folder}; exit $code"],
-        stdin=subprocess.DEVNULL, capture_output=True, check=False,
-    )  # fmt: skip
-    if fetched.returncode == 0:
-        write_atomically(path, fetched.stdout)
-        return
-    raise RacklessError(
-        f"{job.blade} has no statistics of this run",
-        hint=f"see `rackless logs {job.blade}`" if code == 0 else f"the program ended with exit code {code}",
-        exit_code=code or 1,
-    )
+def _fetch_results(job: Job, code: int) -> None:
+    """Bring the job's results here and remove its folder. RacklessError names what is not there."""
+    missing = []
+    for name, path in job.results():
+        fetched = _ask_blade(job, f"cat {job.folder}/{name}")
+        if fetched.returncode == 0:
+            write_atomically(path, fetched.stdout)
+        else:
+            missing.append("statistics" if name == STATS else "trace")
+    _ask_blade(job, f"rm -rf {job.folder}")
+    if missing:
+        raise RacklessError(
+            f"{job.blade} has no {' and no '.join(missing)} of this run",
+            hint=f"see `rackless logs {job.blade}`" if code == 0 else f"the program ended with exit code {code}",
+            exit_code=code or 1,
+        )
+
+
+def _ask_blade(job: Job, command: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([*job.ssh, "-T", job.blade, command], stdin=subprocess.DEVNULL, capture_output=True,
+                          check=False)  # fmt: skip
 
 
 def write_atomically(path: Path, data: bytes) -> None:

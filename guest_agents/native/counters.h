@@ -5,17 +5,25 @@
 
 #include <stdint.h>
 
-enum { COUNTERS_MAGIC = 0x31544e43, COUNTERS_BLADES = 16, COUNTERS_NAME = 32 };
+enum { COUNTERS_MAGIC = 0x31544e43, COUNTERS_BLADES = 16, COUNTERS_NAME = 32, COUNTERS_COMMAND = 16 };
 
 struct blade_counters {
     char name[COUNTERS_NAME];
     uint64_t misses, flushes, bytes_in, bytes_out;
+    uint64_t reads, writes;     /* work requests posted */
+    uint64_t piggybacks;
+    uint64_t replica_writes;    /* of the flushes, those that were second copies */
 };
 
 struct counters {
     uint64_t magic;
     uint64_t excache_bytes;
     uint64_t managed;           /* 1 once the program has outgrown its ExCache */
+    uint64_t faults;            /* missing-page faults; hits raise none, and are seen by nobody */
+    uint64_t pages_held;        /* with contents, wherever they are; this one and the next two: now */
+    uint64_t pages_mapped;
+    uint64_t pages_pooled;      /* the pool's share of the ExCache */
+    uint64_t replica_requests;  /* of the writes, those that carried second copies */
     uint64_t misses;            /* faults that a memory blade had to answer */
     uint64_t flushes;           /* dirty pages written to a memory blade */
     uint64_t zero_fills;        /* pages given as zeros, without asking anyone */
@@ -46,6 +54,7 @@ struct counters {
     uint64_t doze_hits;         /* ... and they were */
     uint64_t blades;
     struct blade_counters blade[COUNTERS_BLADES];
+    char command[COUNTERS_COMMAND];
 };
 
 #endif

@@ -1,6 +1,7 @@
 #include "evict.h"
 
 #include "codec.h"
+#include "trace.h"
 #include "wire.h"
 
 #include <errno.h>
@@ -311,7 +312,7 @@ static void make_room_anywhere(struct lines *l, size_t count)
     }
 }
 
-void evict_make_room(struct lines *l, size_t page, size_t count)
+static void make_room(struct lines *l, size_t page, size_t count)
 {
     if (l->pool.held > l->pool_limit && l->pool.held > 1)
         spill(l, pool_oldest(&l->pool));
@@ -329,6 +330,14 @@ void evict_make_room(struct lines *l, size_t page, size_t count)
     send_away(l, &victims);
     for (size_t i = 0; i < count && i < l->sets.count; i++)
         sample(l, sets_of(&l->sets, page + i));
+}
+
+void evict_make_room(struct lines *l, size_t page, size_t count)
+{
+    uint64_t begin = trace_begin(), before = l->count->evictions;
+    make_room(l, page, count);
+    if (l->count->evictions != before)
+        trace_done(TRACE_EVICT, begin, page, l->count->evictions - before, 0, 0);
 }
 
 /* A slot from which the contents of a page go to its blade, while the page stays where it is. */

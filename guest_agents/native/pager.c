@@ -10,6 +10,8 @@
 #include "evict.h"
 #include "family.h"
 #include "lines.h"
+#include "trace.h"
+#include "wire.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -23,6 +25,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -37,11 +40,25 @@ static const struct pager_config *config;
 static struct { int uffd; struct uffd_msg message; } waiting[MESSAGES];
 static size_t n_waiting;
 
+static void miss(size_t page, bool write)
+{
+    uint64_t begin = trace_begin();
+    struct counters before = {.misses = lines.count->misses, .bytes_in = lines.count->bytes_in,
+                              .piggybacks = lines.count->piggybacks};
+    lines.count->faults++;
+    lines_miss(&lines, page, write);
+    if (lines.count->misses != before.misses)
+        trace_done(TRACE_MISS, begin, page, (lines.count->bytes_in - before.bytes_in) >> PAGE_SHIFT,
+                   1u << region_of(&lines, page)->at[0].link, lines.count->piggybacks != before.piggybacks);
+}
+
 static void answer(int uffd, const struct uffd_msg *message)
 {
     if (message->event == UFFD_EVENT_FORK) {
+        uint64_t begin = trace_begin();
         lines.count->forks++;
         family_add(&family, uffd == lines.uffd ? NULL : family_find(&family, uffd), (int)message->arg.fork.ufd);
+        trace_done(TRACE_FORK, begin, 0, 0, 0, 0);
         return;
     }
     if (message->event != UFFD_EVENT_PAGEFAULT)
@@ -54,7 +71,7 @@ static void answer(int uffd, const struct uffd_msg *message)
     else if (protected)
         lines_write(&lines, page);
     else
-        lines_miss(&lines, page, flags & UFFD_PAGEFAULT_FLAG_WRITE);
+        miss(page, flags & UFFD_PAGEFAULT_FLAG_WRITE);
 }
 
 /* A fork is under way in this program, or in a child: nothing can be installed until its event is read. */
@@ -96,6 +113,13 @@ static void drain(int uffd)
     }
 }
 
+static void gauge(void)
+{
+    lines.count->pages_held = lines.contents;
+    lines.count->pages_mapped = lines.lined;
+    lines.count->pages_pooled = pool_pages(&lines.pool);
+}
+
 /* Of two pauses, of which -1 is for ever. */
 static int sooner(int a, int b)
 {
@@ -116,6 +140,8 @@ static void *run(void *unused)
         pthread_mutex_lock(&lock);
         family_bury(&family);
         int pause = sooner(replica_step(&lines), family_settle(&family));
+        gauge();
+        pause = trace_pause(pause);
         watch[n++] = (struct pollfd){.fd = lines.uffd, .events = POLLIN};
         watch[n++] = (struct pollfd){.fd = lines.monitor.news, .events = POLLIN};
         n += family_watch(&family, watch + n);
@@ -123,6 +149,7 @@ static void *run(void *unused)
         if (poll(watch, n, n_waiting ? 0 : pause) < 0 && errno != EINTR)
             lines_die("the pager cannot wait for faults: %s", strerror(errno));
         pthread_mutex_lock(&lock);
+        trace_tick();
         replica_news(&lines);
         drain(lines.uffd);
         for (size_t i = 0; i < family.count; i++)
@@ -158,6 +185,7 @@ static void drop(struct arena *arena, size_t page, size_t count)
 
 static void end(void)
 {
+    trace_end();
     family_kill(&family);
 }
 
@@ -200,6 +228,8 @@ static void before_exit(void)
 {
     pthread_mutex_lock(&lock);
     family_complete_all(&family);
+    gauge();
+    trace_end();
     pthread_mutex_unlock(&lock);
 }
 
@@ -218,6 +248,7 @@ static struct counters *open_counters(const char *job, size_t excache_pages)
         count->magic = COUNTERS_MAGIC;
         count->excache_bytes = (uint64_t)excache_pages << PAGE_SHIFT;
         count->managed = 1;
+        prctl(PR_GET_NAME, count->command);
     }
     return count;
 }
@@ -239,6 +270,8 @@ static const char *start(struct arena *arena, size_t *excache_pages)
     if (*excache_pages < LINES_MIN_PAGES)
         *excache_pages = LINES_MIN_PAGES;
     lines.count = open_counters(config->job, *excache_pages);
+    if (lines.count)
+        trace_open(config->job, lines.count);
     lines.on_busy = on_busy;
     lines.on_arrival = on_arrival;
     family.lines = &lines;

@@ -2,6 +2,7 @@
 #include "replica.h"
 
 #include "lines.h"
+#include "trace.h"
 #include "wire.h"
 
 #include <errno.h>
@@ -100,6 +101,7 @@ void replica_lost(struct lines *l, uint32_t link, const char *why)
 {
     if (!l->link[link].qp)
         return;
+    uint64_t begin = trace_begin();
     fabric_link_stop(&l->link[link]);
     l->replica.release |= bit(link);
     l->replica.back &= ~bit(link);
@@ -110,6 +112,7 @@ void replica_lost(struct lines *l, uint32_t link, const char *why)
                       l->monitor.name[link], why);
     wire_give_up(l, link);
     l->count->failovers++;
+    trace_done(TRACE_FAILOVER, begin, 0, 0, bit(link), 0);
     count_degraded(l);
 }
 
@@ -177,12 +180,14 @@ static void copy_some(struct lines *l, size_t r)
 {
     struct region *region = &l->region[r];
     size_t at = region->copied, page[RUN_PAGES];
-    uint32_t n = 0;
+    uint64_t begin = trace_begin();
+    uint32_t n = 0, blades = bit(region->at[0].link) | bit(region->at[1].link);
     for (; at < REGION_PAGES && n < RUN_PAGES; at++)
         if (l->state[r * REGION_PAGES + at] & STORED)
             page[n++] = r * REGION_PAGES + at;
     if (n && !wire_copy(l, page, n))
         return; /* the second blade was lost in its turn */
+    trace_done(TRACE_COPY, begin, r * REGION_PAGES, n, blades, 0);
     l->count->rereplicated_bytes += (uint64_t)n << PAGE_SHIFT;
     region->copied = (uint32_t)at;
     if (at == REGION_PAGES)

@@ -19,6 +19,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -236,6 +237,7 @@ static void report_small(void)
             count.zero_fills += present[i] & 1;
     }
     count.pages_touched = count.zero_fills;
+    prctl(PR_GET_NAME, count.command);
     char path[256];
     snprintf(path, sizeof path, "%s/%d.counters", job, (int)getpid());
     int file = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);

@@ -145,6 +145,40 @@ static void report(const char *file, int monitor, const char *job, double second
         die(INTERNAL, "cannot write %s: %s", file, strerror(errno));
 }
 
+/* ---- traces ---- */
+
+/* Where the trace will go; and a mark in the job's folder, by which its pagers know that they are to note things. */
+static FILE *begin_trace(const char *file, const char *job)
+{
+    FILE *out = fopen(file, "we");
+    if (!out)
+        die(NOT_STARTED, "cannot write %s: %s", file, strerror(errno));
+    char mark[PATH_MAX];
+    snprintf(mark, sizeof mark, "%.200s/trace", job);
+    int made = open(mark, O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
+    if (made < 0)
+        die(NOT_STARTED, "no trace: %s: %s", mark, strerror(errno));
+    close(made);
+    return out;
+}
+
+static void end_trace(FILE *out, const char *file, int monitor, const char *job)
+{
+    char text[MESSAGE], data[1 << 16];
+    snprintf(text, sizeof text, "trace %.200s", job);
+    if (!request(monitor, text))
+        die(INTERNAL, "no trace: %s%s", text, "");
+    FILE *in = fopen(text, "re");
+    if (!in)
+        die(INTERNAL, "no trace: %s: %s", text, strerror(errno));
+    for (size_t got; (got = fread(data, 1, sizeof data, in)) > 0;)
+        fwrite(data, 1, got, out);
+    bool failed = ferror(in) || ferror(out);
+    fclose(in);
+    if (fclose(out) || failed)
+        die(INTERNAL, "cannot write %s: %s", file, strerror(errno));
+}
+
 /* ---- in the child ---- */
 
 /* Let the program see its vNode's files, and no others, as /vnode. */
@@ -236,7 +270,7 @@ static _Noreturn void become(char **argv)
 /* ---- commands ---- */
 
 struct options {
-    const char *excache, *replicas, *stats, *vnode, *directory;
+    const char *excache, *replicas, *stats, *trace, *vnode, *directory;
     const char *ways, *policy, *victim, *prefetch, *pool; /* NULL: as is fastest */
 };
 
@@ -333,12 +367,14 @@ static int read_options(int argc, char **argv, struct options *o)
         {"cwd", required_argument, NULL, 'c'}, {"env", required_argument, NULL, 'E'},
         {"ways", required_argument, NULL, 'w'}, {"policy", required_argument, NULL, 'p'},
         {"victim", required_argument, NULL, 'V'}, {"prefetch", required_argument, NULL, 'f'},
-        {"pool", required_argument, NULL, 'P'}, {0}};
+        {"pool", required_argument, NULL, 'P'}, {"trace", required_argument, NULL, 't'}, {0}};
     for (int c; (c = getopt_long(argc, argv, "+", known, NULL)) != -1;) {
         if (c == 'e')
             o->excache = optarg;
         else if (c == 's')
             o->stats = optarg;
+        else if (c == 't')
+            o->trace = optarg;
         else if (c == 'v')
             o->vnode = optarg;
         else if (c == 'c')
@@ -407,6 +443,8 @@ static int run(int argc, char **argv)
         die(INTERNAL, "the process monitor's answer makes no sense: %s%s", job, "");
 
     check_fit(&o, size);
+    FILE *trace = o.trace ? begin_trace(o.trace, job) : NULL;
+
     const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGCONT, SIGWINCH};
     sigset_t blocked, before;
     sigfillset(&blocked);
@@ -445,6 +483,8 @@ static int run(int argc, char **argv)
     tell_begin(monitor, argv);
     int status = wait_for(program);
     report(o.stats, monitor, job, now() - start, status);
+    if (trace)
+        end_trace(trace, o.trace, monitor, job);
     return status;
 }
 
@@ -474,9 +514,9 @@ int main(int argc, char **argv)
         return ps();
     if ((argc == 3 || argc == 4) && !strcmp(argv[1], "kill"))
         return send_signal(argv[2], argc == 4 ? argv[3] : "TERM");
-    fputs("usage: split run [--vnode NAME] [--excache BYTES] [--replicas 1|2] [--stats FILE] [--cwd DIR]\n"
-          "                 [--env NAME=VALUE]... [--ways N] [--policy fifo|lru|random] [--victim N] [--prefetch N]\n"
-          "                 [--pool on|off] [--] COMMAND [ARGUMENT...]\n"
+    fputs("usage: split run [--vnode NAME] [--excache BYTES] [--replicas 1|2] [--stats FILE] [--trace FILE]\n"
+          "                 [--cwd DIR] [--env NAME=VALUE]... [--ways N] [--policy fifo|lru|random] [--victim N]\n"
+          "                 [--prefetch N] [--pool on|off] [--] COMMAND [ARGUMENT...]\n"
           "       split ps\n"
           "       split kill ID [SIGNAL]\n", stderr);
     return USAGE;

@@ -2,6 +2,7 @@
 #include "wire.h"
 
 #include "codec.h"
+#include "trace.h"
 
 #include <errno.h>
 #include <stdarg.h>
@@ -48,6 +49,8 @@ _Noreturn void lines_die(const char *format, ...)
     __builtin_unreachable();
 }
 
+static struct { uint64_t begin; uint32_t blades; } sent[FLUSH_BATCHES]; /* for the trace */
+
 /* One blade has confirmed a flush, or will never do so. */
 static void settle(struct lines *l, unsigned index, uint32_t link)
 {
@@ -56,6 +59,7 @@ static void settle(struct lines *l, unsigned index, uint32_t link)
     l->batches_on[link]--;
     if (batch->links)
         return;
+    trace_done(TRACE_FLUSH, sent[index].begin, 0, batch->count, sent[index].blades, index);
     for (uint32_t i = 0; i < batch->count; i++) {
         struct slot *slot = &l->slots[batch->slot[i]];
         slot->state = slot->page == NO_OWNER ? SLOT_FREE : SLOT_CLEAN;
@@ -151,8 +155,10 @@ static const struct place *place_on(const struct region *region, uint32_t link)
     return region->at[0].link == link ? &region->at[0] : region->at[1].link == link ? &region->at[1] : NULL;
 }
 
-/* Post to one blade, behind `read` (may be NULL), the pages of a flush that it keeps. Adjacent pages share a WRITE. */
-static void post_flush(struct lines *l, uint32_t link, unsigned index, const struct dirty *dirty, struct ibv_send_wr *read)
+/* Post to one blade, behind `read` (may be NULL), the pages of a flush that it keeps. Adjacent pages share a WRITE.
+ * Returns the number of WRITEs. */
+static uint32_t post_flush(struct lines *l, uint32_t link, unsigned index, const struct dirty *dirty,
+                           struct ibv_send_wr *read)
 {
     static struct ibv_send_wr wr[FLUSH_PAGES];
     static struct ibv_sge sge[FLUSH_PAGES];
@@ -186,9 +192,11 @@ static void post_flush(struct lines *l, uint32_t link, unsigned index, const str
         read->next = wr;
     l->count->writes += requests;
     l->count->bytes_out += (uint64_t)pages << PAGE_SHIFT;
+    l->count->blade[link].writes += requests;
     l->count->blade[link].flushes += pages;
     l->count->blade[link].bytes_out += (uint64_t)pages << PAGE_SHIFT;
     post(l, link, read ? read : wr);
+    return requests;
 }
 
 /* Book a flush of dirty pages: which slots, and which blades have to confirm it. */
@@ -204,11 +212,14 @@ static unsigned book_flush(struct lines *l, uint32_t link, const struct dirty *d
         if (region->at[1].link != NO_LINK) {
             batch->links |= 1u << region->at[1].link;
             l->count->replica_writes++;
+            l->count->blade[region->at[1].link].replica_writes++;
         }
         l->slots[dirty[i].slot].state = SLOT_FLUSHING;
         l->state[dirty[i].page] |= STORED;
     }
     l->free_batches &= ~(1u << index);
+    sent[index].begin = trace_begin();
+    sent[index].blades = batch->links;
     for (uint32_t k = 0; k < l->monitor.blades; k++)
         l->batches_on[k] += batch->links >> k & 1;
     l->dirty_slots -= n;
@@ -231,10 +242,11 @@ static uint32_t send_off(struct lines *l, uint32_t link, struct ibv_send_wr *rea
     unsigned index = book_flush(l, link, dirty, n);
     uint32_t others = l->batch[index].links & ~(1u << link);
     l->count->piggybacks += read != NULL;
+    l->count->blade[link].piggybacks += read != NULL;
     post_flush(l, link, index, dirty, read);
     for (uint32_t k = 0; k < l->monitor.blades; k++)
         if (others >> k & 1 && l->link[k].qp)
-            post_flush(l, k, index, dirty, NULL);
+            l->count->replica_requests += post_flush(l, k, index, dirty, NULL);
     return n;
 }
 
@@ -273,6 +285,7 @@ void wire_read(struct lines *l, size_t page, size_t count, char *to, unsigned id
     };
     l->request[id] = (struct request){UNDERWAY, link, page, count, to};
     l->count->reads++;
+    l->count->blade[link].reads++;
     l->count->bytes_in += (uint64_t)count << PAGE_SHIFT;
     l->count->blade[link].bytes_in += (uint64_t)count << PAGE_SHIFT;
     send_off(l, link, &read, flush);
@@ -322,9 +335,11 @@ bool wire_copy(struct lines *l, const size_t *page, uint32_t n)
     if (region->at[1].link == NO_LINK)
         return false;
     l->count->reads += n;
+    l->count->blade[from].reads += n;
     l->count->bytes_in += bytes;
     l->count->blade[from].bytes_in += bytes;
     l->count->writes += n;
+    l->count->blade[to].writes += n;
     l->count->bytes_out += bytes;
     l->count->blade[to].bytes_out += bytes;
     return carry(l, page, n, &region->at[1], IBV_WR_RDMA_WRITE);

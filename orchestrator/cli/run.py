@@ -65,6 +65,9 @@ def run(
         bool | None, typer.Option("--pool/--no-pool", help="Keep packed pages too.  [default: without --ways]")
     ] = None,
     stats: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the run's counters here, as JSON.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what its pagers did here, for ui.perfetto.dev.")
+    ] = None,
     rack: RackOption = None,
 ) -> None:
     """Run an unmodified program on a processor blade.
@@ -80,8 +83,11 @@ def run(
 
     size = parse_excache(excache)
     check_environment(env or [])
-    if stats is not None:
-        check_writable(stats)
+    for option, path in (("--stats", stats), ("--trace", trace)):
+        if path is not None:
+            check_writable(path, option)
+    if stats is not None and trace is not None and stats.resolve() == trace.resolve():
+        raise RacklessError(f"--stats and --trace cannot both go to {stats}", hint="give each a file of its own")
     organisation = organise(ways, policy, victim, prefetch, pool)
     current = current_rack(rack)
     if on is not None:
@@ -93,7 +99,7 @@ def run(
     ssh_config = current.ssh_config()
     open_shared_connection(current.paths, ssh_config, on, address)
     ssh = ("ssh", "-F", str(ssh_config))
-    job = Job(ssh, on, command, size, replicas, organisation, stats, vnode=vnode, cwd=cwd, env=env or [])
+    job = Job(ssh, on, command, size, replicas, organisation, stats, trace, vnode=vnode, cwd=cwd, env=env or [])
     raise typer.Exit(run_job(job))
 
 
@@ -132,15 +138,15 @@ def check_environment(settings: list[str]) -> None:
             raise RacklessError(f"--env: {text!r} is not NAME=VALUE", hint="write for example --env LC_ALL=C")
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, option: str = "--stats") -> None:
     """Raise RacklessError if a file cannot be written at `path`: better before the run than after it."""
     folder = path.parent
     if path.is_dir():
-        raise RacklessError(f"--stats: {path} is a folder", hint=f"write for example {path}/stats.json")
+        raise RacklessError(f"{option}: {path} is a folder", hint=f"write for example {path}/{option[2:]}.json")
     if not folder.is_dir():
-        raise RacklessError(f"--stats: there is no folder {folder}", hint=f"mkdir -p {folder}")
+        raise RacklessError(f"{option}: there is no folder {folder}", hint=f"mkdir -p {folder}")
     if not os.access(folder, os.W_OK):
-        raise RacklessError(f"--stats: cannot write into {folder}")
+        raise RacklessError(f"{option}: cannot write into {folder}")
 
 
 def processor_address(current: CurrentRack, name: str) -> str:

@@ -16,7 +16,8 @@ HERE = Path(__file__).parent / "native"
 NATIVE = Path(__file__).parents[2] / "guest_agents" / "native"
 STRESS = Path(__file__).parents[1] / "rack/native/paging_stress.c"
 SHIM = ("shim.c", "malloc.c", "mappings.c", "descriptors.c", "heap.c", "arena.c")
-PAGER = ("pager.c", "family.c", "lines.c", "sets.c", "evict.c", "pool.c", "codec.c", "wire.c", "replica.c", "fabric.c")
+PAGER = ("pager.c", "family.c", "lines.c", "sets.c", "evict.c", "pool.c", "codec.c", "wire.c", "replica.c",
+         "trace.c", "fabric.c")  # fmt: skip
 FLAGS = ["-std=gnu17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{NATIVE}"]
 SECONDS = 200
 
@@ -86,4 +87,4 @@ class Stage:
             **{f"RACKLESS_{name.upper()}": str(value) for name, value in organisation.items()},
         }  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=SECONDS, input=stdin)
-        return Done(done.returncode, done.stdout, done.stderr, counters.total(job))
+        return Done(done.returncode, done.stdout, done.stderr, counters.total(counters.processes(job).values()))

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from guest_agents import control
+from guest_agents import control, load
 from guest_agents.budget import Budget
 from guest_agents.control import Handler, Message
 from guest_agents.membership import Manager, Membership, SeveralBooks, SeveralFollowers, Timing
@@ -28,9 +28,12 @@ from tests.unit.lite_blades import MortalServer
 stand_in_pyverbs.install()
 
 from guest_agents.splitkernel.memory.monitor import MemoryMonitor, report_load  # noqa: E402
+from guest_agents.splitkernel.process import figures  # noqa: E402
 from guest_agents.splitkernel.process.belonging import Belonging  # noqa: E402
 from guest_agents.splitkernel.process.desk import Desk, Stock  # noqa: E402
 from guest_agents.splitkernel.process.memory import Lender  # noqa: E402
+from guest_agents.splitkernel.storage import monitor as storage  # noqa: E402
+from guest_agents.splitkernel.storage.files import Files  # noqa: E402
 from guest_agents.verbs.node import Node  # noqa: E402
 
 SECRET = b"s" * 32
@@ -62,7 +65,8 @@ class Blade:
             self.manager.books = SeveralBooks({"splitkernel": self.line.books})
         handlers: dict[str, Handler] = {**self.node.handlers(), **self.line.handlers(),
                                         **(self.manager.handlers() if self.manager else {})}  # fmt: skip
-        handlers |= {"memory": self._memory, "processor": self._processor}.get(self.kind, dict)()
+        own = {"memory": self._memory, "processor": self._processor, "storage": self._storage}
+        handlers |= own.get(self.kind, dict)() | load.handlers()
         self.server = MortalServer((self.address, rack.port), SECRET, handlers)
         rack.port = self.server.address[1]
         self.membership._manager = (rack.manager_address, rack.port)
@@ -120,7 +124,13 @@ class Blade:
             self.belonging.kill(str(request["id"]), str(request["signal"]))
             return {}
 
-        return {"process.kill": kill}
+        return {"process.kill": kill, "process.stats": lambda _: {"running": figures.running(self.belonging.programs)}}
+
+    def _storage(self) -> dict[str, Handler]:
+        root = self.rack.folder / self.name
+        root.mkdir(exist_ok=True)
+        self.files = Files(root)
+        return {"storage.stats": lambda _: storage.stats(self.files)}
 
     def _root(self, vnode: VNode) -> Path | None:
         root = self.rack.folder / str(vnode.storage) / vnode.name

@@ -93,7 +93,9 @@ class Blades:
 
     def books(self) -> dict[str, dict[str, int]]:
         """What each has lent: regions, bytes, connections; those that have lent something."""
-        found = {name: blade.stats({}) for name, blade in self.monitors.items()}
+        asked = {"requests", "refused"}  # of this there is ever more
+        found = {name: {key: value for key, value in blade.stats({}).items() if key not in asked}
+                 for name, blade in self.monitors.items()}  # fmt: skip
         return {name: held for name, held in found.items()
                 if held["regions"] or held["bytes_registered"] or held["connections"]}  # fmt: skip
 

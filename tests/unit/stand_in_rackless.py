@@ -23,6 +23,7 @@ while [ "$1" != -- ]; do
     --replicas) replicas=$2 ;;
     --ways | --policy | --victim | --prefetch | --pool) organisation="$organisation $1 $2" ;;
     --stats) stats=$2 ;;
+    --trace) trace=$2 ;;
     --cwd) cd "$2" || exit 125 ;;
     --env) export "$2" ;;
     --vnode) export RACKLESS_VNODE="$2" ;;
@@ -32,6 +33,7 @@ done
 shift
 [ -z "$organisation" ] || echo "organised:$organisation"
 [ -z "$stats" ] || echo "{\\"misses\\": 1, \\"excache\\": \\"$excache\\", \\"replicas\\": \\"$replicas\\"}" > "$stats"
+[ -z "$trace" ] || [ -n "$FORGET_TRACE" ] || echo '{"traceEvents": []}' > "$trace"
 exec "$@"
 """
 

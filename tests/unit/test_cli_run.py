@@ -73,6 +73,28 @@ def test_run_writes_stats_here_and_leaves_nothing_there(rackless: Rackless) -> N
 
 
 @pytest.mark.netns
+def test_run_writes_a_trace_here_and_leaves_nothing_there(rackless: Rackless) -> None:
+    stats, trace = rackless.folder / "stats.json", rackless.folder / "trace.json"
+    for options in (("--trace", trace), ("--trace", trace, "--stats", stats)):
+        assert rackless("run", "--on", "pb0", *options, "--", "sh", "-c", "exit 3").returncode == 3
+        assert json.loads(trace.read_text()) == {"traceEvents": []}
+        trace.unlink()
+    assert json.loads(stats.read_text())["misses"] == 1
+    assert not list(Path("/tmp").glob("rackless-run-*"))
+
+
+@pytest.mark.netns
+def test_run_says_which_result_is_missing(rackless: Rackless) -> None:
+    trace = rackless.folder / "trace.json"
+    options = ("--trace", trace, "--stats", rackless.folder / "s", "--env", "FORGET_TRACE=1")
+    done = rackless("run", "--on", "pb0", *options, "--", "true")
+    assert done.returncode == 1
+    assert "pb0 has no trace of this run" in done.stderr
+    assert (rackless.folder / "s").exists()
+    assert not list(Path("/tmp").glob("rackless-run-*"))
+
+
+@pytest.mark.netns
 def test_run_says_how_the_excache_is_organised(rackless: Rackless) -> None:
     options = ("--ways", "8", "--policy", "lru", "--victim", "16", "--prefetch", "4", "--no-pool")
     done = rackless("run", "--on", "pb0", *options, "--", "true")
@@ -150,6 +172,8 @@ def test_run_with_typed_input_and_piped_output(rackless: Rackless) -> None:
         (["--on", "pb7", "true"], "no blade pb7 in rack"),
         (["--on", "pb0", "--excache", "16", "true"], '"16" has no unit; write "16 MiB"'),
         (["--on", "pb0", "--stats", "no/such/file", "true"], "there is no folder no/such"),
+        (["--on", "pb0", "--trace", "no/such/file", "true"], "--trace: there is no folder no/such"),
+        (["--on", "pb0", "--trace", "a", "--stats", "./a", "true"], "--stats and --trace cannot both go to a"),
     ],
 )
 def test_run_errors(rackless: Rackless, arguments: list[str], message: str) -> None:

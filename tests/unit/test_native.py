@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from guest_agents.splitkernel.process import counters
+
 HERE = Path(__file__).parent / "native"
 NATIVE = Path(__file__).parents[2] / "guest_agents" / "native"
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -92,7 +94,10 @@ def test_programs_run_the_same_under_the_shim(shim: Path, command: str, tmp_path
     preloaded = subprocess.run(["bash", "-c", command], capture_output=True, env=environment, timeout=60)
     assert (preloaded.returncode, preloaded.stdout) == (plain.returncode, plain.stdout)
     assert preloaded.stderr == plain.stderr
-    assert list(tmp_path.glob("*.counters"))
+    counted = counters.processes(tmp_path)
+    assert len(counted) == len(list(tmp_path.glob("*.counters"))) > 0
+    assert all(one["pages_touched"] and not one["managed"] and not one["blades"] for one in counted.values())
+    assert all(one["command"].isprintable() and one["command"] for one in counted.values())
 
 
 def test_without_a_pager_a_program_gets_no_more_than_its_excache(shim: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -20,8 +21,9 @@ from guest_agents.lite.links import Links
 from guest_agents.membership import Books, Life, Manager, Member
 from guest_agents.splitkernel.managers import storage
 from guest_agents.splitkernel.managers.memory import PLACEMENTS, MemoryManager
-from guest_agents.splitkernel.managers.process import ProcessManager
+from guest_agents.splitkernel.managers.process import RUNNING, ProcessManager
 from guest_agents.splitkernel.managers.vnode import DEFAULT, Ledger, VNode, check_name
+from guest_agents.splitkernel.opcodes import CONTROL, Tally
 
 LOST_KEPT = 32
 """How many lost programs are remembered."""
@@ -45,23 +47,27 @@ class GlobalManagers(Books):
         self._adopting = threading.Lock()
         self._changing = threading.Lock()
         self._ready = threading.Event()
+        self._tally = Tally()
         self.process = ProcessManager()
         self.memory = MemoryManager()
 
     def handlers(self) -> dict[str, Handler]:
         """What the host asks of the managers."""
-        return {
+        counted = self._tally.counting({
             op: self._when_ready(action)
             for op, action in {
                 "vnode.create": self.create, "vnode.delete": self.delete, "vnode.list": self.list,
                 "program.place": self.place, "program.list": self.programs,
             }.items()
-        }  # fmt: skip
+        })  # fmt: skip
+        return {**counted, "managers.stats": self.stats}
 
     def member_handlers(self) -> dict[str, Handler]:
         """What blades ask of them; `guarded` is put around these."""
-        return {"managers.hear": self._hear, "managers.load": self._load, "managers.region": self._region,
-                "managers.programs": self._when_ready(self.programs)}  # fmt: skip
+        return self._tally.counting({
+            "managers.hear": self._hear, "managers.load": self._load, "managers.region": self._region,
+            "managers.programs": self._when_ready(self.programs),
+        })  # fmt: skip
 
     def start(self) -> None:
         """Take over when all members are here."""
@@ -154,6 +160,21 @@ class GlobalManagers(Books):
         lost = [program for program in self._ledger.lost if (program["id"], program["started"]) not in again]
         return {"programs": [*lost, *told]}
 
+    def stats(self, _request: Message) -> Message:
+        """managers.stats: what the managers know of each kind of blade, and requests so far by opcode."""
+        running = Counter(p["blade"] for p in self.process.programs() if p["state"] == RUNNING)
+        vnodes = Counter(vnode.storage for vnode in self._ledger.vnodes.values() if vnode.storage is not None)
+        return {
+            "ready": self._ready.is_set(),
+            "process": {blade: {"programs": running[blade]} for blade in sorted(self._living("processor"))},
+            "memory": {blade: {"free": load.free, "requests": load.requests, "age_seconds": round(load.age, 2)}
+                       for blade, load in sorted(self.memory.loads().items())},
+            "storage": {blade: {"vnodes": vnodes[blade]} for blade in sorted(self._living("storage"))},
+            "lost_programs": len(self._ledger.lost),
+            "ledger_version": self._ledger.version,
+            "requests": self._tally.counts(),
+        }  # fmt: skip
+
     # Requests of blades
 
     def _hear(self, request: Message) -> Message:
@@ -209,6 +230,7 @@ class GlobalManagers(Books):
             while self._manager.is_alive(member.life):
                 try:
                     self._links.call(member.life, "holder.keep", ledger=ledger)
+                    self._tally.add(CONTROL["holder.keep"])
                     break
                 except NodeDead:
                     break

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 REPORT_SECONDS = 0.5
 
@@ -22,6 +23,13 @@ class Load:
     free: int
     requests: int
     """Regions that its monitor was asked for since it began: data moves one-sided, and is not seen there."""
+    told: float = field(default_factory=time.monotonic)
+    """When it said so."""
+
+    @property
+    def age(self) -> float:
+        """Seconds since then."""
+        return time.monotonic() - self.told
 
 
 class MemoryManager:
@@ -45,7 +53,7 @@ class MemoryManager:
     def loads(self) -> dict[str, Load]:
         """What is known of the memory blades."""
         with self._lock:
-            return {blade: Load(load.free, load.requests) for blade, load in self._loads.items()}
+            return {blade: replace(load) for blade, load in self._loads.items()}
 
     def order(self, placement: str, vnode: str, blades: Sequence[str], size: int, copies: int = 1) -> list[str]:
         """The blades, best first for a region of `size` bytes; the first `copies` are taken to get one each.

@@ -22,6 +22,7 @@ from guest_agents.config import AgentConfig
 from guest_agents.lite.errors import LiteError
 from guest_agents.splitkernel.managers.holder import Holder
 from guest_agents.splitkernel.managers.memory import REPORT_SECONDS
+from guest_agents.splitkernel.opcodes import CONTROL, Tally
 from guest_agents.verbs.arena import Arena
 from guest_agents.verbs.device import Device
 from guest_agents.verbs.node import Accepted, Node
@@ -51,12 +52,15 @@ class MemoryMonitor:
         self._regions: dict[int, Region] = {}
         self._numbers = itertools.count(1)
         self._requests = 0
+        self._refused = 0
+        self.tally = Tally()
         self._lock = threading.Lock()
         node.services["memory"] = self._offer
 
     def handlers(self) -> dict[str, control.Handler]:
         """For the agent's control server."""
-        return {"memory.allocate": self.allocate, "memory.free": self.free, "memory.stats": self.stats}
+        counted = self.tally.counting({"memory.allocate": self.allocate, "memory.free": self.free})
+        return {**counted, "memory.stats": self.stats}
 
     def allocate(self, request: control.Message) -> control.Message:
         """memory.allocate: a region of at least `size` bytes for a program of that connection's owner."""
@@ -81,7 +85,7 @@ class MemoryMonitor:
         return {}
 
     def stats(self, request: control.Message) -> control.Message:
-        """memory.stats: what is given out, and to how many."""
+        """memory.stats: what is given out and to how many, what was asked and how often there was no room."""
         del request
         with self._lock:
             return {
@@ -91,6 +95,8 @@ class MemoryMonitor:
                 "bytes_total": self._budget.total,
                 "bytes_of_others": self._budget.total - self._budget.room - sum(slab.size for slab in self._slabs),
                 "connections": len({region.connection for region in self._regions.values()}),
+                "refused": self._refused,
+                "requests": self.tally.counts(),
             }
 
     def load(self) -> dict[str, int]:
@@ -126,6 +132,7 @@ class MemoryMonitor:
         taken = min(max(SLAB, size), room)
         if size > room or not self._budget.take(USER, taken):
             unused = sum(slab.size for slab in self._slabs) - self._allocated()
+            self._refused += 1
             raise control.ControlError(
                 f"out of remote memory: {size} bytes asked, {room + unused} free", "add a memory blade, or run less"
             )
@@ -155,4 +162,5 @@ def report_load(holder: Holder, monitor: MemoryMonitor) -> None:
     while True:
         with suppress(LiteError):
             holder.ask("managers.load", 2.0, **monitor.load())
+            monitor.tally.add(CONTROL["managers.load"])
         time.sleep(REPORT_SECONDS)

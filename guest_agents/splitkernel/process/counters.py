@@ -1,8 +1,13 @@
-"""The counters a program's pager leaves behind (native/counters.h), added up over the programs of a job."""
+"""The counters that a program's pager keeps in a file while it runs and leaves behind (native/counters.h).
+
+A job is what one `split run` started: a program and the programs that it starts, each with counters of its own.
+"""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,11 @@ MAGIC = 0x31544E43
 FIELDS = (
     "excache_bytes",
     "managed",
+    "faults",
+    "pages_held",
+    "pages_mapped",
+    "pages_pooled",
+    "replica_requests",
     "misses",
     "flushes",
     "zero_fills",
@@ -41,12 +51,14 @@ FIELDS = (
     "dozes",
     "doze_hits",
 )
-BLADE_FIELDS = ("misses", "flushes", "bytes_in", "bytes_out")
+BLADE_FIELDS = ("misses", "flushes", "bytes_in", "bytes_out", "reads", "writes", "piggybacks", "replica_writes")
 BLADES = 16
 NAME = 32
+COMMAND = 16
 _HEAD = struct.Struct(f"<Q{len(FIELDS)}QQ")
 _BLADE = struct.Struct(f"<{NAME}s{len(BLADE_FIELDS)}Q")
-SIZE = _HEAD.size + BLADES * _BLADE.size
+_COMMAND_AT = _HEAD.size + BLADES * _BLADE.size
+SIZE = _COMMAND_AT + COMMAND
 
 
 def parse(data: bytes) -> dict[str, Any]:
@@ -57,6 +69,7 @@ def parse(data: bytes) -> dict[str, Any]:
     if magic != MAGIC or blades > BLADES:
         raise ValueError("not a counters file")
     result: dict[str, Any] = dict(zip(FIELDS, values, strict=True))
+    result["command"] = data[_COMMAND_AT:].split(b"\0")[0].decode(errors="replace")
     result["blades"] = {}
     for number in range(blades):
         name, *numbers = _BLADE.unpack_from(data, _HEAD.size + number * _BLADE.size)
@@ -64,15 +77,21 @@ def parse(data: bytes) -> dict[str, Any]:
     return result
 
 
-def total(job: Path) -> dict[str, Any]:
-    """The sums over all programs of a job; `programs` and `managed` count them."""
+def processes(job: Path) -> dict[int, dict[str, Any]]:
+    """Every process of a job that has counters, by its id: those that page; of the others, those that have ended."""
+    result = {}
+    for file in sorted(job.glob("*.counters")):
+        # One that has ended may be cleared away with its job, one that was killed as it made its file is incomplete.
+        with suppress(OSError, ValueError):
+            result[int(file.stem)] = parse(file.read_bytes())
+    return result
+
+
+def total(counted: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The sums over programs; `programs` and `managed` count them."""
     result: dict[str, Any] = dict.fromkeys(FIELDS, 0)
     result.update(programs=0, blades={})
-    for file in sorted(job.glob("*.counters")):
-        try:
-            one = parse(file.read_bytes())
-        except ValueError:
-            continue  # a program killed while making its file
+    for one in counted:
         before = dict(result)
         result["programs"] += 1
         for name in FIELDS:

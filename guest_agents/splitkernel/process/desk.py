@@ -6,6 +6,7 @@ SOCK_SEQPACKET, one text message each way; replies are "ok ..." or "error ERRNO 
                                                                      EXCACHE: the blade's; as ROOT: no files of its own)
     began PID COMMAND...           -> ok                             from `split`, once there is a process
     report DIRECTORY SECONDS CODE  -> ok {json}                      from `split`, after the program's end
+    trace DIRECTORY                -> ok FILE                        after the report: what a traced program did
     ps                             -> ok TABLE
     kill ID SIGNAL                 -> ok
     attach PID DIRECTORY           -> ok BLADE...                    from a pager: the memory blades, in order
@@ -40,7 +41,7 @@ from typing import Any
 
 from guest_agents import control
 from guest_agents.splitkernel.managers.vnode import DEFAULT
-from guest_agents.splitkernel.process import counters, jobs
+from guest_agents.splitkernel.process import figures, jobs, trace
 from guest_agents.splitkernel.process.belonging import Belonging
 from guest_agents.splitkernel.process.heirs import FILES, Heirs
 from guest_agents.splitkernel.process.memory import Lender, Loan
@@ -127,6 +128,7 @@ class Visit:
         self._tell = tell
         self._before: dict[str, Any] = {}
         self._job: Path | None = None
+        self._excache = 0
         self._program: Program | None = None
         self._loan: Loan | None = None
         self._heirs = Heirs()
@@ -151,6 +153,7 @@ class Visit:
             "job": self._new_job,
             "began": self._began,
             "report": self._report,
+            "trace": self._trace,
             "ps": self._ps,
             "kill": self._kill,
             "attach": self._attach,
@@ -195,13 +198,15 @@ class Visit:
         self._job.chmod(0o1777)  # the program may run as another user
         self._stock.vnodes[str(self._job)] = vnode
         self._before = self._stock.extra()
-        return [str(self._job), str(self._stock.excache()) if excache == "-" else excache, str(root or "-")]
+        self._excache = self._stock.excache() if excache == "-" else int(excache)
+        return [str(self._job), str(self._excache), str(root or "-")]
 
     def _began(self, pid: str, *command: str) -> list[str]:
         if self._job is None or self._program is not None:
             raise RefusalError(errno.EINVAL, "no job, or it has begun")
         vnode = self._stock.vnodes[str(self._job)]
-        self._program = self._stock.belonging.programs.begin(int(pid), vnode, " ".join(command))
+        self._program = self._stock.belonging.programs.begin(int(pid), vnode, " ".join(command), job=self._job,
+                                                             excache=self._excache)  # fmt: skip
         jobs.note(self._job, self._program)
         return []
 
@@ -210,12 +215,17 @@ class Visit:
             raise RefusalError(errno.EINVAL, "a report of another job")
         if self._program is not None:
             self._stock.belonging.programs.end(self._program, int(code))
-        result = counters.total(self._job)
+        result = figures.of_job(self._job)
         result["wall_seconds"] = float(seconds)
         result["exit_code"] = int(code)
-        result["working_set_bytes"] = result["pages_touched"] * os.sysconf("SC_PAGE_SIZE")
         result["storage"] = difference(self._stock.extra(), self._before)
+        result["model"] = figures.model(result, float(seconds))
         return [json.dumps(result)]
+
+    def _trace(self, job: str) -> list[str]:
+        if self._job is None or self._program is None or str(self._job) != job or self._program.ended is None:
+            raise RefusalError(errno.EINVAL, "a trace of another job, or of one that has not ended")
+        return [str(trace.write(self._job, self._program))]
 
     def _ps(self) -> list[str]:
         return [self._stock.belonging.table()]

@@ -22,7 +22,7 @@ _START_FIELD = 19
 def note(job: Path, program: Program) -> None:
     """Keep in a job's folder which program is its."""
     about = {"pid": program.pid, "ticks": _ticks(program.pid), "vnode": program.vnode, "command": program.command,
-             "started": program.started}  # fmt: skip
+             "started": program.started, "excache": program.excache}  # fmt: skip
     (job / _NOTE).write_text(json.dumps(about))
 
 
@@ -32,7 +32,8 @@ def adopt(job: Path, programs: Programs, vnodes: dict[str, str]) -> None:
         about = json.loads((job / _NOTE).read_text())
         if _ticks(about["pid"]) != about["ticks"]:
             raise ProcessLookupError
-        program = programs.begin(about["pid"], about["vnode"], about["command"], about["started"])
+        program = programs.begin(about["pid"], about["vnode"], about["command"], about["started"], job,
+                                 about.get("excache"))  # fmt: skip
     except (OSError, ValueError, ControlError):
         shutil.rmtree(job, ignore_errors=True)
         return

@@ -10,6 +10,7 @@ from typing import Any
 
 from guest_agents import control
 from guest_agents.config import AgentConfig
+from guest_agents.splitkernel.process import figures
 from guest_agents.splitkernel.process.belonging import Belonging
 from guest_agents.splitkernel.process.desk import Desk, Stock
 from guest_agents.splitkernel.process.memory import Lender
@@ -47,10 +48,14 @@ def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control
         return control.call((address, port), config.secret, op, **fields)
 
     def storage() -> dict[str, Any]:
-        counts = {name: Counter(vnode.counts) for name in sorted(config.peers("storage"))[:1]}
-        for blade, files in list(mounts.items()):
-            counts[blade] = counts.get(blade, Counter()) + Counter(files.counts)
-        return {blade: dict(sums) for blade, sums in counts.items()}
+        """By storage blade: requests of the kernel, what was asked for them by opcode, bytes."""
+        counts: dict[str, tuple[Counter[str], Counter[str]]] = {}
+        first = [(name, vnode) for name in sorted(config.peers("storage"))[:1]]
+        for blade, files in [*first, *mounts.items()]:
+            sums, by_opcode = counts.setdefault(blade, (Counter(), Counter()))
+            sums.update(files.counts)
+            by_opcode.update(files.tally.counts())
+        return {blade: {**sums, "by_opcode": dict(by_opcode)} for blade, (sums, by_opcode) in counts.items()}
 
     belonging = Belonging(config.name, config.holder, Roots(serve_blade).of, call)
     lender = Lender(config.name, config.secret, lambda: config.peers("memory"), port, config.node.introduction,
@@ -61,7 +66,7 @@ def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control
 
     def stats(request: control.Message) -> control.Message:
         del request
-        return {"programs": desk.programs, "storage": storage()}
+        return {"programs": desk.programs, "storage": storage(), "running": figures.running(belonging.programs)}
 
     def kill(request: control.Message) -> control.Message:
         belonging.kill(str(request["id"]), str(request["signal"]))

@@ -8,7 +8,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from guest_agents import control
@@ -32,6 +33,13 @@ class Program:
     ended: float | None = None
     exit_code: int | None = None
     """As a shell says it: 128 + n if signal n ended it. None while it runs, and if nobody saw its end."""
+    job: Path | None = None
+    """The folder with its counters."""
+    excache: int | None = None
+    """Bytes of its ExCache, as it was started with; each process that it starts has as much."""
+    clock: int = field(default_factory=time.monotonic_ns)
+    """When this agent heard of it and, 0 while it runs, of its end: on the clock of traces, which nobody sets."""
+    clock_ended: int = 0
 
 
 class Programs:
@@ -47,7 +55,10 @@ class Programs:
         self._programs: list[Program] = []
         self._lock = threading.Lock()
 
-    def begin(self, pid: int, vnode: str, command: str, started: float | None = None) -> Program:
+    def begin(
+        self, pid: int, vnode: str, command: str, started: float | None = None, job: Path | None = None,
+        excache: int | None = None,
+    ) -> Program:  # fmt: skip
         """Process `pid`, which its parent has not waited for yet, is a program. ControlError if there is none.
 
         started -- if that was not now
@@ -57,7 +68,8 @@ class Programs:
         except OSError as failure:
             raise control.ControlError(f"no process {pid}: {failure.strerror}", None) from failure
         shown = "".join(letter if letter.isprintable() else "?" for letter in command)
-        program = Program(pid, vnode, shown, time.time() if started is None else started, handle)
+        began = time.time() if started is None else started
+        program = Program(pid, vnode, shown, began, handle, job=job, excache=excache)
         with self._lock:
             self._programs.append(program)
         self._changed()
@@ -69,6 +81,7 @@ class Programs:
             if program.ended is not None:
                 return
             program.ended, program.exit_code = time.time(), exit_code
+            program.clock_ended = time.monotonic_ns()
             os.close(program.handle)
             ended = [other for other in self._programs if other.ended is not None]
             for old in ended[:-ENDED_KEPT]:
@@ -91,6 +104,11 @@ class Programs:
         """What the global process manager is told."""
         with self._lock:
             return [self._describe(program) for program in self._programs]
+
+    def running(self) -> dict[str, Program]:
+        """Those that run, by BLADE.PID."""
+        with self._lock:
+            return {self._id(program): program for program in self._programs if program.ended is None}
 
     def _id(self, program: Program) -> str:
         return f"{self._blade}.{program.pid}"

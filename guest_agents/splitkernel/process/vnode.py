@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from guest_agents.splitkernel.opcodes import Tally, storage_name
 from guest_agents.splitkernel.process import attic, fuse
 from guest_agents.splitkernel.process.attic import Attic
 from guest_agents.splitkernel.process.fuse import Call, Opcode
@@ -66,6 +67,7 @@ class Vnode:
         self._distrusted: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._fd = -1
         self.counts = {"requests": 0, "bytes_in": 0, "bytes_out": 0}
+        self.tally = Tally()
         answers: dict[Opcode, Answer] = {
             Opcode.INIT: lambda call: fuse.init_reply(call.body),
             Opcode.LOOKUP: self._lookup,
@@ -142,6 +144,7 @@ class Vnode:
         identity: int = 0, data: bytes | memoryview = b"",
     ) -> bytes:  # fmt: skip
         request = wire.encode(path, second, a, b, c, flags, identity)
+        self.tally.add(storage_name(op))
         reply = self._storage.call(op, request, data, lambda first, data: bytes(first) + bytes(data), flags)
         return reply or b""
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from guest_agents.splitkernel.opcodes import Tally, storage_name
 from guest_agents.splitkernel.storage import wire
 from guest_agents.splitkernel.storage.confine import check, identity_of, opened, parent
 from guest_agents.splitkernel.storage.kept import KeptFiles
@@ -34,6 +35,7 @@ class Files:
         self._naming = threading.Lock()
         """Held while a name is made or goes, so that a new file gets its owner before anybody finds it."""
         self.counts = {"requests": 0, "bytes_in": 0, "bytes_out": 0}
+        self.tally = Tally()
         self._answers: dict[int, Callable[[Request], bytes]] = {
             Op.GETATTR: self._getattr,
             Op.CREATE: self._create,
@@ -59,6 +61,7 @@ class Files:
         """One request of the RPC service; writes the reply into `out` and returns the lengths of its two parts."""
         request = wire.decode(first)
         self.counts["requests"] += 1
+        self.tally.add(storage_name(opcode))
         try:
             match opcode:
                 case Op.READ:

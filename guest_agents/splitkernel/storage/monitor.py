@@ -15,14 +15,15 @@ def handlers(config: AgentConfig) -> dict[str, control.Handler]:
     """Start the storage monitor of this blade; what it adds to the agent's control server."""
     files = Files(config.storage_root)
     rpc.offer(config.node, SERVICE, files.handle, slow={Op.FSYNC})
+    return {"storage.stats": lambda _request: stats(files)}
 
-    def stats(request: control.Message) -> control.Message:
-        del request
-        disk = files.statfs()
-        return {
-            **files.counts,
-            "bytes_total": disk.f_blocks * disk.f_frsize,
-            "bytes_free": disk.f_bavail * disk.f_frsize,
-        }
 
-    return {"storage.stats": stats}
+def stats(files: Files) -> control.Message:
+    """storage.stats: requests so far, in all and by opcode, and the room on the disk."""
+    disk = files.statfs()
+    return {
+        **files.counts,
+        "by_opcode": files.tally.counts(),
+        "bytes_total": disk.f_blocks * disk.f_frsize,
+        "bytes_free": disk.f_bavail * disk.f_frsize,
+    }
