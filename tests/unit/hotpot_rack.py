@@ -1,0 +1,74 @@
+"""Hotpot services on stand-in blades (lite_stack.py), and programs of it, which are processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from guest_agents import lite
+from guest_agents.hotpot.programs import Programs
+from guest_agents.hotpot.service import Service
+from tests.unit.lite_stack import stack
+
+PROJECT = Path(__file__).parents[2]
+SECONDS = 120
+_PREAMBLE = """
+import sys
+from guest_agents import hotpot
+session = hotpot.connect()
+"""
+
+
+@dataclass
+class Blade:
+    """A blade with its service."""
+
+    name: str
+    service: Service
+    socket: Path
+    folder: Path
+
+    def start(self, text: str, *words: Any) -> subprocess.Popen[str]:
+        """A Python program on this blade; it finds `hotpot`, `session`, and the words in sys.argv."""
+        return subprocess.Popen(
+            [sys.executable, "-c", _PREAMBLE + text, *map(str, words)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, cwd=PROJECT, env={**os.environ, "RACKLESS_HOTPOT": str(self.socket)},
+        )  # fmt: skip
+
+    def run(self, text: str, *words: Any) -> str:
+        """What such a program prints."""
+        return output(self.start(text, *words))
+
+
+def output(program: subprocess.Popen[str]) -> str:
+    """What it prints until it ends, which it must do well."""
+    try:
+        out, errors = program.communicate(timeout=SECONDS)
+    finally:
+        program.kill()
+    assert program.returncode == 0, errors
+    return out
+
+
+@contextmanager
+def rack(folder: Path, library: Path, *names: str) -> Iterator[dict[str, Blade]]:
+    """Blades by name, the first of which has the dispatcher."""
+    with stack(folder, library, *names) as sockets, ExitStack() as exits:
+        blades: dict[str, Blade] = {}
+        manager = 0
+        for name, path in sockets.items():
+            node = exits.enter_context(lite.connect(path))
+            manager = manager or node.node_id
+            service = Service(node, folder / f"media-{name}", manager)
+            exits.callback(service.close)
+            service.start()
+            programs = Programs(service, folder / f"{name}.hotpot").start()
+            exits.callback(programs.close)
+            blades[name] = Blade(name, service, folder / f"{name}.hotpot", folder / f"media-{name}")
+        yield blades
