@@ -80,8 +80,10 @@ class Cache:
         self._changed = threading.Condition()
 
     def close(self) -> None:
-        """Nobody has it mapped any more."""
-        os.close(self.file)
+        """Nobody has it mapped any more; news of it are for nobody."""
+        with self._changed:
+            self._pages.clear()
+            os.close(self.file)
 
     # Programs and their faults
 

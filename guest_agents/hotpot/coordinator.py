@@ -12,11 +12,12 @@ What this node intends is on its own media too, before anybody else knows of it.
 from __future__ import annotations
 
 import secrets
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from guest_agents.hotpot.errors import HotpotError, InDoubt, NodeLost, TooLarge
+from guest_agents.hotpot.errors import HotpotError, InDoubt, NodeLost, Retry, TooLarge
 from guest_agents.hotpot.log import Log, State
 from guest_agents.hotpot.messages import MAX_MESSAGE, PORT, Links, Message, pack
 from guest_agents.hotpot.owner import Change, encode
@@ -24,6 +25,7 @@ from guest_agents.hotpot.records import Record
 
 _HEADER_MOST = 48
 """Bytes of a page, or of a range, in a message's header."""
+_REDO_SECONDS = 30.0
 Groups = dict[int, tuple[Message, bytes]]
 """By owner, in order: what it is asked, and the bytes."""
 
@@ -70,14 +72,23 @@ class Coordinator:
     def _at_once(self, xid: int, groups: Groups) -> Outcome:
         bodies = [pack(header, payload) for header, payload in groups.values()]
         intent = self._intents.append(xid, State.COMMITTED, b"".join(bodies))
-        replies = self._links.call_all(((owner, "commit_now", *request) for owner, request in groups.items()), PORT)
-        done = [reply for reply in replies if not isinstance(reply, HotpotError)]
-        failures = [reply for reply in replies if isinstance(reply, HotpotError)]
-        if failures and (done or any(isinstance(failure, NodeLost) for failure in failures)):
-            raise InDoubt("; ".join(failure.message for failure in failures))  # the intent stays, for a recovery
+        done: list[Message] = []
+        waiting, deadline = groups, time.monotonic() + _REDO_SECONDS
+        while waiting:  # what an owner cannot do just now (its log is full), it is asked again
+            replies = self._links.call_all(
+                ((owner, "commit_now", *request) for owner, request in waiting.items()), PORT
+            )
+            failures = {owner: r for owner, r in zip(waiting, replies, strict=True) if isinstance(r, HotpotError)}
+            done += [reply for reply in replies if not isinstance(reply, HotpotError)]
+            waiting = {owner: groups[owner] for owner in failures}
+            late = time.monotonic() > deadline
+            for failure in failures.values():
+                if late or not isinstance(failure, Retry):
+                    if done or isinstance(failure, NodeLost):
+                        raise InDoubt(failure.message)  # the intent stays, for a recovery
+                    self._intents.drop(intent)
+                    raise failure
         self._intents.drop(intent)
-        if failures:
-            raise failures[0]
         return _outcome(done)
 
     def _three_phases(self, xid: int, groups: Groups) -> Outcome:

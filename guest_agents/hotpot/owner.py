@@ -154,7 +154,7 @@ class Owner:
     # Phase 1
 
     def prepare(self, dataset: int, xid: int, changes: list[Change], replicas: int) -> None:
-        """Lock the pages and log what is to become of them. Retry, TooFewNodes, TooLarge: nothing has changed."""
+        """Lock the pages and log what is to become of them. Retry, TooFewNodes, TooLarge, Corrupt: as if not asked."""
         home = self.home(dataset)
         place = self._begin(home, xid, changes, replicas, State.PREPARED)
         with self._lock:
@@ -209,6 +209,8 @@ class Owner:
                 if change.expected >= 0 and home.version(change.page) != change.expected:
                     self.counts["conflicts"] += 1
                     raise Retry("somebody committed a page since it was acquired")
+                if change.pieces:
+                    home.read(change.page)  # whether it can be: later would be too late to refuse
             if replicas > 1 and len(self._links.living()) < replicas:
                 raise TooFewNodes(f"{replicas} copies asked for")
             header, payload = encode(changes)

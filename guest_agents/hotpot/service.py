@@ -167,6 +167,10 @@ class Service:
             return self.owner.home(record.id).read(page)
         try:
             copy = self.copies.read(record.id, page)
+        except Corrupt:
+            log.error("the copy of page %d of %s on this node is corrupt; its home is used", page, record.name)
+            copy = None
+        try:
             return self._read(opened, record, page) if copy is None else copy
         except lite.LiteError as failure:
             raise NodeLost(f"page {page} of {record.name} cannot be fetched from node {owner}: {failure}") from None
