@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import subprocess
 import sys
@@ -72,3 +74,68 @@ def rack(folder: Path, library: Path, *names: str) -> Iterator[dict[str, Blade]]
             exits.callback(programs.close)
             blades[name] = Blade(name, service, folder / f"{name}.hotpot", folder / f"media-{name}")
         yield blades
+
+
+class Shell:
+    """A program that does line by line what it is told, so that several can take turns."""
+
+    _LOOP = """
+import ast, json, os
+names = {"session": session, "hotpot": hotpot, "os": os}
+for line in sys.stdin:
+    text = json.loads(line)
+    try:
+        try:
+            value = eval(compile(text, "<told>", "eval"), names)
+        except SyntaxError:
+            value = exec(compile(text, "<told>", "exec"), names)
+        answer = ["value", repr(value)]
+    except hotpot.HotpotError as failure:
+        answer = ["error", type(failure).__name__ + ": " + str(failure)]
+    except Exception as failure:
+        answer = ["failed", repr(failure)]
+    print(json.dumps(answer), flush=True)
+"""
+
+    def __init__(self, blade: Blade) -> None:
+        self.process = blade.start(self._LOOP)
+
+    def do(self, text: str) -> Any:
+        """The value of an expression, or None of statements. AssertionError if it raises."""
+        kind, value = self._tell(text)
+        assert kind == "value", value
+        return ast.literal_eval(value)
+
+    def refused(self, text: str) -> str:
+        """Name and text of the error of Hotpot that it raises."""
+        kind, value = self._tell(text)
+        assert kind == "error", value
+        return value
+
+    def close(self) -> None:
+        """End it."""
+        self.process.communicate(timeout=SECONDS)
+
+    def _tell(self, text: str) -> tuple[str, str]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(text) + "\n")
+        self.process.stdin.flush()
+        kind, value = json.loads(self.process.stdout.readline())
+        return kind, value
+
+
+@contextmanager
+def shells(*blades: Blade) -> Iterator[list[Shell]]:
+    """A shell on each of these, of which some may be the same."""
+    made: list[Shell] = []
+    try:
+        for blade in blades:
+            made.append(Shell(blade))
+        yield made
+        for shell in made:
+            shell.close()
+    finally:
+        for shell in made:
+            shell.process.kill()
+            shell.process.wait()
