@@ -65,9 +65,8 @@ class DataNode:
                 store.media.reserve(page * STRIDE, STRIDE)
             for page, copy in pages:
                 store.media.write(page * STRIDE, blocks.seal(copy))
-            for page, _copy in pages:
-                store.media.persist(page * STRIDE, STRIDE)
-                store.held.add(page)
+            store.media.persist_all((page * STRIDE, STRIDE) for page, _copy in pages)
+            store.held |= {page for page, _copy in pages}
         return self._update(_source, header, payload)
 
     def _update(self, _source: int, header: Message, payload: memoryview) -> Message:

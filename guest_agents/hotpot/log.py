@@ -63,12 +63,16 @@ class Log:
 
     def set_state(self, place: int, state: State) -> None:
         """Change a record's state, persistently."""
-        self._media.write(place + _STATE_AT, _STATE.pack(state))
+        self._write_state(place, state)
         self._media.persist(place, _HEADER.size)
 
+    def _write_state(self, place: int, state: State) -> None:
+        self._media.write(place + _STATE_AT, _STATE.pack(state))
+
     def drop(self, place: int) -> None:
-        """The record is not needed any more."""
-        self.set_state(place, State.DROPPED)
+        """The record is not needed any more. That need not survive: undoing it, or redoing it on pages that have its
+        versions already, changes nothing."""
+        self._write_state(place, State.DROPPED)
         with self._lock:
             self._extents.free(place)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from guest_agents.hotpot.errors import NoSpace
@@ -24,7 +26,8 @@ class Media:
         self.size = size
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(self._file, size)
+            with self._room_for(size):
+                os.ftruncate(self._file, size)
             if reserve:
                 self.reserve(0, size)
             self._map = mmap.mmap(self._file, size)
@@ -35,12 +38,8 @@ class Media:
 
     def reserve(self, offset: int, length: int) -> None:
         """Take the space of a range; without it, a store could find the device full, which is a SIGBUS. NoSpace."""
-        try:
+        with self._room_for(length):
             os.posix_fallocate(self._file, offset, length)
-        except OSError as failure:
-            if failure.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            raise NoSpace(f"{length} bytes for {self.path.name}: {failure.strerror}") from None
 
     def read(self, offset: int, length: int) -> bytes:
         """What was last written."""
@@ -54,6 +53,27 @@ class Media:
         """Returns when a range survives a crash."""
         start = offset // mmap.PAGESIZE * mmap.PAGESIZE
         self._map.flush(start, offset + length - start)
+
+    def persist_all(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """The same for several (offset, length), in any order; neighbours are persisted together."""
+        start = end = 0
+        for offset, length in sorted(ranges):
+            if offset > end:
+                if end > start:
+                    self.persist(start, end - start)
+                start = offset
+            end = offset + length
+        if end > start:
+            self.persist(start, end - start)
+
+    @contextmanager
+    def _room_for(self, length: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as failure:
+            if failure.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise NoSpace(f"{length} bytes for {self.path.name}: {failure.strerror}") from None
 
     def close(self) -> None:
         """Unmap; the file stays."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,7 @@ class Home:
         sealed = [(self.record.slot(page) * STRIDE, blocks.seal(copy)) for page, copy in pages.items()]
         for place, block in sealed:
             self.media.write(place, block)
-        for place, _ in sealed:
-            self.media.persist(place, STRIDE)
+        self.media.persist_all((place, STRIDE) for place, _ in sealed)
         for start in range(0, len(sealed), _BATCH):
             self.memory.scatter(sealed[start : start + _BATCH])
 
@@ -205,15 +204,17 @@ class Owner:
                 raise Retry("a page is in another commit")
             home.locks |= {change.page: xid for change in changes}
         try:
+            based = []
             for change in changes:
-                if change.expected >= 0 and home.version(change.page) != change.expected:
+                based.append(replace(change, expected=home.version(change.page)))
+                if change.expected not in (-1, based[-1].expected):
                     self.counts["conflicts"] += 1
                     raise Retry("somebody committed a page since it was acquired")
                 if change.pieces:
                     home.read(change.page)  # whether it can be: later would be too late to refuse
             if replicas > 1 and len(self._links.living()) < replicas:
                 raise TooFewNodes(f"{replicas} copies asked for")
-            header, payload = encode(changes)
+            header, payload = encode(based)
             return self._log.append(xid, state, pack({"dataset": record.id, "pages": header}, payload))
         except BaseException:
             self._unlock(home, changes)

@@ -232,16 +232,16 @@ class Programs:
         self._service.discard(request["dataset"], request["areas"])
 
     def _dataset(self, program: _Program, request: Message) -> _Dataset:
-        try:
-            return program.datasets[request["dataset"]]
-        except KeyError:
-            raise NotMapped("this program does not have the dataset open") from None
+        dataset = program.datasets.get(request["dataset"])
+        if dataset is None:
+            raise NotMapped("this program does not have the dataset open")
+        return dataset
 
     def _transaction(self, program: _Program, request: Message) -> Transaction:
-        try:
-            return program.transactions[request["xid"]]
-        except KeyError:
-            raise NoSuchTransaction from None
+        transaction = program.transactions.get(request["xid"])
+        if transaction is None:
+            raise NoSuchTransaction
+        return transaction
 
 
 def _replicas(request: Message) -> int:
