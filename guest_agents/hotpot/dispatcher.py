@@ -9,6 +9,7 @@ import json
 import os
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,9 +28,13 @@ from guest_agents.hotpot.records import ALIGN, MAX_NAME, MODES, REGION, REGION_B
 
 
 class Dispatcher:
-    """All datasets of the rack; the book of them is a file in `folder`."""
+    """All datasets of the rack; the book of them is a file in `folder`.
 
-    def __init__(self, links: Links, folder: Path) -> None:
+    gather -- called before a dataset is made, with the nodes that have registered: let the others do it too
+    """
+
+    def __init__(self, links: Links, folder: Path, gather: Callable[[set[int]], None]) -> None:
+        self._gather = gather
         self._links = links
         self._book = folder / "datasets.json"
         self._datasets: dict[str, Record] = {}
@@ -53,6 +58,9 @@ class Dispatcher:
 
     def _create(self, _source: int, header: Message, _payload: memoryview) -> Message:
         """Make a dataset and its homes. DatasetExists, NoSpace, BadArgument, NodeLost."""
+        with self._lock:
+            nodes = set(self._nodes)
+        self._gather(nodes)
         with self._lock:
             record = self._plan(header)
             made: list[int] = []

@@ -14,6 +14,7 @@ import signal
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,13 +82,18 @@ class _Program:
 
 
 class Programs:
-    """The socket at `path`."""
+    """The socket at `path`.
 
-    def __init__(self, service: Service, path: Path) -> None:
+    service -- gives the service, when the first program asks for it; what it raises is that program's answer
+    """
+
+    def __init__(self, service: Callable[[], Service], path: Path) -> None:
         path.unlink(missing_ok=True)
-        self._service = service
+        self._begin = service
+        self._begun: Service | None = None
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.bind(str(path))
+        path.chmod(0o666)  # for all programs of the blade, as LITE
         self._socket.listen(64)
 
     def start(self) -> Programs:
@@ -157,6 +163,12 @@ class Programs:
             dataset.faults.close()
         self._service.close_dataset(number)
 
+    @property
+    def _service(self) -> Service:
+        if self._begun is None:
+            raise BadArgument("a program says hello first")
+        return self._begun
+
     # What programs ask for
 
     def _do_hello(self, program: _Program, request: Message, *_: Any) -> Message:
@@ -164,6 +176,7 @@ class Programs:
             raise VersionMismatch(f"the program has {request['settings']}, the service {SETTINGS}")
         if program.pid == os.getpid():
             raise BadArgument("the process of the service itself cannot be a program of it")
+        self._begun = self._begin()
         return {"name": self._service.node.name, "node_id": self._service.node.node_id}
 
     def _do_create(self, _program: _Program, request: Message, *_: Any) -> Message:

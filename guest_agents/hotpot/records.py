@@ -83,9 +83,12 @@ class Piece(NamedTuple):
 
 def check_areas(record: Record, areas: Iterable[Sequence[int]]) -> list[Area]:
     """The areas, sorted. NotMapped, Overlap, BadArgument."""
-    sorted_areas = sorted((offset, length) for offset, length in areas)
-    if not sorted_areas:
+    given = list(areas)
+    if not given:
         raise BadArgument("no range is given")
+    if not all(len(area) == 2 and all(type(number) is int for number in area) for area in given):
+        raise BadArgument("a range is an offset and a length")
+    sorted_areas = sorted((offset, length) for offset, length in given)
     end = 0
     for offset, length in sorted_areas:
         if length <= 0:

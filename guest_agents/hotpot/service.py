@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,7 @@ from guest_agents.hotpot.messages import LEAF, PORT, Links, Message
 from guest_agents.hotpot.owner import Change, Owner, memory_name
 from guest_agents.hotpot.records import SETTINGS, Area, Record, by_page, check_areas
 
-LOG_BYTES = 8 << 20
+LOG_BYTES = 4 << 20
 _TORN_SECONDS = 10.0
 _REGISTER_SECONDS = 60.0
 _REGISTER_EVERY = 0.1
@@ -71,9 +71,12 @@ class Service:
 
     folder -- where its media are; must be empty (OldMedia)
     manager -- node id of the blade that has the dispatcher
+    gather -- on the manager: lets nodes that have not registered do so (dispatcher.py)
     """
 
-    def __init__(self, node: lite.Node, folder: Path, manager: int) -> None:
+    def __init__(
+        self, node: lite.Node, folder: Path, manager: int, gather: Callable[[set[int]], None] = lambda _known: None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if old := sorted(path.name for path in folder.iterdir()):
             raise OldMedia(f"{folder} has {', '.join(old[:4])}{' ...' if old[4:] else ''}")
@@ -90,7 +93,7 @@ class Service:
         self.counts = {"commits": 0, "retries": 0, "aborts": 0}
         ours, leaf = self.owner.handlers(), {**self.owner.leaf_handlers(), **self.copies.handlers()}
         if node.node_id == manager:
-            ours |= Dispatcher(self.links, folder).handlers()
+            ours |= Dispatcher(self.links, folder, gather).handlers()
             leaf |= Master().handlers()
         ours["stat"] = lambda _source, _header, _payload: self.stat()
         self.links.handlers = {PORT: ours, LEAF: leaf}

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,10 @@ session = hotpot.connect()
 
 
 @dataclass
-class Blade:
-    """A blade with its service."""
+class Place:
+    """Where programs of Hotpot can run: a socket of its service."""
 
-    name: str
-    service: Service
     socket: Path
-    folder: Path
 
     def start(self, text: str, *words: Any) -> subprocess.Popen[str]:
         """A Python program on this blade; it finds `hotpot`, `session`, and the words in sys.argv."""
@@ -46,6 +44,14 @@ class Blade:
     def run(self, text: str, *words: Any) -> str:
         """What such a program prints."""
         return output(self.start(text, *words))
+
+
+@dataclass
+class Blade(Place):
+    """A blade with its service, and where the service's media are."""
+
+    service: Service
+    folder: Path
 
 
 def output(program: subprocess.Popen[str]) -> str:
@@ -64,16 +70,21 @@ def rack(folder: Path, library: Path, *names: str) -> Iterator[dict[str, Blade]]
     with stack(folder, library, *names) as sockets, ExitStack() as exits:
         blades: dict[str, Blade] = {}
         manager = 0
-        for name, path in sockets.items():
-            node = exits.enter_context(lite.connect(path))
+        for name, lite_socket in sockets.items():
+            node = exits.enter_context(lite.connect(lite_socket))
             manager = manager or node.node_id
             service = Service(node, folder / f"media-{name}", manager)
             exits.callback(service.close)
             service.start()
-            programs = Programs(service, folder / f"{name}.hotpot").start()
+            path = folder / f"{name}.hotpot"
+            programs = Programs(partial(_given, service), path).start()
             exits.callback(programs.close)
-            blades[name] = Blade(name, service, folder / f"{name}.hotpot", folder / f"media-{name}")
+            blades[name] = Blade(path, service, folder / f"media-{name}")
         yield blades
+
+
+def _given(service: Service) -> Service:
+    return service
 
 
 class Shell:
@@ -97,7 +108,7 @@ for line in sys.stdin:
     print(json.dumps(answer), flush=True)
 """
 
-    def __init__(self, blade: Blade) -> None:
+    def __init__(self, blade: Place) -> None:
         self.process = blade.start(self._LOOP)
 
     def do(self, text: str) -> Any:
@@ -126,7 +137,7 @@ for line in sys.stdin:
 
 
 @contextmanager
-def shells(*blades: Blade) -> Iterator[list[Shell]]:
+def shells(*blades: Place) -> Iterator[list[Shell]]:
     """A shell on each of these, of which some may be the same."""
     made: list[Shell] = []
     try:
