@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from guest_agents.hotpot.blocks import PAGE
 from guest_agents.hotpot.errors import (
@@ -130,10 +131,14 @@ class Dispatcher:
             with suppress(HotpotError):
                 self._links.call(node, op, {"dataset": record.id}, port=LEAF)
 
-    def _list(self, _source: int, _header: Message, _payload: memoryview) -> Message:
+    def datasets(self) -> list[dict[str, Any]]:
+        """All of them: the fields of their records, owners once each, and the nodes that have them open."""
         with self._lock:
-            return {"datasets": [{**r.to_json(), "owners": sorted(set(r.owners)), "open": sorted(self._open[r.id])}
-                                 for r in self._datasets.values()]}  # fmt: skip
+            return [{**record.to_json(), "owners": sorted(set(record.owners)), "open": sorted(self._open[record.id])}
+                    for record in self._datasets.values()]  # fmt: skip
+
+    def _list(self, _source: int, _header: Message, _payload: memoryview) -> Message:
+        return {"datasets": self.datasets()}
 
     def _open_asked(self, source: int, header: Message, _payload: memoryview) -> Message:
         with self._lock:

@@ -200,7 +200,7 @@ class Owner:
                 raise BadArgument(f"page {change.page} of {record.name} is not this node's")
         with self._lock:
             if any(home.locks.get(change.page, xid) != xid for change in changes):
-                self.counts["conflicts"] += 1
+                self.counts["owner_conflicts"] += 1
                 raise Retry("a page is in another commit")
             home.locks |= {change.page: xid for change in changes}
         try:
@@ -208,7 +208,7 @@ class Owner:
             for change in changes:
                 based.append(replace(change, expected=home.version(change.page)))
                 if change.expected not in (-1, based[-1].expected):
-                    self.counts["conflicts"] += 1
+                    self.counts["owner_conflicts"] += 1
                     raise Retry("somebody committed a page since it was acquired")
                 if change.pieces:
                     home.read(change.page)  # whether it can be: later would be too late to refuse
@@ -229,7 +229,7 @@ class Owner:
         copies = self._replicate(home, fresh, replicas)
         home.write(fresh)
         self._tell(home, fresh)
-        self.counts["commits"] += 1
+        self.counts["owner_commits"] += 1
         return {"versions": [[page, copy.version] for page, copy in fresh.items()], "copies": copies}
 
     def _end(self, home: Home, xid: int, changes: list[Change], place: int) -> None:
@@ -254,7 +254,7 @@ class Owner:
             lost = self._send(home, "replica", by_node)
             for page, nodes in wanted.items():
                 home.copies[page] = (home.copies[page] | nodes) - lost
-            self.counts["replicated"] += sum(len(pages) for node, pages in by_node.items() if node not in lost)
+            self.counts["copies_sent"] += sum(len(pages) for node, pages in by_node.items() if node not in lost)
             others -= lost
             wanted = {page: self._more(home, page, replicas, others) for page in fresh}
             if not lost or not any(wanted.values()):

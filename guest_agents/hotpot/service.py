@@ -91,9 +91,11 @@ class Service:
         self._opened: dict[int, Opened] = {}
         self._opening = threading.Lock()
         self.counts = {"commits": 0, "retries": 0, "aborts": 0}
+        self._dispatcher: Dispatcher | None = None
         ours, leaf = self.owner.handlers(), {**self.owner.leaf_handlers(), **self.copies.handlers()}
         if node.node_id == manager:
-            ours |= Dispatcher(self.links, folder, gather).handlers()
+            self._dispatcher = Dispatcher(self.links, folder, gather)
+            ours |= self._dispatcher.handlers()
             leaf |= Master().handlers()
         ours["stat"] = lambda _source, _header, _payload: self.stat()
         self.links.handlers = {PORT: ours, LEAF: leaf}
@@ -288,7 +290,8 @@ class Service:
     # Observation
 
     def stat(self) -> Message:
-        """What this node has and does: by dataset the pages it owns, caches and keeps copies of; counts since start."""
+        """What this node has and does: by dataset the pages it owns, caches and keeps copies of; counts since start.
+        On the manager also `all_datasets`."""
         homes = {home.record.id: home for home in self.owner.homes()}
         datasets = {}
         with self._opening:
@@ -306,7 +309,9 @@ class Service:
                 "copies": len(self.copies.held(number)),
                 "counts": {} if cache is None else cache.counts,
             }
-        return {"node": self.node.name, "datasets": datasets, "counts": {**self.counts, **self.owner.counts},
+        mine = {} if self._dispatcher is None else {"all_datasets": self._dispatcher.datasets()}
+        return {"node": self.node.name, "node_id": self.node.node_id, "datasets": datasets, **mine,
+                "counts": {**self.counts, **self.owner.counts},
                 "log_used": self._log.used, "intents_used": self._intents.used}  # fmt: skip
 
 

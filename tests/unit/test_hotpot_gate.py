@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from guest_agents import control
 from guest_agents.hotpot.gate import Gate
+from orchestrator import agents
+from orchestrator.cli import hotpot as cli
 from tests.unit import lite_pair
 from tests.unit.hotpot_rack import Place, shells
 from tests.unit.lite_blades import SECRET, Rack
@@ -66,3 +73,47 @@ def test_where_media_are_old_it_says_so_to_programs(gates: Gates, tmp_path: Path
         shell.do("d = session.create('set', 3 * 4096, chunk=4096)")
         assert shell.do("session.datasets()[0]['owners']") == [1, 3]
         shell.do("d.close()")
+
+
+def command(rack: Rack, monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
+    """What `rackless hotpot ...` does."""
+    specs = {name: SimpleNamespace(mgmt_address=blade.address) for name, blade in rack.blades.items()}
+    paths = SimpleNamespace(
+        settings=SimpleNamespace(status_seconds=5.0), blade=lambda name: SimpleNamespace(console=Path(name))
+    )
+    current = SimpleNamespace(
+        paths=paths, select=lambda names: {name: specs[name] for name in names} if names else specs
+    )
+    monkeypatch.setattr(cli, "current_rack", lambda _rack: current)
+    monkeypatch.setattr(agents, "client", lambda _paths, address, timeout: control.ControlClient(
+        (address, rack.port), SECRET, timeout))  # fmt: skip
+    app = typer.Typer()
+    cli.register(app)
+    done = CliRunner().invoke(app, ["hotpot", *words], catch_exceptions=False)
+    assert done.exit_code == 0
+    return done
+
+
+def test_the_command_shows_what_blades_have(
+    rack: Rack, gates: Gates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = command(rack, monkeypatch, "stat").stdout.splitlines()[1:]
+    assert [row.split()[1:] for row in rows] == [["-"] * 14] * 3
+    assert json.loads(command(rack, monkeypatch, "list", "--json").stdout) == []
+    with shells(Place(tmp_path / "mb0.hotpot")) as [shell]:
+        shell.do("d = session.create('set', 3 * 4096, chunk=4096)")
+        shell.do("d.memory[0] = d.memory[8192] = 7\nd.commit((8192, 1), replicas=3)")
+        head, *rows = (line.split() for line in command(rack, monkeypatch, "stat", "mb0", "mb1").stdout.splitlines())
+        mb0, mb1 = (dict(zip(head, row, strict=False)) for row in rows)
+        assert [mb0[name] for name in ("dataset", "dirty", "committed", "fetches", "cow", "commits", "retries")] == [
+            "set", "1", "1", "2", "2", "1", "0"]  # fmt: skip
+        shown = [mb1[name] for name in ("dataset", "dirty", "committed", "faults", "commits")]
+        assert shown == ["set", "0", "0", "-", "0"]
+        [listed] = json.loads(command(rack, monkeypatch, "list", "--json").stdout)
+        assert (listed["name"], listed["owners"], listed["open"]) == ("set", ["gm0", "mb0", "mb1"], ["mb0"])
+        assert "gm0 mb0 mb1" in command(rack, monkeypatch, "list").stdout
+        shell.do("d.close()")
+    rack["mb1"].kill()
+    done = command(rack, monkeypatch, "stat")
+    assert done.stderr.startswith("mb1: ")
+    assert done.stdout.splitlines()[-1].split()[0] == "mb1"
