@@ -42,26 +42,34 @@ class Dispatcher:
         self._nodes: set[int] = set()
         self._open: dict[int, set[int]] = defaultdict(set)
         self._next = 1
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self._joining = threading.Lock()
 
     def handlers(self) -> dict[str, Handler]:
         """What nodes may ask, on PORT."""
-        return {"register": self._register, "create": self._create, "delete": self._delete, "list": self._list,
-                "open": self._open_asked, "close": self._close}  # fmt: skip
+        return {"create": self._create, "delete": self._delete, "list": self._list, "open": self._open_asked,
+                "close": self._close}  # fmt: skip
+
+    def leaf_handlers(self) -> dict[str, Handler]:
+        """What nodes may ask, on LEAF: somebody's `create` may be waiting for it."""
+        return {"register": self._register}
 
     def _register(self, source: int, header: Message, _payload: memoryview) -> Message:
         """A node can own chunks from now on."""
         if header["settings"] != SETTINGS:
             raise VersionMismatch(f"node {source} has {header['settings']}, the manager {SETTINGS}")
-        with self._lock:
+        with self._joining:
             self._nodes.add(source)
         return {}
 
+    def nodes(self) -> set[int]:
+        """Those that have registered."""
+        with self._joining:
+            return set(self._nodes)
+
     def _create(self, _source: int, header: Message, _payload: memoryview) -> Message:
         """Make a dataset and its homes. DatasetExists, NoSpace, BadArgument, NodeLost."""
-        with self._lock:
-            nodes = set(self._nodes)
-        self._gather(nodes)
+        self._gather(self.nodes())
         with self._lock:
             record = self._plan(header)
             made: list[int] = []
@@ -95,8 +103,9 @@ class Dispatcher:
         if chunks * 24 > MAX_REPLY:
             raise BadArgument(f"{chunks} chunks of {chunk} bytes", hint="make the chunks larger")
         living = self._links.living()
-        nodes = [node for node in header.get("owners") or sorted(self._nodes) if node in living]
-        if unknown := set(nodes) - self._nodes:
+        able = self.nodes()
+        nodes = [node for node in header.get("owners") or sorted(able) if node in living]
+        if unknown := set(nodes) - able:
             raise BadArgument(f"no Hotpot on nodes {sorted(unknown)}")
         if not nodes:
             raise NoSpace("no node can own chunks")
@@ -123,7 +132,7 @@ class Dispatcher:
             del self._datasets[record.name]
             self._save()
             self._drop(record, "home_drop", sorted(set(record.owners)))
-            self._drop(record, "replicas_drop", sorted(self._nodes))
+            self._drop(record, "replicas_drop", sorted(self.nodes()))
         return {}
 
     def _drop(self, record: Record, op: str, nodes: list[int]) -> None:

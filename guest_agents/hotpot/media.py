@@ -46,7 +46,7 @@ class Media:
         return self._map[offset : offset + length]
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Store; it may or may not survive a crash until `persist`."""
+        """Store; it may or may not survive a crash until `persist`. Other threads read all of it or nothing."""
         self._map[offset : offset + len(data)] = data
 
     def persist(self, offset: int, length: int) -> None:

@@ -264,7 +264,7 @@ class Owner:
         """Nodes for copies of a page that are still missing: those that cache its chunk first, then the next ones."""
         have, me = home.copies[page], self._links.node.node_id
         missing = max(0, replicas - 1 - len(have))
-        caching = home.caching[page // home.record.chunk_pages]
+        caching = home.caching.get(page // home.record.chunk_pages, set())
         return set(sorted(others - have, key=lambda node: (node not in caching, node < me, node))[:missing])
 
     def _tell(self, home: Home, fresh: dict[int, Copy]) -> None:
@@ -272,7 +272,7 @@ class Owner:
         by_node: dict[int, dict[int, Copy]] = defaultdict(dict)
         for page, copy in fresh.items():
             with self._lock:
-                nodes = home.caching[page // home.record.chunk_pages] - home.copies[page]
+                nodes = home.caching.get(page // home.record.chunk_pages, set()) - home.copies[page]
             for node in nodes:
                 by_node[node][page] = copy
         lost = self._send(home, "update", by_node)

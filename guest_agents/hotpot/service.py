@@ -96,7 +96,7 @@ class Service:
         if node.node_id == manager:
             self._dispatcher = Dispatcher(self.links, folder, gather)
             ours |= self._dispatcher.handlers()
-            leaf |= Master().handlers()
+            leaf |= {**self._dispatcher.leaf_handlers(), **Master().handlers()}
         ours["stat"] = lambda _source, _header, _payload: self.stat()
         self.links.handlers = {PORT: ours, LEAF: leaf}
 
@@ -106,7 +106,7 @@ class Service:
         deadline = time.monotonic() + _REGISTER_SECONDS
         while True:
             try:
-                self.dispatcher("register", settings=SETTINGS)
+                self.links.call(self.manager, "register", {"settings": SETTINGS}, port=LEAF)
             except NodeLost:  # its service may be about to start
                 if time.monotonic() > deadline:
                     raise

@@ -1,7 +1,8 @@
 """A program of the random tests: transactions on shared cells, and plain stores to bytes of its own beside others'.
 
-    python -m tests.unit.hotpot_writer DATASET CELLS SLOT SEED TRANSACTIONS REPLICAS
+    python -m tests.unit.hotpot_writer DATASET CELLS SLOT SEED TRANSACTIONS REPLICAS REOPEN
 
+Every REOPEN transactions it closes the dataset and opens it again, so that it has to fetch what others are committing.
 It prints what hotpot_history.attempts_of reads, and at its end `slot COUNT`.
 """
 
@@ -49,13 +50,17 @@ def transact(dataset: hotpot.Dataset, cells: list[int], replicas: int, number: i
 
 def main() -> None:
     """Run."""
-    name, cells, slot, seed, count, replicas = sys.argv[1], *map(int, sys.argv[2:])
+    name, cells, slot, seed, count, replicas, reopen = sys.argv[1], *map(int, sys.argv[2:])
     rand = random.Random(seed)
     session = hotpot.connect()
     dataset = session.open(name)
     place = cells * STRIDE // PAGE * PAGE + PAGE + slot * SLOT
     mine = 0
-    for _ in range(count):
+    for turn in range(1, count + 1):
+        if turn % reopen == 0:
+            dataset.close()
+            dataset = session.open(name)
+            assert int.from_bytes(dataset.memory[place : place + 8], "little") == mine
         wanted = sorted(rand.sample(range(cells), rand.randint(1, 4)))
         number = rand.getrandbits(48) | 1
         with suppress(hotpot.Retry):

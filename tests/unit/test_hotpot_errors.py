@@ -185,7 +185,7 @@ def test_services_refuse_nonsense(blades: Rack) -> None:
         for port in (60, 61):
             reply, _ = unpack(node.call("gm0", port, message))
             assert reply["error"] == "BadArgument"
-    reply, _ = unpack(node.call("gm0", 60, pack({"op": "register", "settings": {}})))
+    reply, _ = unpack(node.call("gm0", 61, pack({"op": "register", "settings": {}})))
     assert reply["error"] == "VersionMismatch"
     assert isinstance(node, lite.Node)
 

@@ -113,7 +113,7 @@ def test_the_command_shows_what_blades_have(
         assert (listed["name"], listed["owners"], listed["open"]) == ("set", ["gm0", "mb0", "mb1"], ["mb0"])
         assert "gm0 mb0 mb1" in command(rack, monkeypatch, "list").stdout
         shell.do("d.close()")
-    rack["mb1"].kill()
+    rack["mb1"].server.kill()
     done = command(rack, monkeypatch, "stat")
     assert done.stderr.startswith("mb1: ")
     assert done.stdout.splitlines()[-1].split()[0] == "mb1"

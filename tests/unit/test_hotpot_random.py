@@ -94,7 +94,7 @@ def judge(blades: Rack, name: str, said: list[str]) -> list[Attempt]:
 @pytest.mark.parametrize("seed", range(3))
 def test_random_transactions(blades: Rack, mode: str, seed: int) -> None:
     name, _size = make(blades, mode)
-    writers = [writer(blades[node], name, CELLS, slot, seed * 100 + slot, 60, 3)
+    writers = [writer(blades[node], name, CELLS, slot, seed * 100 + slot, 60, 3, 3 if node == "mb2" else 61)
                for slot, node in enumerate(("gm0", "mb0", "mb0", "mb1", "mb2"))]  # fmt: skip
     said = []
     for program in writers:
@@ -121,7 +121,9 @@ def test_programs_that_are_killed_leave_nothing_half_done(blades: Rack, mode: st
     keeper.stdout.readline()
     said: list[str] = []
     nodes = ("gm0", "mb0", "mb1", "mb1")
-    slots = [(slot, writer(blades[node], name, CELLS, slot, slot, 10_000, 3)) for slot, node in enumerate(nodes)]
+    slots = [
+        (slot, writer(blades[node], name, CELLS, slot, slot, 10_000, 3, 10_001)) for slot, node in enumerate(nodes)
+    ]
     for round_ in range(12):
         time.sleep(rand.uniform(0.2, 0.8))
         index = rand.randrange(len(slots))
@@ -129,7 +131,7 @@ def test_programs_that_are_killed_leave_nothing_half_done(blades: Rack, mode: st
         program.kill()
         said.append(program.communicate(timeout=SECONDS)[0])
         # Its stores to the page of slots stay, as those of a thread would; another slot is not held up by them.
-        slots[index] = (slot, writer(blades[nodes[slot]], name, CELLS, slot, 1000 + round_, 10_000, 3))
+        slots[index] = (slot, writer(blades[nodes[slot]], name, CELLS, slot, 1000 + round_, 10_000, 3, 10_001))
     for _, program in slots:
         program.kill()
         said.append(program.communicate(timeout=SECONDS)[0])
