@@ -87,8 +87,7 @@ class Links:
         for number, threads in _THREADS.items():
             port = self.node.register(number, MAX_MESSAGE)
             self._ports.append(port)
-            thread = threading.Thread(target=port.serve, args=(self._handle, threads), name=f"hotpot {number}",
-                                      daemon=True)  # fmt: skip
+            thread = threading.Thread(target=self._serve, args=(port, threads), name=f"hotpot {number}", daemon=True)
             thread.start()
             self._threads.append(thread)
 
@@ -140,6 +139,12 @@ class Links:
     def living(self) -> set[int]:
         """Nodes that LITE takes for alive."""
         return {member.node_id for member in self.node.nodes() if member.alive}
+
+    def _serve(self, port: lite.Port, threads: int) -> None:
+        try:
+            port.serve(self._handle, threads)
+        except lite.LiteError as failure:
+            log.error("Hotpot does not serve port %d any more: %s", port.number, failure)
 
     def _handle(self, request: lite.Request) -> bytes:
         def answer() -> Message:

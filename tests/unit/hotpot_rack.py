@@ -125,7 +125,8 @@ for line in sys.stdin:
 
     def close(self) -> None:
         """End it."""
-        self.process.communicate(timeout=SECONDS)
+        if self.process.poll() is None:
+            self.process.communicate(timeout=SECONDS)
 
     def _tell(self, text: str) -> tuple[str, str]:
         assert self.process.stdin is not None
