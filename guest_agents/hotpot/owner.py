@@ -113,6 +113,7 @@ class _Prepared:
     changes: list[Change]
     place: int
     replicas: int
+    writer: int
     busy: bool = False
 
 
@@ -152,12 +153,12 @@ class Owner:
 
     # Phase 1
 
-    def prepare(self, dataset: int, xid: int, changes: list[Change], replicas: int) -> None:
+    def prepare(self, dataset: int, xid: int, changes: list[Change], replicas: int, writer: int) -> None:
         """Lock the pages and log what is to become of them. Retry, TooFewNodes, TooLarge, Corrupt: as if not asked."""
         home = self.home(dataset)
         place = self._begin(home, xid, changes, replicas, State.PREPARED)
         with self._lock:
-            self._prepared[xid] = _Prepared(home, changes, place, replicas)
+            self._prepared[xid] = _Prepared(home, changes, place, replicas, writer)
 
     # Phase 2
 
@@ -169,7 +170,7 @@ class Owner:
                 raise NoSuchTransaction(f"transaction {xid:x} is not prepared here")
             prepared.busy = True
         self._log.set_state(prepared.place, State.COMMITTED)
-        return self._carry_out(prepared.home, prepared.changes, prepared.replicas)
+        return self._carry_out(prepared.home, prepared.changes, prepared.replicas, prepared.writer)
 
     # Phase 3
 
@@ -182,12 +183,12 @@ class Owner:
 
     # All at once: there is no other owner whose vote counts, or the pages are the writer's alone (MRSW)
 
-    def commit_now(self, dataset: int, xid: int, changes: list[Change], replicas: int) -> Message:
+    def commit_now(self, dataset: int, xid: int, changes: list[Change], replicas: int, writer: int) -> Message:
         """Log, copy, write home, unlock."""
         home = self.home(dataset)
         place = self._begin(home, xid, changes, replicas, State.COMMITTED)
         try:
-            return self._carry_out(home, changes, replicas)
+            return self._carry_out(home, changes, replicas, writer)
         finally:
             self._end(home, xid, changes, place)
 
@@ -195,6 +196,7 @@ class Owner:
 
     def _begin(self, home: Home, xid: int, changes: list[Change], replicas: int, state: State) -> int:
         me, record = self._links.node.node_id, home.record
+        pages = [change.page for change in changes]
         for change in changes:
             if not 0 <= change.page < record.pages or record.owner(change.page) != me:
                 raise BadArgument(f"page {change.page} of {record.name} is not this node's")
@@ -212,7 +214,7 @@ class Owner:
                     raise Retry("somebody committed a page since it was acquired")
                 if change.pieces:
                     home.read(change.page)  # whether it can be: later would be too late to refuse
-            if replicas > 1 and len(self._links.living()) < replicas:
+            if _short(home, pages, replicas) and len(self._links.living()) < replicas:
                 raise TooFewNodes(f"{replicas} copies asked for")
             header, payload = encode(based)
             return self._log.append(xid, state, pack({"dataset": record.id, "pages": header}, payload))
@@ -220,7 +222,7 @@ class Owner:
             self._unlock(home, changes)
             raise
 
-    def _carry_out(self, home: Home, changes: list[Change], replicas: int) -> Message:
+    def _carry_out(self, home: Home, changes: list[Change], replicas: int, writer: int) -> Message:
         fresh: dict[int, Copy] = {}
         for change in changes:
             if change.pieces:
@@ -228,7 +230,7 @@ class Owner:
                 fresh[change.page] = Copy(old.version + 1, patched(old.data, change.pieces))
         copies = self._replicate(home, fresh, replicas)
         home.write(fresh)
-        self._tell(home, fresh)
+        self._tell(home, fresh, writer)
         self.counts["owner_commits"] += 1
         return {"versions": [[page, copy.version] for page, copy in fresh.items()], "copies": copies}
 
@@ -244,21 +246,24 @@ class Owner:
     def _replicate(self, home: Home, fresh: dict[int, Copy], replicas: int) -> int:
         """Copies on other nodes' media: where there are some already, and on more until there are enough. How many
         copies the page with the fewest has then, the home included."""
-        others = self._links.living() - {self._links.node.node_id} if replicas > 1 else set()
-        wanted = {page: home.copies[page] | self._more(home, page, replicas, others) for page in fresh}
+        wanted = {page: set(home.copies[page]) for page in fresh}
+        lost: set[int] = set()
         while True:
+            if _short(home, fresh, replicas):
+                others = self._links.living() - {self._links.node.node_id} - lost
+                wanted = {page: nodes | self._more(home, page, replicas, others) for page, nodes in wanted.items()}
             by_node: dict[int, dict[int, Copy]] = defaultdict(dict)
             for page, nodes in wanted.items():
                 for node in nodes:
                     by_node[node][page] = fresh[page]
-            lost = self._send(home, "replica", by_node)
+            lost_now = self._send(home, "replica", by_node)
             for page, nodes in wanted.items():
-                home.copies[page] = (home.copies[page] | nodes) - lost
-            self.counts["copies_sent"] += sum(len(pages) for node, pages in by_node.items() if node not in lost)
-            others -= lost
-            wanted = {page: self._more(home, page, replicas, others) for page in fresh}
-            if not lost or not any(wanted.values()):
+                home.copies[page] = (home.copies[page] | nodes) - lost_now
+            self.counts["copies_sent"] += sum(len(pages) for node, pages in by_node.items() if node not in lost_now)
+            if not lost_now:
                 return min((len(home.copies[page]) + 1 for page in fresh), default=replicas)
+            lost |= lost_now
+            wanted = {page: set() for page in fresh}
 
     def _more(self, home: Home, page: int, replicas: int, others: set[int]) -> set[int]:
         """Nodes for copies of a page that are still missing: those that cache its chunk first, then the next ones."""
@@ -267,12 +272,12 @@ class Owner:
         caching = home.caching.get(page // home.record.chunk_pages, set())
         return set(sorted(others - have, key=lambda node: (node not in caching, node < me, node))[:missing])
 
-    def _tell(self, home: Home, fresh: dict[int, Copy]) -> None:
-        """Nodes that may have cached a page, and do not keep a copy, get its new version."""
+    def _tell(self, home: Home, fresh: dict[int, Copy], writer: int) -> None:
+        """Nodes that may have cached a page, and do not keep a copy, get its new version; the writer has it."""
         by_node: dict[int, dict[int, Copy]] = defaultdict(dict)
         for page, copy in fresh.items():
             with self._lock:
-                nodes = home.caching.get(page // home.record.chunk_pages, set()) - home.copies[page]
+                nodes = home.caching.get(page // home.record.chunk_pages, set()) - home.copies[page] - {writer}
             for node in nodes:
                 by_node[node][page] = copy
         lost = self._send(home, "update", by_node)
@@ -298,8 +303,9 @@ class Owner:
 
     # What others ask
 
-    def _prepare_asked(self, _source: int, header: Message, payload: memoryview) -> Message:
-        self.prepare(header["dataset"], header["xid"], decode(header["pages"], payload), header["replicas"])
+    def _prepare_asked(self, source: int, header: Message, payload: memoryview) -> Message:
+        changes = decode(header["pages"], payload)
+        self.prepare(header["dataset"], header["xid"], changes, header["replicas"], source)
         return {}
 
     def _commit_asked(self, _source: int, header: Message, _payload: memoryview) -> Message:
@@ -309,9 +315,9 @@ class Owner:
         self.release(header["xid"])
         return {}
 
-    def _commit_now_asked(self, _source: int, header: Message, payload: memoryview) -> Message:
+    def _commit_now_asked(self, source: int, header: Message, payload: memoryview) -> Message:
         changes = decode(header["pages"], payload)
-        return self.commit_now(header["dataset"], header["xid"], changes, header["replicas"])
+        return self.commit_now(header["dataset"], header["xid"], changes, header["replicas"], source)
 
     def _create(self, _source: int, header: Message, _payload: memoryview) -> Message:
         record = Record.from_json(header["record"])
@@ -345,6 +351,11 @@ class Owner:
                 for nodes in home.caching.values():
                     nodes.discard(source)
         return {}
+
+
+def _short(home: Home, pages: Iterable[int], replicas: int) -> bool:
+    """Whether a page has fewer copies than it shall have."""
+    return any(len(home.copies[page]) + 1 < replicas for page in pages)
 
 
 def memory_name(record: Record, node: int) -> str:

@@ -165,8 +165,8 @@ def test_an_owner_refuses_what_is_based_on_an_old_version(programs: Programs, bl
     number = max(home.record.id for home in owner.homes())
     for expected in (0, 1, 3):
         with pytest.raises(Retry):
-            owner.prepare(number, 99, [Change(0, expected, [(Piece(0, 1), b"\3")])], 1)
-    owner.prepare(number, 99, [Change(0, 2, [(Piece(0, 1), b"\3")])], 1)
+            owner.prepare(number, 99, [Change(0, expected, [(Piece(0, 1), b"\3")])], 1, 2)
+    owner.prepare(number, 99, [Change(0, 2, [(Piece(0, 1), b"\3")])], 1, 2)
     assert programs[1].refused("d.memory[0] = 4\nd.commit((0, 1))").startswith("Retry")
     owner.release(99)
     programs[1].do("d.commit((0, 1))")
