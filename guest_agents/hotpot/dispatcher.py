@@ -17,6 +17,7 @@ from typing import Any
 from guest_agents.hotpot.blocks import PAGE
 from guest_agents.hotpot.errors import (
     BadArgument,
+    Corrupt,
     DatasetBusy,
     DatasetExists,
     HotpotError,
@@ -26,6 +27,8 @@ from guest_agents.hotpot.errors import (
 )
 from guest_agents.hotpot.messages import LEAF, MAX_REPLY, Handler, Links, Message
 from guest_agents.hotpot.records import ALIGN, MAX_NAME, MODES, REGION, REGION_BYTES, SETTINGS, Record
+
+_BOOK = "datasets.json"
 
 
 class Dispatcher:
@@ -37,7 +40,7 @@ class Dispatcher:
     def __init__(self, links: Links, folder: Path, gather: Callable[[set[int]], None]) -> None:
         self._gather = gather
         self._links = links
-        self._book = folder / "datasets.json"
+        self._book = folder / _BOOK
         self._datasets: dict[str, Record] = {}
         self._nodes: set[int] = set()
         self._open: dict[int, set[int]] = defaultdict(set)
@@ -180,3 +183,13 @@ class Dispatcher:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def datasets_in(folder: Path) -> list[Record]:
+    """What the book of an earlier dispatcher has. Corrupt."""
+    try:
+        return [Record.from_json(fields) for fields in json.loads((folder / _BOOK).read_text())["datasets"]]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError):
+        raise Corrupt(f"{folder / _BOOK} is not a book of datasets") from None

@@ -20,7 +20,7 @@ from guest_agents.hotpot.blocks import STRIDE, Copy
 from guest_agents.hotpot.cache import Cache
 from guest_agents.hotpot.coordinator import Coordinator, new_xid
 from guest_agents.hotpot.datanode import DataNode
-from guest_agents.hotpot.dispatcher import Dispatcher
+from guest_agents.hotpot.dispatcher import Dispatcher, datasets_in
 from guest_agents.hotpot.errors import (
     Corrupt,
     FewerCopies,
@@ -69,7 +69,7 @@ class Transaction:
 class Service:
     """The service of one node. Use as a context manager, or close().
 
-    folder -- where its media are; must be empty (OldMedia)
+    folder -- where its media are; OldMedia if an earlier life has left anything there
     manager -- node id of the blade that has the dispatcher
     gather -- on the manager: lets nodes that have not registered do so (dispatcher.py)
     """
@@ -78,13 +78,12 @@ class Service:
         self, node: lite.Node, folder: Path, manager: int, gather: Callable[[set[int]], None] = lambda _known: None
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        if old := sorted(path.name for path in folder.iterdir()):
-            raise OldMedia(f"{folder} has {', '.join(old[:4])}{' ...' if old[4:] else ''}")
         self.node = node
         self.manager = manager
         self.links = Links(node)
         self._log = Log(folder / "log", LOG_BYTES)
         self._intents = Log(folder / "intents", LOG_BYTES)
+        _refuse_old(folder, self._log, self._intents)
         self.owner = Owner(self.links, folder, self._log)
         self.copies = DataNode(folder, self._updated)
         self.coordinator = Coordinator(self.links, self._intents)
@@ -313,6 +312,17 @@ class Service:
         return {"node": self.node.name, "node_id": self.node.node_id, "datasets": datasets, **mine,
                 "counts": {**self.counts, **self.owner.counts},
                 "log_used": self._log.used, "intents_used": self._intents.used}  # fmt: skip
+
+
+def _refuse_old(folder: Path, *logs: Log) -> None:
+    found = [path.name for pattern in ("home-*", "copies-*") for path in sorted(folder.glob(pattern))]
+    found += [f"{len(log.records())} open log records" for log in logs if log.records()]
+    if datasets := datasets_in(folder):
+        found.append(f"{len(datasets)} datasets")
+    if found:
+        for log in logs:
+            log.close()
+        raise OldMedia(f"{folder} has {', '.join(found[:4])}{' ...' if found[4:] else ''}")
 
 
 def _enough(copies: int, replicas: int) -> None:

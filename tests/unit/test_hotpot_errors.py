@@ -17,7 +17,8 @@ from guest_agents.hotpot.errors import BadArgument, Corrupt, NoSpace, OldMedia, 
 from guest_agents.hotpot.log import Log, State
 from guest_agents.hotpot.media import Media
 from guest_agents.hotpot.messages import pack, unpack
-from guest_agents.hotpot.service import Service
+from guest_agents.hotpot.records import REGION, Record
+from guest_agents.hotpot.service import LOG_BYTES, Service
 from tests.unit import lite_pair
 from tests.unit.hotpot_rack import Blade, Shell, rack, shells
 
@@ -176,6 +177,26 @@ def test_old_media_are_refused_and_left_alone(blades: Rack, tmp_path: Path) -> N
     with pytest.raises(OldMedia):
         Service(blades["mb0"].service.node, tmp_path, 1)
     assert (tmp_path / "home-1").read_bytes() == b"precious"
+
+
+@needs_lite
+def test_media_on_which_nothing_was_left_are_used_again(blades: Rack, tmp_path: Path) -> None:
+    node, book = blades["mb0"].service.node, tmp_path / "datasets.json"
+    Service(node, tmp_path, 1)
+    log = Log(tmp_path / "intents", LOG_BYTES)
+    place = log.append(1, State.PREPARED, b"")
+    with pytest.raises(OldMedia, match="1 open log record"):
+        Service(node, tmp_path, 1)
+    log.drop(place)
+    book.write_text('{"next": 5, "datasets": []}')
+    Service(node, tmp_path, 1)
+    record = Record(1, "set", PAGE, "mrmw", PAGE, REGION, (1,))
+    book.write_text(json.dumps({"next": 5, "datasets": [record.to_json()]}))
+    with pytest.raises(OldMedia, match="1 dataset"):
+        Service(node, tmp_path, 1)
+    book.write_text(book.read_text()[:-5])
+    with pytest.raises(Corrupt, match="book"):
+        Service(node, tmp_path, 1)
 
 
 @needs_lite
