@@ -66,15 +66,15 @@ class Frozen(NamedTuple):
 class Cache:
     """A dataset on this node. Thread-safe; no lock is held while something is fetched.
 
-    fetch -- gets a page's present version from wherever it is
+    fetch -- gets the present versions of pages from wherever they are
     """
 
-    def __init__(self, record: Record, fetch: Callable[[Record, int], Copy]) -> None:
+    def __init__(self, record: Record, fetch: Callable[[Record, list[int]], list[Copy]]) -> None:
         self.record = record
         self.file = os.memfd_create(f"hotpot {record.name}", os.MFD_CLOEXEC)
         os.ftruncate(self.file, record.size)
         self.counts = {"faults": 0, "fetches": 0, "cow": 0, "updates": 0}
-        self._fetch_page = fetch
+        self._fetch_pages = fetch
         self._pages: dict[int, Page] = {}
         self._programs: set[int] = set()
         self._changed = threading.Condition()
@@ -144,26 +144,26 @@ class Cache:
         return page in self._pages and self._pages[page].arriving
 
     def _fetch(self, pages: list[int]) -> None:
-        """Pages that were marked as arriving; those that cannot be had are unmarked, and who waits tries again."""
-        for number, page in enumerate(pages):
-            try:
-                copy = self._fetch_page(self.record, page)
-            except BaseException:
-                with self._changed:
-                    for other in pages[number:]:
-                        del self._pages[other]
-                        self._wake(other)
-                    self._changed.notify_all()
-                raise
+        """Pages that were marked as arriving; if they cannot be had they are unmarked, and who waits tries again."""
+        try:
+            copies = self._fetch_pages(self.record, pages)
+        except BaseException:
             with self._changed:
-                state = self._pages[page]
+                for page in pages:
+                    del self._pages[page]
+                    self._wake(page)
+                self._changed.notify_all()
+            raise
+        with self._changed:
+            for page, fetched in zip(pages, copies, strict=True):
+                state, copy = self._pages[page], fetched
                 if state.fresh is not None and state.version > copy.version:
                     copy = Copy(state.version, state.fresh)  # it was committed meanwhile
                 os.pwrite(self.file, copy.data, page * PAGE)
                 self._pages[page] = Page(copy.version, copy.version)
                 self.counts["fetches"] += 1
                 self._wake(page)
-                self._changed.notify_all()
+            self._changed.notify_all()
 
     # News from owners
 

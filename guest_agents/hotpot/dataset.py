@@ -42,8 +42,12 @@ class Transaction:
         Retry: somebody on this node (MRSW: in the rack) has acquired or is committing one of its pages.
         NotClean, NotMapped, Overlap (with what it has acquired before).
         """
-        self.dataset.session.ask("acquire", xid=self._xid, areas=[(at, length)])
-        return self.dataset.memory[at : at + length]
+        return self.acquire_all((at, length))[0]
+
+    def acquire_all(self, *areas: Area) -> list[memoryview]:
+        """The same for several ranges (offset, length): all of them, or none."""
+        self.dataset.session.ask("acquire", xid=self._xid, areas=areas)
+        return [self.dataset.memory[at : at + length] for at, length in areas]
 
     def commit(self, replicas: int | None = None) -> None:
         """Make the acquired ranges durable and visible, at once. Retry: others were first, nothing took place.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ from guest_agents.hotpot.records import SETTINGS, Area, Record, by_page, check_a
 
 LOG_BYTES = 4 << 20
 _TORN_SECONDS = 10.0
+_GATHERED = 64
+"""Pages in one read."""
 _REGISTER_SECONDS = 60.0
 _REGISTER_EVERY = 0.1
 
@@ -160,39 +163,46 @@ class Service:
 
     # Pages
 
-    def _fetch(self, record: Record, page: int) -> Copy:
-        """The present version of a page: from the home if that is here, from a copy here, or from its owner by one
-        one-sided read. Corrupt, NodeLost."""
-        opened, owner, chunk = self._find(record.id), record.owner(page), page // record.chunk_pages
-        if chunk not in opened.told:  # before the first read, so that no version between is missed
-            self.links.call(owner, "caching", {"dataset": record.id, "chunk": chunk}, port=LEAF)
+    def _fetch(self, record: Record, pages: list[int]) -> list[Copy]:
+        """The present versions of pages: from the home if that is here, from a copy here, or from their owner by
+        one-sided reads. Corrupt, NodeLost."""
+        opened = self._find(record.id)
+        for chunk in {page // record.chunk_pages for page in pages} - opened.told:
+            # Before the first read, so that no version between is missed.
+            fields = {"dataset": record.id, "chunk": chunk}
+            self.links.call(record.owners[chunk], "caching", fields, port=LEAF)
             opened.told.add(chunk)
-        if owner == self.node.node_id:
+        found: dict[int, Copy] = {}
+        distant: dict[int, list[int]] = defaultdict(list)
+        for page in pages:
+            copy = self._here(record, page)
+            if copy is None:
+                distant[record.owner(page)].append(page)
+            else:
+                found[page] = copy
+        for owner, wanted in distant.items():
+            try:
+                memory = self._memory(opened, record, owner)
+                for start in range(0, len(wanted), _GATHERED):
+                    found |= _read(record, memory, wanted[start : start + _GATHERED])
+            except lite.LiteError as failure:
+                raise NodeLost(f"pages of {record.name} cannot be fetched from node {owner}: {failure}") from None
+        return [found[page] for page in pages]
+
+    def _here(self, record: Record, page: int) -> Copy | None:
+        if record.owner(page) == self.node.node_id:
             return self.owner.home(record.id).read(page)
         try:
-            copy = self.copies.read(record.id, page)
+            return self.copies.read(record.id, page)
         except Corrupt:
             log.error("the copy of page %d of %s on this node is corrupt; its home is used", page, record.name)
-            copy = None
-        try:
-            return self._read(opened, record, page) if copy is None else copy
-        except lite.LiteError as failure:
-            raise NodeLost(f"page {page} of {record.name} cannot be fetched from node {owner}: {failure}") from None
+            return None
 
-    def _read(self, opened: Opened, record: Record, page: int) -> Copy:
-        owner = record.owner(page)
+    def _memory(self, opened: Opened, record: Record, owner: int) -> lite.Lmr:
         with opened.lock:
-            memory = opened.memories.get(owner)
-            if memory is None:
-                name = memory_name(record, owner)
-                memory = opened.memories[owner] = self.node.map(name, lite.Permission.READ)
-        deadline = time.monotonic() + _TORN_SECONDS
-        while True:
-            try:
-                return blocks.unseal(memory.read(STRIDE, at=record.slot(page) * STRIDE))
-            except Corrupt:  # it was just being changed
-                if time.monotonic() > deadline:
-                    raise Corrupt(f"page {page} of {record.name} does not have its checksum in node {owner}") from None
+            if owner not in opened.memories:
+                opened.memories[owner] = self.node.map(memory_name(record, owner), lite.Permission.READ)
+            return opened.memories[owner]
 
     def _updated(self, dataset: int, page: int, copy: Copy) -> None:
         opened = self._opened.get(dataset)
@@ -312,6 +322,21 @@ class Service:
         return {"node": self.node.name, "node_id": self.node.node_id, "datasets": datasets, **mine,
                 "counts": {**self.counts, **self.owner.counts},
                 "log_used": self._log.used, "intents_used": self._intents.used}  # fmt: skip
+
+
+def _read(record: Record, memory: lite.Lmr, pages: list[int]) -> dict[int, Copy]:
+    """Pages of one owner, again as long as they are being changed. Corrupt after a while."""
+    found: dict[int, Copy] = {}
+    missing, deadline = pages, time.monotonic() + _TORN_SECONDS
+    while missing:
+        parts = memory.gather((record.slot(page) * STRIDE, STRIDE) for page in missing)
+        for page, block in zip(missing, parts, strict=True):
+            with suppress(Corrupt):
+                found[page] = blocks.unseal(block)
+        missing = [page for page in missing if page not in found]
+        if missing and time.monotonic() > deadline:
+            raise Corrupt(f"page {missing[0]} of {record.name} does not have its checksum in its owner's memory")
+    return found
 
 
 def _refuse_old(folder: Path, *logs: Log) -> None:

@@ -137,6 +137,21 @@ except ZeroDivisionError:
     assert other.do("(d.run(lambda t: bytes(t.acquire(0, 4))), )") == (b"kept",), "reading is a transaction too"
 
 
+def test_many_ranges_are_acquired_at_once(programs: Programs) -> None:
+    first, beside, other, _ = programs
+    first.do("d.memory[:] = bytes(i // 4096 + 1 for i in range(d.size))\nd.commit((0, d.size))")
+    other.do("t = d.transaction()\nparts = t.acquire_all(*((i * 4096, 2) for i in range(8)))")
+    assert other.do("[bytes(part) for part in parts]") == [bytes([i, i]) for i in range(1, 9)]
+    other.do("for part in parts: part[1] += 100\ndel parts, part\nt.commit()")
+    assert first.do("[bytes(d.memory[i * 4096 : i * 4096 + 3]) for i in range(8)]") == [
+        bytes([i, i + 100, i]) for i in range(1, 9)]  # fmt: skip
+    first.do("t = d.transaction()\nt.acquire(3 * 4096, 1)")
+    beside.do("t = d.transaction()")
+    assert beside.refused("t.acquire_all((0, 1), (3 * 4096, 1), (5 * 4096, 1))").startswith("Retry")
+    first.do("t.acquire_all((0, 1), (5 * 4096, 1))\nt.abort()")
+    beside.do("t.abort()")
+
+
 def test_who_comes_second_is_told_to_retry(programs: Programs) -> None:
     first, beside, other, _ = programs
     other.do("t = d.transaction()")
