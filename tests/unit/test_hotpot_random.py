@@ -18,7 +18,7 @@ from guest_agents.hotpot import blocks
 from guest_agents.hotpot.blocks import STRIDE as BLOCK
 from tests.unit import hotpot_writer, lite_pair
 from tests.unit.hotpot_history import CELL, NOBODY, STRIDE, Attempt, Cell, attempts_of, check
-from tests.unit.hotpot_rack import PROJECT, SECONDS, Blade, rack
+from tests.unit.hotpot_rack import PROJECT, SECONDS, Blade, rack, shells
 
 needs_lite = pytest.mark.skipif(lite_pair.missing() is not None, reason=str(lite_pair.missing()))
 Rack = dict[str, Blade]
@@ -138,6 +138,50 @@ def test_programs_that_are_killed_leave_nothing_half_done(blades: Rack, mode: st
     keeper.communicate("\n", timeout=SECONDS)
     attempts = judge(blades, name, said)
     assert sum(attempt.acknowledged for attempt in attempts) > 20
+
+
+@needs_lite
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["mrmw", "mrsw"])
+def test_plain_stores_of_neighbours_against_a_model(blades: Rack, mode: str) -> None:
+    """Stripes of two pages belong to nodes in turn; who stores in them, commits parts, and takes pages back."""
+    rand = random.Random(mode)
+    name, stripe, size = f"striped {mode}", 24, 2 * 4096
+    hosts = ("mb0", "mb0", "mb1", "mb2")
+    nodes = sorted(set(hosts))
+    committed = bytearray(size)
+    wanted = {node: bytearray(size) for node in nodes}
+    with shells(*(blades[host] for host in hosts)) as programs:
+        programs[0].do(f"d = session.create({name!r}, {size}, mode={mode!r}, chunk=4096)")
+        for program in programs[1:]:
+            program.do(f"d = session.open({name!r})")
+        for _ in range(250):
+            program, node = rand.choice(list(zip(programs, hosts, strict=True)))
+            number = rand.randrange(nodes.index(node), size // stripe, len(nodes))
+            low = rand.randrange(number * stripe, (number + 1) * stripe)
+            high = rand.randrange(low, (number + 1) * stripe) + 1
+            step = rand.random()
+            if step < 0.6:
+                data = rand.randbytes(high - low)
+                program.do(f"d.memory[{low}:{high}] = {data!r}")
+                wanted[node][low:high] = data
+            elif step < 0.95:
+                program.do(f"d.commit(({low}, {high - low}), replicas={rand.randint(1, 3)})")
+                committed[low:high] = wanted[node][low:high]
+            else:
+                program.do(f"d.discard(({low}, 1))")
+                page = low // 4096 * 4096
+                wanted[node][page : page + 4096] = committed[page : page + 4096]
+            seen: bytes = program.do("bytes(d.memory)")
+            for place in range(nodes.index(node) * stripe, size, len(nodes) * stripe):
+                mine = slice(place, min(place + stripe, size // stripe * stripe))
+                assert seen[mine] == wanted[node][mine]
+        for program, node in zip(programs, hosts, strict=True):
+            program.do("d.discard((0, d.size))")
+            assert program.do("bytes(d.memory)") == committed, node
+        for program in programs:
+            program.do("d.close()")
+    agree(blades, name)
 
 
 # The checker itself
