@@ -26,6 +26,7 @@ from guest_agents.hotpot.records import Record
 _HEADER_MOST = 48
 """Bytes of a page, or of a range, in a message's header."""
 _REDO_SECONDS = 30.0
+_REDO_EVERY = 0.005
 Groups = dict[int, tuple[Message, bytes]]
 """By owner, in order: what it is asked, and the bytes."""
 
@@ -74,22 +75,23 @@ class Coordinator:
         intent = self._intents.append(xid, State.COMMITTED, b"".join(bodies))
         done: list[Message] = []
         waiting, deadline = groups, time.monotonic() + _REDO_SECONDS
-        while waiting:  # what an owner cannot do just now (its log is full), it is asked again
-            replies = self._links.call_all(
-                ((owner, "commit_now", *request) for owner, request in waiting.items()), PORT
-            )
+        while True:
+            calls = ((owner, "commit_now", *request) for owner, request in waiting.items())
+            replies = self._links.call_all(calls, PORT)
             failures = {owner: r for owner, r in zip(waiting, replies, strict=True) if isinstance(r, HotpotError)}
             done += [reply for reply in replies if not isinstance(reply, HotpotError)]
+            if not failures:
+                self._intents.drop(intent)
+                return _outcome(done)
+            lasting = [failure for failure in failures.values() if not isinstance(failure, Retry)]
+            if not done and not any(isinstance(failure, NodeLost | InDoubt) for failure in lasting):
+                self._intents.drop(intent)
+                raise next(iter(failures.values()))
+            if lasting or time.monotonic() > deadline:
+                raise InDoubt("; ".join(failure.message for failure in failures.values()))  # the intent stays
+            # What an owner could not do just now (its log was full), others have done: it must, too.
             waiting = {owner: groups[owner] for owner in failures}
-            late = time.monotonic() > deadline
-            for failure in failures.values():
-                if late or not isinstance(failure, Retry):
-                    if done or isinstance(failure, NodeLost):
-                        raise InDoubt(failure.message)  # the intent stays, for a recovery
-                    self._intents.drop(intent)
-                    raise failure
-        self._intents.drop(intent)
-        return _outcome(done)
+            time.sleep(_REDO_EVERY)
 
     def _three_phases(self, xid: int, groups: Groups) -> Outcome:
         intent = self._intents.append(xid, State.PREPARED, pack({"owners": list(groups)}))

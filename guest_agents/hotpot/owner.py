@@ -7,6 +7,7 @@ Source: section 4 of the Hotpot paper (MRMW's three phases, MRSW's two).
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,7 @@ from guest_agents.hotpot.errors import (
     BadArgument,
     Corrupt,
     HotpotError,
+    InDoubt,
     NoSpace,
     NoSuchDataset,
     NoSuchTransaction,
@@ -32,6 +34,7 @@ from guest_agents.hotpot.media import Media
 from guest_agents.hotpot.messages import LEAF, Handler, Links, Message, pack
 from guest_agents.hotpot.records import Piece, Record, patched
 
+log = logging.getLogger("rackless.hotpot")
 _BATCH = 128
 """Pages in one message or one scattered write."""
 
@@ -184,13 +187,12 @@ class Owner:
     # All at once: there is no other owner whose vote counts, or the pages are the writer's alone (MRSW)
 
     def commit_now(self, dataset: int, xid: int, changes: list[Change], replicas: int, writer: int) -> Message:
-        """Log, copy, write home, unlock."""
+        """Log, copy, write home, unlock. What `prepare` raises; InDoubt: locks and log stay."""
         home = self.home(dataset)
         place = self._begin(home, xid, changes, replicas, State.COMMITTED)
-        try:
-            return self._carry_out(home, changes, replicas, writer)
-        finally:
-            self._end(home, xid, changes, place)
+        outcome = self._carry_out(home, changes, replicas, writer)
+        self._end(home, xid, changes, place)
+        return outcome
 
     # Inside
 
@@ -223,6 +225,14 @@ class Owner:
             raise
 
     def _carry_out(self, home: Home, changes: list[Change], replicas: int, writer: int) -> Message:
+        """What is logged as committed. InDoubt: part of it may be done."""
+        try:
+            return self._redo(home, changes, replicas, writer)
+        except Exception as failure:
+            log.exception("a commit to %s", home.record.name)
+            raise InDoubt(f"the owner of pages of {home.record.name} failed: {failure}") from failure
+
+    def _redo(self, home: Home, changes: list[Change], replicas: int, writer: int) -> Message:
         fresh: dict[int, Copy] = {}
         for change in changes:
             if change.pieces:

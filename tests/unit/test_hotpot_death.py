@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from guest_agents import lite
+from guest_agents.hotpot.blocks import Copy
+from guest_agents.hotpot.log import State
+from guest_agents.hotpot.owner import Home
 from guest_agents.hotpot.programs import Programs
 from guest_agents.hotpot.service import Service
 from tests.unit import lite_pair
@@ -83,6 +86,36 @@ with d.transaction() as t:
         assert program.refused("d.transaction().acquire(3 * 4096, 4)").startswith("NodeLost")
         program.process.communicate('"d.memory[3 * 4096]"\n', timeout=30)
         assert program.process.returncode == -signal.SIGBUS, "as there is nothing to read"
+
+
+@pytest.mark.parametrize("mode", ["mrmw", "mrsw"])
+def test_a_commit_that_an_owner_could_not_finish_is_kept_for_recovery(
+    blades: dict[str, Blade], monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    mb1, write = blades["mb1"].service, Home.write
+
+    def fail(home: Home, pages: dict[int, Copy]) -> None:
+        if home.memory.node is mb1.node:
+            raise lite.NotJoined
+        write(home, pages)
+
+    with shells(blades["mb0"]) as [program]:
+        program.do(f"d = session.create('set', {2 * PAGE}, chunk={PAGE}, owners=[2, 3], mode={mode!r})")
+        program.do("d.commit((0, d.size))")
+        for areas in ("(4096, 4)", "(0, 4), (4096, 4)"):
+            monkeypatch.setattr(Home, "write", fail)
+            program.do("d.memory[0] = d.memory[4096] = 1")
+            assert program.refused(f"d.commit({areas})").startswith("InDoubt")
+            [home] = mb1.owner.homes()
+            assert list(home.locks) == [0 + 1]
+            assert mb1._log.records() == [(home.locks[1], State.COMMITTED)]
+            monkeypatch.undo()
+            assert program.refused("d.memory[4096] = 1\nd.commit((4096, 4))").startswith("Retry"), "it stays locked"
+            program.do("d.discard((0, d.size))")
+            mb1.owner.release(home.locks.pop(1))
+            for place in list(mb1._log._extents._taken):
+                mb1._log.drop(place)
+        assert [state for _xid, state in blades["mb0"].service._intents.records()] == [State.COMMITTED]
 
 
 _SERVICE = """
