@@ -14,6 +14,7 @@ from typing import Any
 from guest_agents import control, disk, fabric, identity, load, version
 from guest_agents.budget import Budget, budget_of
 from guest_agents.config import AgentConfig
+from guest_agents.hotpot.gate import Gate
 from guest_agents.identity import Identity
 from guest_agents.lite import tier as tiers
 from guest_agents.lite.core import Core
@@ -100,8 +101,9 @@ class Agent:
         handlers |= {**node.handlers(), "verbs.ping": ping_handler(node, self.secret)}
         budget = budget_of(mine.kind)
         tier, lite = self._lite(budget)
+        hotpot = Gate(tier)
         line = self._managers(node)
-        handlers |= {**lite, **line.handlers()}
+        handlers |= {**lite, **hotpot.handlers(), **line.handlers()}
         config = AgentConfig(
             name=mine.name,
             node=node,
@@ -118,6 +120,7 @@ class Agent:
         if self.manager is not None:
             self.manager.start()
         tier.start()
+        hotpot.start()
         line.start()
         followers: dict[str, Follower] = {"lite": tier, "splitkernel": line.holder}
         if mine.kind == "processor":

@@ -40,6 +40,8 @@ Messages known today (`?` marks an optional field, sizes are bytes, GIDs are str
     member.list     -                                             members, dead, version
     lite.stat       -                                             what a blade's tier of LITE holds and has done
     lite.qos        mode                                          -
+    hotpot.start    -                                             - (the service of Hotpot runs when it is answered)
+    hotpot.stat     -                                             what a blade has of Hotpot; nothing before it runs
     holder.*, managers.*                                          among blades and managers: splitkernel/managers/
     lite.*          meant_for (node_id, incarnation), ...         among the tiers: see guest_agents/lite/
 

@@ -213,7 +213,7 @@ class Tier(Follower):
     def directory(self, op: str, timeout: float = 60.0, /, **fields: Any) -> Message:
         """A request to the directory. MANAGER_LOST, and what the directory answers."""
         own = self.life()
-        manager = self._find_manager()
+        manager = self.find_manager()
         try:
             return self.links.call(manager, f"lite.directory.{op}", timeout, life=[own.node, own.incarnation], **fields)
         except NodeUnreachable:
@@ -375,7 +375,7 @@ class Tier(Follower):
             raise NodeDead(f"node {life.node} (incarnation {life.incarnation}) is dead")
         self.bury({life.node: life.incarnation - 1})
 
-    def _find_manager(self) -> Life:
+    def find_manager(self) -> Life:
         """Its present life; one that was restarted has a moment to join its own list."""
         deadline = time.monotonic() + _READY_SECONDS
         while self.membership.joined.wait(max(0.0, deadline - time.monotonic())):

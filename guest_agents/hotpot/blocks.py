@@ -1,0 +1,56 @@
+"""How a page lies in memory that others read, and on media: with its version and a checksum.
+
+Owners change pages while others read them by RDMA, which no lock can prevent. A reader notices by the checksum that it
+got parts of two versions and reads again; so fetching a page is one read. The same checksum finds corrupt media.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import NamedTuple
+
+from guest_agents.hotpot.errors import Corrupt
+
+PAGE = 4096
+_TRAILER = struct.Struct("<QI")
+STRIDE = PAGE + 64
+"""Bytes from one page to the next: a page and a cache line of which the trailer is part."""
+_BLOCK = PAGE + _TRAILER.size
+ZERO = bytes(PAGE)
+
+
+class Copy(NamedTuple):
+    """A committed page. Version 0 is the page of zeros with which it began; every commit adds 1."""
+
+    version: int
+    data: bytes
+
+
+def _checksum(version: int, page: bytes | memoryview) -> int:
+    return zlib.crc32(page, zlib.crc32(version.to_bytes(8, "little"))) ^ _OF_ZERO
+
+
+_OF_ZERO = 0
+_OF_ZERO = _checksum(0, ZERO)  # so that memory which is all zero is a valid page 0 of version 0
+
+
+def seal(copy: Copy) -> bytes:
+    """The page with its trailer, STRIDE bytes."""
+    trailer = _TRAILER.pack(copy.version, _checksum(*copy))
+    return copy.data + trailer + bytes(STRIDE - _BLOCK)
+
+
+def unseal(block: bytes) -> Copy:
+    """The page of a block. Corrupt: the checksum is not that of page and version."""
+    page = block[:PAGE]
+    version, checksum = _TRAILER.unpack_from(block, PAGE)
+    if checksum != _checksum(version, page):
+        raise Corrupt
+    return Copy(version, page)
+
+
+def version_of(trailer: bytes) -> int:
+    """The version in what follows a page, unchecked."""
+    version: int = _TRAILER.unpack_from(trailer)[0]
+    return version

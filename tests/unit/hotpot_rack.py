@@ -1,0 +1,153 @@
+"""Hotpot services on stand-in blades (lite_stack.py), and programs of it, which are processes of their own."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from guest_agents import lite
+from guest_agents.hotpot.programs import Programs
+from guest_agents.hotpot.service import Service
+from tests.unit.lite_stack import stack
+
+PROJECT = Path(__file__).parents[2]
+SECONDS = 120
+_PREAMBLE = """
+import sys
+from guest_agents import hotpot
+session = hotpot.connect()
+"""
+
+
+@dataclass
+class Place:
+    """Where programs of Hotpot can run: a socket of its service."""
+
+    socket: Path
+
+    def start(self, text: str, *words: Any) -> subprocess.Popen[str]:
+        """A Python program on this blade; it finds `hotpot`, `session`, and the words in sys.argv."""
+        return subprocess.Popen(
+            [sys.executable, "-c", _PREAMBLE + text, *map(str, words)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, cwd=PROJECT, env={**os.environ, "RACKLESS_HOTPOT": str(self.socket)},
+        )  # fmt: skip
+
+    def run(self, text: str, *words: Any) -> str:
+        """What such a program prints."""
+        return output(self.start(text, *words))
+
+
+@dataclass
+class Blade(Place):
+    """A blade with its service, and where the service's media are."""
+
+    service: Service
+    folder: Path
+
+
+def output(program: subprocess.Popen[str]) -> str:
+    """What it prints until it ends, which it must do well."""
+    try:
+        out, errors = program.communicate(timeout=SECONDS)
+    finally:
+        program.kill()
+    assert program.returncode == 0, errors
+    return out
+
+
+@contextmanager
+def rack(folder: Path, library: Path, *names: str) -> Iterator[dict[str, Blade]]:
+    """Blades by name, the first of which has the dispatcher."""
+    with stack(folder, library, *names) as sockets, ExitStack() as exits:
+        blades: dict[str, Blade] = {}
+        manager = 0
+        for name, lite_socket in sockets.items():
+            node = exits.enter_context(lite.connect(lite_socket))
+            manager = manager or node.node_id
+            service = Service(node, folder / f"media-{name}", manager)
+            exits.callback(service.close)
+            service.start()
+            path = folder / f"{name}.hotpot"
+            programs = Programs(partial(_given, service), path).start()
+            exits.callback(programs.close)
+            blades[name] = Blade(path, service, folder / f"media-{name}")
+        yield blades
+
+
+def _given(service: Service) -> Service:
+    return service
+
+
+class Shell:
+    """A program that does line by line what it is told, so that several can take turns."""
+
+    _LOOP = """
+import ast, json, os
+names = {"session": session, "hotpot": hotpot, "os": os}
+for line in sys.stdin:
+    text = json.loads(line)
+    try:
+        try:
+            value = eval(compile(text, "<told>", "eval"), names)
+        except SyntaxError:
+            value = exec(compile(text, "<told>", "exec"), names)
+        answer = ["value", repr(value)]
+    except hotpot.HotpotError as failure:
+        answer = ["error", type(failure).__name__ + ": " + str(failure)]
+    except Exception as failure:
+        answer = ["failed", repr(failure)]
+    print(json.dumps(answer), flush=True)
+"""
+
+    def __init__(self, blade: Place) -> None:
+        self.process = blade.start(self._LOOP)
+
+    def do(self, text: str) -> Any:
+        """The value of an expression, or None of statements. AssertionError if it raises."""
+        kind, value = self._tell(text)
+        assert kind == "value", value
+        return ast.literal_eval(value)
+
+    def refused(self, text: str) -> str:
+        """Name and text of the error of Hotpot that it raises."""
+        kind, value = self._tell(text)
+        assert kind == "error", value
+        return value
+
+    def close(self) -> None:
+        """End it."""
+        if self.process.poll() is None:
+            self.process.communicate(timeout=SECONDS)
+
+    def _tell(self, text: str) -> tuple[str, str]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(text) + "\n")
+        self.process.stdin.flush()
+        kind, value = json.loads(self.process.stdout.readline())
+        return kind, value
+
+
+@contextmanager
+def shells(*blades: Place) -> Iterator[list[Shell]]:
+    """A shell on each of these, of which some may be the same."""
+    made: list[Shell] = []
+    try:
+        for blade in blades:
+            made.append(Shell(blade))
+        yield made
+        for shell in made:
+            shell.close()
+    finally:
+        for shell in made:
+            shell.process.kill()
+            shell.process.wait()

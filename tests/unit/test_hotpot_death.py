@@ -1,0 +1,154 @@
+"""What Hotpot does without the recovery it does not have yet: blades that die, a service that ends."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from guest_agents import lite
+from guest_agents.hotpot.blocks import Copy
+from guest_agents.hotpot.log import State
+from guest_agents.hotpot.owner import Home
+from guest_agents.hotpot.programs import Programs
+from guest_agents.hotpot.service import Service
+from tests.unit import lite_pair
+from tests.unit.hotpot_rack import PROJECT, Blade, Place, shells
+from tests.unit.lite_blades import Rack, eventually
+from tests.unit.lite_stack import whole
+
+pytestmark = [pytest.mark.long, pytest.mark.skipif(lite_pair.missing() is not None, reason=str(lite_pair.missing()))]
+PAGE = 4096
+NAMES = ("gm0", "mb0", "mb1", "mb2")
+
+
+@pytest.fixture
+def rack(tmp_path: Path, lite_core: Path) -> Iterator[Rack]:
+    with whole(tmp_path, lite_core, *NAMES) as made:
+        yield made
+
+
+@pytest.fixture
+def blades(rack: Rack, tmp_path: Path) -> dict[str, Blade]:
+    """Their services; they are never closed, as some of them die."""
+    found = {}
+    for name in NAMES:
+        node = lite.connect(str(rack[name].tier.settings.socket))
+        service = Service(node, tmp_path / f"media-{name}", 1).start()
+        Programs(lambda service=service: service, tmp_path / f"{name}.hotpot").start()  # type: ignore[misc]
+        found[name] = Blade(tmp_path / f"{name}.hotpot", service, tmp_path / f"media-{name}")
+    return found
+
+
+def kill(rack: Rack, name: str, watcher: Blade) -> None:
+    """The blade dies, and others hear of it."""
+    number = rack[name].membership.node_id
+    rack[name].kill()
+    eventually(lambda: number not in watcher.service.links.living())
+
+
+def test_copies_on_a_dead_node_are_made_elsewhere(rack: Rack, blades: dict[str, Blade]) -> None:
+    with shells(blades["mb0"]) as [program]:
+        program.do(f"d = session.create('set', {PAGE}, owners=[2])")
+        program.do("d.memory[:4] = b'once'\nd.commit((0, 4), replicas=2)")
+        home = blades["mb0"].service.owner.homes()[0]
+        [holder] = home.copies[0]
+        name = NAMES[holder - 1]
+        assert name != "gm0", "whose death nobody could tell"
+        kill(rack, name, blades["mb0"])
+        program.do("d.memory[:4] = b'more'\nd.commit((0, 4), replicas=2)")
+        [other] = home.copies[0]
+        assert other != holder
+        copy = blades[NAMES[other - 1]].service.copies.read(home.record.id, 0)
+        assert copy == home.read(0)
+        assert program.refused("d.memory[:4] = b'lost'\nd.commit((0, 4), replicas=4)").startswith("TooFewNodes")
+
+
+def test_what_needs_a_dead_owner_is_refused_and_the_rest_goes_on(rack: Rack, blades: dict[str, Blade]) -> None:
+    with shells(blades["mb0"]) as [program]:
+        program.do(f"d = session.create('set', {4 * PAGE}, chunk={PAGE}, owners=[2, 3])")
+        program.do("with d.transaction() as t: t.acquire(0, 4)[:] = b'here'; t.acquire(4096, 4)[:] = b'then'")
+        kill(rack, "mb1", blades["mb0"])
+        assert program.refused("""
+with d.transaction() as t:
+    t.acquire(0, 4)[:] = b'lost'
+    t.acquire(4096, 4)[:] = b'lost'
+""").startswith("NodeLost")
+        assert program.do("bytes(d.memory[:4]), bytes(d.memory[4096:4100])") == (b"here", b"then")
+        assert not blades["mb0"].service.owner.homes()[0].locks
+        program.do("d.run(lambda t: t.acquire(0, 4).__setitem__(slice(4), b'more'), replicas=2)")
+        assert program.do("bytes(d.memory[:4])") == b"more"
+        assert program.refused("d.run(lambda t: t.acquire(4096, 4).__setitem__(0, 1))").startswith("InDoubt")
+        assert program.refused("d.transaction().acquire(3 * 4096, 4)").startswith("NodeLost")
+        program.process.communicate('"d.memory[3 * 4096]"\n', timeout=30)
+        assert program.process.returncode == -signal.SIGBUS, "as there is nothing to read"
+
+
+@pytest.mark.parametrize("mode", ["mrmw", "mrsw"])
+def test_a_commit_that_an_owner_could_not_finish_is_kept_for_recovery(
+    blades: dict[str, Blade], monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    mb1, write = blades["mb1"].service, Home.write
+
+    def fail(home: Home, pages: dict[int, Copy]) -> None:
+        if home.memory.node is mb1.node:
+            raise lite.NotJoined
+        write(home, pages)
+
+    with shells(blades["mb0"]) as [program]:
+        program.do(f"d = session.create('set', {2 * PAGE}, chunk={PAGE}, owners=[2, 3], mode={mode!r})")
+        program.do("d.commit((0, d.size))")
+        for areas in ("(4096, 4)", "(0, 4), (4096, 4)"):
+            monkeypatch.setattr(Home, "write", fail)
+            program.do("d.memory[0] = d.memory[4096] = 1")
+            assert program.refused(f"d.commit({areas})").startswith("InDoubt")
+            [home] = mb1.owner.homes()
+            assert list(home.locks) == [0 + 1]
+            assert mb1._log.records() == [(home.locks[1], State.COMMITTED)]
+            monkeypatch.undo()
+            assert program.refused("d.memory[4096] = 1\nd.commit((4096, 4))").startswith("Retry"), "it stays locked"
+            program.do("d.discard((0, d.size))")
+            mb1.owner.release(home.locks.pop(1))
+            for place in list(mb1._log._extents._taken):
+                mb1._log.drop(place)
+        assert [state for _xid, state in blades["mb0"].service._intents.records()] == [State.COMMITTED]
+
+
+_SERVICE = """
+import sys
+from pathlib import Path
+from guest_agents import lite
+from guest_agents.hotpot.programs import Programs
+from guest_agents.hotpot.service import Service
+folder = Path(sys.argv[2])
+service = Service(lite.connect(sys.argv[1]), folder / "media", 1).start()
+Programs(lambda: service, folder / "hotpot").start()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_programs_hear_that_the_service_was_killed(tmp_path: Path, rack: Rack) -> None:
+    """And what it had not fetched is not taken for zero."""
+    with lite.connect(str(rack["gm0"].tier.settings.socket)) as manager:
+        dispatcher = Service(manager, tmp_path / "dispatcher", 1).start()
+        words = [sys.executable, "-c", _SERVICE, str(rack["mb0"].tier.settings.socket), str(tmp_path)]
+        service = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=PROJECT)
+        assert service.stdout is not None
+        assert service.stdout.readline() == b"ready\n"
+        with shells(Place(tmp_path / "hotpot")) as [program]:
+            program.do("d = session.create('set', 8192)")
+            assert program.do("d.memory[0]") == 0
+            service.kill()
+            service.wait()
+            assert program.refused("d.commit((0, 1))").startswith("NotJoined")
+            assert program.do("d.memory[0]") == 0
+            with pytest.raises(subprocess.TimeoutExpired):
+                program.process.communicate('"d.memory[4096]"\n', timeout=1)
+            program.process.kill()
+            assert program.process.wait() == -signal.SIGKILL
+        dispatcher.close()

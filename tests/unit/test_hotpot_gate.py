@@ -1,0 +1,119 @@
+"""Hotpot as an agent offers it: started when it is needed, on all blades that must have it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from guest_agents import control
+from guest_agents.hotpot.gate import Gate
+from orchestrator import agents
+from orchestrator.cli import hotpot as cli
+from tests.unit import lite_pair
+from tests.unit.hotpot_rack import Place, shells
+from tests.unit.lite_blades import SECRET, Rack
+from tests.unit.lite_stack import whole
+
+pytestmark = pytest.mark.skipif(lite_pair.missing() is not None, reason=str(lite_pair.missing()))
+Gates = dict[str, Gate]
+
+
+@pytest.fixture
+def rack(tmp_path: Path, lite_core: Path) -> Iterator[Rack]:
+    with whole(tmp_path, lite_core, "gm0", "mb0", "mb1") as made:
+        yield made
+
+
+@pytest.fixture
+def gates(rack: Rack, tmp_path: Path) -> Iterator[Gates]:
+    made = {name: Gate(blade.tier, tmp_path / f"media-{name}", tmp_path / f"{name}.hotpot")
+            for name, blade in rack.blades.items()}  # fmt: skip
+    for name, gate in made.items():
+        rack[name].server._handlers.update(gate.handlers())  # type: ignore[attr-defined]
+        gate.start()
+    yield made
+    for gate in made.values():
+        gate.close()
+
+
+def started(gates: Gates) -> list[str]:
+    return [name for name, gate in gates.items() if gate._service is not None]
+
+
+def test_it_starts_where_it_is_needed(rack: Rack, gates: Gates, tmp_path: Path) -> None:
+    address = (rack["mb0"].address, rack.port)
+    assert started(gates) == []
+    assert control.call(address, SECRET, "hotpot.stat") == {}
+    with shells(Place(tmp_path / "mb0.hotpot")) as [shell]:
+        assert shell.do("session.name") == "mb0"
+        assert started(gates) == ["gm0", "mb0"]
+        shell.do("d = session.create('set', 3 * 4096, chunk=4096)")
+        assert started(gates) == ["gm0", "mb0", "mb1"]
+        shell.do("d.memory[8192] = 7\nd.commit((8192, 1), replicas=3)")
+        stat = control.call(address, SECRET, "hotpot.stat")
+        assert (stat["node"], stat["datasets"]["set"]["committed"]) == ("mb0", 1)
+        shell.do("d.close()")
+
+
+def test_where_media_are_old_it_says_so_to_programs(gates: Gates, tmp_path: Path) -> None:
+    """And other blades do without that one."""
+    (tmp_path / "media-mb0").mkdir()
+    (tmp_path / "media-mb0" / "home-1").write_bytes(b"precious")
+    refused = Place(tmp_path / "mb0.hotpot").start("")
+    _out, errors = refused.communicate(timeout=60)
+    assert "OldMedia" in errors
+    with shells(Place(tmp_path / "mb1.hotpot")) as [shell]:
+        shell.do("d = session.create('set', 3 * 4096, chunk=4096)")
+        assert shell.do("session.datasets()[0]['owners']") == [1, 3]
+        shell.do("d.close()")
+
+
+def command(rack: Rack, monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
+    """What `rackless hotpot ...` does."""
+    specs = {name: SimpleNamespace(mgmt_address=blade.address) for name, blade in rack.blades.items()}
+    paths = SimpleNamespace(
+        settings=SimpleNamespace(status_seconds=5.0), blade=lambda name: SimpleNamespace(console=Path(name))
+    )
+    current = SimpleNamespace(
+        paths=paths, select=lambda names: {name: specs[name] for name in names} if names else specs
+    )
+    monkeypatch.setattr(cli, "current_rack", lambda _rack: current)
+    monkeypatch.setattr(agents, "client", lambda _paths, address, timeout: control.ControlClient(
+        (address, rack.port), SECRET, timeout))  # fmt: skip
+    app = typer.Typer()
+    cli.register(app)
+    done = CliRunner().invoke(app, ["hotpot", *words], catch_exceptions=False)
+    assert done.exit_code == 0
+    return done
+
+
+def test_the_command_shows_what_blades_have(
+    rack: Rack, gates: Gates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = command(rack, monkeypatch, "stat").stdout.splitlines()[1:]
+    assert [row.split()[1:] for row in rows] == [["-"] * 14] * 3
+    assert json.loads(command(rack, monkeypatch, "list", "--json").stdout) == []
+    with shells(Place(tmp_path / "mb0.hotpot")) as [shell]:
+        shell.do("d = session.create('set', 3 * 4096, chunk=4096)")
+        shell.do("d.memory[0] = d.memory[8192] = 7\nd.commit((8192, 1), replicas=3)")
+        head, *rows = (line.split() for line in command(rack, monkeypatch, "stat", "mb0", "mb1").stdout.splitlines())
+        mb0, mb1 = (dict(zip(head, row, strict=False)) for row in rows)
+        assert [mb0[name] for name in ("dataset", "dirty", "committed", "fetches", "cow", "commits", "retries")] == [
+            "set", "1", "1", "2", "2", "1", "0"]  # fmt: skip
+        shown = [mb1[name] for name in ("dataset", "dirty", "committed", "faults", "commits")]
+        assert shown == ["set", "0", "0", "-", "0"]
+        [listed] = json.loads(command(rack, monkeypatch, "list", "--json").stdout)
+        assert (listed["name"], listed["owners"], listed["open"]) == ("set", ["gm0", "mb0", "mb1"], ["mb0"])
+        assert "gm0 mb0 mb1" in command(rack, monkeypatch, "list").stdout
+        shell.do("d.close()")
+    rack["mb1"].server.kill()
+    done = command(rack, monkeypatch, "stat")
+    assert done.stderr.startswith("mb1: ")
+    assert done.stdout.splitlines()[-1].split()[0] == "mb1"
