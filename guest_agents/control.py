@@ -30,6 +30,10 @@ Messages known today (`?` marks an optional field, sizes are bytes, GIDs are str
     vnode.list      name?                                         vnodes
     program.place   vnode?, on?                                   blade, vnode
     program.list    -                                             programs
+    agent.status    -                                             name, kind, version, joined, rdma, ...
+    agent.update    link, excache, heartbeat, dead_after,         -
+                    pressure?
+    agent.hosts     hosts                                         -
     member.join     a blade's description, incarnation?, ...      node_id, incarnation, members, dead, version
     member.beat     node_id, incarnation, version                 known, members, dead, version
     member.leave    node_id, incarnation                          -

@@ -92,10 +92,16 @@ def _data(text: str) -> Any:
     return read.data
 
 
+def _whole(text: str) -> yaml.Node:
+    node = yaml.SafeLoader(text).get_single_node()
+    assert node is not None
+    return node
+
+
 def _put(text: str, path: Keys, value: Any) -> str:
-    node: yaml.Node = yaml.SafeLoader(text).get_single_node()
+    node = _whole(text)
     for depth, key in enumerate(path):
-        if isinstance(node, yaml.ScalarNode):  # nothing, or the null that `links:` is
+        if not isinstance(node, yaml.MappingNode):  # nothing, or the null that `links:` is
             for outer in reversed(path[depth:]):
                 value = {outer: value}
             break
@@ -127,7 +133,7 @@ def _insert(text: str, mapping: yaml.MappingNode, key: str, value: Any) -> str:
 
 
 def _drop(text: str, path: Keys) -> str:
-    node: yaml.Node = yaml.SafeLoader(text).get_single_node()
+    node = _whole(text)
     for key in path[:-1]:
         found = _entry(node, key)
         assert found is not None
