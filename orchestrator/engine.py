@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import agents, blade, lock
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, Note, step
+from orchestrator.faults import settle
 from orchestrator.faults.model import Faults, cut_off
 from orchestrator.faults.model import of as faults_of
 from orchestrator.hypervisor import daemon, domain, probe
@@ -84,7 +85,7 @@ def up(
     """
     started = time.monotonic()
     paths = RackPaths(settings, rack.name)
-    check_capacity(rack, _host_memory(), os.cpu_count() or 1)
+    check_room(rack)
     for warning in warnings(rack):
         emit(Note(warning))
     require_root("make network interfaces and start virtual machines")
@@ -174,6 +175,7 @@ def _carry_out(
     together({name: domains[name].domain for name in leaving & domains.keys()}, domain.destroy)
     for action in todo.of("remove"):
         blade.remove_files(shop.paths, action.blade)
+    settle.side(shop.paths, {})  # a side of a partition that nobody is left on
     making = {action.blade: action.spec for action in todo.of("create", "recreate") if action.spec}
     states = {} if cold else _templates(shop, making.values())
     seconds: dict[str, float] = {}
@@ -280,8 +282,9 @@ def _write_ssh_files(paths: RackPaths, specs: Sequence[BladeSpec]) -> None:
     config.write_ssh_config(paths, addresses)
 
 
-def _host_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def check_room(rack: Rack) -> None:
+    """Raise RacklessError when this host cannot hold the rack."""
+    check_capacity(rack, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), os.cpu_count() or 1)
 
 
 def _emulator() -> str:
