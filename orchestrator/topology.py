@@ -16,10 +16,12 @@ from orchestrator import engine, holdings, rackedit, rackfile
 from orchestrator.engine import UpResult
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, ignore
+from orchestrator.faults.inject import inject
 from orchestrator.fields import KINDS, did_you_mean
 from orchestrator.model import Rack
 from orchestrator.plan import Action, Observed
 from orchestrator.settings import RackPaths, Settings
+from orchestrator.status import status
 
 USUAL: dict[str, dict[str, Any]] = {
     "manager": {"cpus": 1, "memory": "256 MiB"},
@@ -42,13 +44,13 @@ class Change:
     after: str
     rack: Rack
     actions: tuple[Action, ...] = ()
-    """For this blade, on the rack that is up; none when it is not up."""
+    """What has to be done to blades of the rack that is up; nothing when it is not up."""
     result: UpResult | None = None
 
     @property
     def changed(self) -> bool:
         """Whether anything differs."""
-        return self.before != self.after or any(action.kind != "keep" for action in self.actions)
+        return self.before != self.after or bool(self.actions)
 
     @property
     def diff(self) -> str:
@@ -63,7 +65,7 @@ class Change:
             "changed": self.changed,
             "file": str(self.file),
             "diff": self.diff,
-            "actions": [action.to_json() for action in self.actions if action.kind != "keep"],
+            "actions": [action.to_json() for action in self.actions],
             "result": self.result.to_json() if self.result else None,
         }
 
@@ -72,8 +74,8 @@ class Change:
         if not self.changed:
             return [f"{self.blade}: nothing to do"]
         verbs = {"update": "changed while it runs", "create": "added", "recreate": "made anew", "remove": "removed"}
-        done = [f"{a.blade}: {verbs[a.kind]} ({'; '.join(a.reasons)})" for a in self.actions if a.kind != "keep"]
-        return done or [f"{self.blade}: only {self.file} is changed, rack {self.rack.name} is not up"]
+        done = [f"{a.blade}: {verbs[a.kind]} ({'; '.join(a.reasons)})" for a in self.actions]
+        return done or [f"{self.blade}: {self.file} is changed; no blade that is up has to be"]
 
 
 def add(settings: Settings, file: Path, kind: str, name: str | None, fields: Mapping[str, Any], dry: bool = False,
@@ -154,6 +156,24 @@ def restore(settings: Settings, file: Path, name: str, force: bool = False, dry:
     return _carry_out(settings, file, name, before, before, force, dry, emit)
 
 
+def replace_blade(settings: Settings, file: Path, name: str, anew: bool = False, force: bool = False,
+                  dry: bool = False, emit: Emit = ignore) -> Change:  # fmt: skip
+    """Make a blade anew if it died, hangs or differs from the file; with `anew` also if it is well. Disks are kept."""
+    change = restore(settings, file, name, force, dry, emit)
+    states = {blade["name"]: blade["state"] for blade in status(settings, change.rack.name)["blades"]}
+    if change.changed or name not in states or (states[name] == "ready" and not anew):
+        return change
+    old = engine.observe(settings, change.rack.name)[name].spec
+    reason = f"it is {states[name]}" + (", and to be replaced" if anew else "")
+    change = replace(change, actions=(Action("recreate", name, old, old, (reason,)),))
+    if not force and states[name] == "ready":  # of one that hangs nobody gets anything any more
+        _refuse_losses(settings, change, engine.observe(settings, change.rack.name))
+    if dry:
+        return change
+    inject(settings, change.rack.name, {name: {"killed": True}}, emit=emit)
+    return replace(change, result=restore(settings, file, name, force, emit=emit).result)
+
+
 def undo(settings: Settings, change: Change, force: bool = False, emit: Emit = ignore) -> Change:
     """Take back a change: the file is as before, and its blade too. RacklessError if the file is another by now."""
     if _read(change.file)[0] != change.after:
@@ -177,7 +197,7 @@ def _carry_out(settings: Settings, file: Path, name: str, before: str, after: st
         return change
     if before != after:
         rackedit.write(file, after)
-    return replace(change, result=engine.up(settings, rack, emit, only={name})) if observed else change
+    return replace(change, result=engine.up(settings, rack, emit, only={name})) if change.actions else change
 
 
 def _refuse_losses(settings: Settings, change: Change, observed: Mapping[str, Observed]) -> None:

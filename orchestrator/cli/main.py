@@ -11,7 +11,7 @@ from pathlib import Path
 import typer
 
 from orchestrator import __version__
-from orchestrator.cli import agents, bench, demo, doctor, image, lite, programs, rack, run, shell, vnode
+from orchestrator.cli import agents, bench, blade, demo, doctor, fault, image, lite, programs, rack, run, shell, vnode
 from orchestrator.errors import RacklessError
 
 _INTERRUPTED = 130
@@ -32,7 +32,7 @@ def about(version: bool = typer.Option(False, "--version", help="Print the versi
         raise typer.Exit
 
 
-for family in (rack, run, programs, vnode, shell, agents, lite, image, demo, bench, doctor):
+for family in (rack, blade, fault, run, programs, vnode, shell, agents, lite, image, demo, bench, doctor):
     family.register(app)
 
 

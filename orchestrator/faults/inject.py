@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator import engine, lock
 from orchestrator.errors import RacklessError
@@ -24,6 +24,9 @@ from orchestrator.parallel import together
 from orchestrator.privilege import require_root
 from orchestrator.settings import RackPaths, Settings
 from orchestrator.spec import BladeSpec
+
+if TYPE_CHECKING:
+    import libvirt
 
 Many = dict[str, Faults]
 """Faults by blade."""
@@ -78,9 +81,12 @@ class Blades:
 def faults(settings: Settings, rack: str) -> Many:
     """The faults of every blade. Empty when the rack is not up."""
     with daemon.connection(RackPaths(settings, rack)) as conn:
-        owned = domain.owned(conn, rack) if conn else {}
-    return {name: model.of(found.state, found.metadata) for name, found in owned.items()
-            if not domain.is_template(found)}  # fmt: skip
+        owned = _owned(conn, rack)
+    return {name: model.of(found.state, found.metadata) for name, found in owned.items()}
+
+
+Transform = Callable[[Blades], Many]
+"""Which blades shall have which faults, seeing what there is; RacklessError when that cannot be."""
 
 
 def inject(settings: Settings, rack: str, wanted: Mapping[str, Mapping[str, Any]], dry: bool = False,
@@ -90,6 +96,29 @@ def inject(settings: Settings, rack: str, wanted: Mapping[str, Mapping[str, Any]
     Undone by `heal`. With `dry` everything is checked and nothing done. Raises RacklessError, before anything is
     touched, for an unknown blade or fault, a value that cannot be, and faults that contradict each other.
     """
+    return change(settings, rack, breaking(wanted), dry, emit)
+
+
+def partition(settings: Settings, rack: str, groups: list[list[str]], dry: bool = False,
+              emit: Emit = ignore) -> Outcome:  # fmt: skip
+    """Part the fabric into groups of blades; who is in none stays with the (first) manager. Undone by `heal`."""
+    return change(settings, rack, parting(groups), dry, emit)
+
+
+def heal(settings: Settings, rack: str, blades: list[str], names: tuple[str, ...] = (), dry: bool = False,
+         emit: Emit = ignore) -> Outcome:  # fmt: skip
+    """Undo faults of some blades, or of all when none is named; `names` are the faults, all when none is named."""
+    return change(settings, rack, healing(blades, names), dry, emit)
+
+
+def reset(settings: Settings, rack: str, name: str, emit: Emit = ignore) -> Outcome:
+    """Cut a blade's power and bring it back, as pressing its button would: disks are kept, memory is not."""
+    inject(settings, rack, {name: {"killed": True}}, emit=emit)
+    return heal(settings, rack, [name], ("killed",), emit=emit)
+
+
+def breaking(wanted: Mapping[str, Mapping[str, Any]]) -> Transform:
+    """More faults: see `inject`."""
 
     def add(blades: Blades) -> Many:
         for name in wanted:
@@ -100,12 +129,21 @@ def inject(settings: Settings, rack: str, wanted: Mapping[str, Mapping[str, Any]
 
     for more in wanted.values():
         model.check_names(tuple(more))
-    return _change(settings, rack, add, dry, emit)
+    return add
 
 
-def partition(settings: Settings, rack: str, groups: list[list[str]], dry: bool = False,
-              emit: Emit = ignore) -> Outcome:  # fmt: skip
-    """Part the fabric into groups of blades; who is in none stays with the (first) manager. Undone by `heal`."""
+def deafening(source: str, target: str) -> Transform:
+    """One way less: `target` does not get what `source` sends. The other way, and other blades, are left alone."""
+
+    def deafen(blades: Blades) -> Many:
+        blades.must_have(target)
+        return breaking({target: {"deaf_to": sorted({*blades.faults[target].deaf_to, source})}})(blades)
+
+    return deafen
+
+
+def parting(groups: list[list[str]]) -> Transform:
+    """A partition: see `partition`."""
 
     def part(blades: Blades) -> Many:
         for name in (name for group in groups for name in group):
@@ -113,19 +151,17 @@ def partition(settings: Settings, rack: str, groups: list[list[str]], dry: bool 
         kinds = {name: spec.kind for name, spec in blades.specs.items()}
         manager = min((s for s in blades.specs.values() if s.kind == "manager"), key=lambda s: s.index).name
         sides = model.sides(groups, kinds, manager)
-        new = {name: blades.faults[name].having(side=side) for name, side in sides.items()}
         parted = {name: faults.side for name, faults in blades.faults.items() if faults.side is not None}
         if parted and any(parted.get(name, 0) != side for name, side in sides.items()):
-            raise RacklessError(f"rack {rack} is parted already, in another way",
-                                hint="`rackless heal --all side` first")  # fmt: skip
-        return new
+            raise RacklessError(f"rack {blades.paths.name} is parted already, in another way",
+                                hint="`rackless heal --all --only side` first")  # fmt: skip
+        return {name: blades.faults[name].having(side=side) for name, side in sides.items()}
 
-    return _change(settings, rack, part, dry, emit)
+    return part
 
 
-def heal(settings: Settings, rack: str, blades: list[str], names: tuple[str, ...] = (), dry: bool = False,
-         emit: Emit = ignore) -> Outcome:  # fmt: skip
-    """Undo faults of some blades, or of all when none is named; `names` are the faults, all when none is named."""
+def healing(blades: list[str], names: tuple[str, ...] = ()) -> Transform:
+    """Fewer faults: see `heal`."""
 
     def less(found: Blades) -> Many:
         for name in blades:
@@ -133,26 +169,15 @@ def heal(settings: Settings, rack: str, blades: list[str], names: tuple[str, ...
         return {name: found.faults[name].without(*names) for name in blades or found.specs}
 
     model.check_names(names)
-    return _change(settings, rack, less, dry, emit)
+    return less
 
 
-def reset(settings: Settings, rack: str, name: str, emit: Emit = ignore) -> Outcome:
-    """Cut a blade's power and bring it back, as pressing its button would: disks are kept, memory is not."""
-    inject(settings, rack, {name: {"killed": True}}, emit=emit)
-    return heal(settings, rack, [name], ("killed",), emit=emit)
-
-
-def _change(
-    settings: Settings, rack: str, transform: Callable[[Blades], Many], dry: bool, emit: Emit
-) -> Outcome:
+def change(settings: Settings, rack: str, transform: Transform, dry: bool = False, emit: Emit = ignore) -> Outcome:
     """Give blades the faults that `transform` says; the others keep theirs."""
     require_root("break blades")
     paths = RackPaths(settings, rack)
     with lock.hold(paths), _blades(paths) as blades:
-        new = transform(blades)
-        outcome = Outcome(rack, blades.faults, {**blades.faults, **new})
-        for name in outcome.changed:
-            model.check(name, blades.faults[name], outcome.after[name], blades.specs[name])
+        outcome = _outcome(blades, transform)
         if dry or not outcome.changed:
             return outcome
         returning = {n for n in outcome.changed if blades.faults[n].killed and not outcome.after[n].killed}
@@ -164,11 +189,27 @@ def _change(
     return outcome
 
 
+def rehearse(settings: Settings, rack: str, acts: Callable[[dict[str, str]], list[Transform]]) -> None:
+    """Check a series of changes, each after the ones before it. RacklessError for the first that would be refused.
+
+    `acts` gives them, when told the blades with their kinds.
+    """
+    with _blades(RackPaths(settings, rack)) as blades:
+        for transform in acts({name: spec.kind for name, spec in blades.specs.items()}):
+            blades = replace(blades, faults=_outcome(blades, transform).after)
+
+
+def _outcome(blades: Blades, transform: Transform) -> Outcome:
+    outcome = Outcome(blades.paths.name, blades.faults, {**blades.faults, **transform(blades)})
+    for name in outcome.changed:
+        model.check(name, blades.faults[name], outcome.after[name], blades.specs[name])
+    return outcome
+
+
 @contextmanager
 def _blades(paths: RackPaths) -> Iterator[Blades]:
     with daemon.connection(paths) as conn:
-        found = domain.owned(conn, paths.name) if conn else {}
-        owned = {name: blade for name, blade in found.items() if not domain.is_template(blade)}
+        owned = _owned(conn, paths.name)
         if not owned:
             raise RacklessError(f"rack {paths.name} is not up", hint="bring it up with `rackless up`")
         accelerator = str(next(iter(owned.values())).metadata.get("accelerator"))
@@ -178,6 +219,17 @@ def _blades(paths: RackPaths) -> Iterator[Blades]:
                 specs[name] = BladeSpec.from_json(blade.metadata.get("spec"))
         faults = {name: model.of(owned[name].state, owned[name].metadata) for name in specs}
         yield Blades(RackPaths(paths.settings.scaled(accelerator), paths.name), owned, specs, faults)
+
+
+def _owned(conn: libvirt.virConnect | None, rack: str) -> dict[str, Owned]:
+    """The rack's blades in the order of their places; none when it is not up."""
+    found = domain.owned(conn, rack) if conn else {}
+
+    def place(name: str) -> tuple[int, str]:
+        spec = found[name].metadata.get("spec")
+        return int(spec.get("index", 0)) if isinstance(spec, dict) else 0, name
+
+    return {name: found[name] for name in sorted(found, key=place) if not domain.is_template(found[name])}
 
 
 def _carry_out(blades: Blades, outcome: Outcome, returning: set[str]) -> None:

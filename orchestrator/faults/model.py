@@ -135,13 +135,15 @@ def check(name: str, old: Faults, new: Faults, spec: BladeSpec) -> None:
     added = {fault for fault, value in new.to_json().items() if old.to_json().get(fault) != value}
     if old.killed and added - {"killed"}:
         raise RacklessError(f"{name} is killed: nothing else can be broken of it", hint=f"`rackless heal {name}` first")
+    first = f"`rackless heal {name} --only"
     if "killed" in added and old.paused:
-        raise RacklessError(f"{name} is paused, and would be killed", hint=f"`rackless heal {name} paused` first")
-    if old.paused and added & {*LINK, "memory"}:
-        raise RacklessError(f"{name} is paused: its own kernel cannot take that", hint=f"`rackless heal {name} paused`")
+        raise RacklessError(f"{name} is paused, and would be killed", hint=f"{first} paused` first")
+    inside = {fault for fault in (*LINK, "memory") if old.to_json().get(fault) != new.to_json().get(fault)}
+    if inside and (new.paused and (old.paused or inside & added)):
+        raise RacklessError(f"{name} is paused: its own kernel cannot do that", hint=f"{first} paused` first")
     if new.down and (added & {"latency", "jitter", "loss", "corruption", "duplication", "bandwidth"}):
         raise RacklessError(f"the link of {name} is down: it cannot be slow or lose packets as well",
-                            hint=f"`rackless heal {name} down` first")  # fmt: skip
+                            hint=f"{first} down` first")  # fmt: skip
     if new.down and "down" in added and set(old.names) & {"latency", "jitter", "loss", "bandwidth"}:
         raise RacklessError(f"the link of {name} has other faults ({', '.join(old.shown())})",
                             hint=f"`rackless heal {name}` first")  # fmt: skip

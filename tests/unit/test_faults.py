@@ -63,6 +63,7 @@ def test_faults_are_kept_and_read_back() -> None:
         ({"killed": True}, {"paused": True}, "mb0 is killed"),
         ({"paused": True}, {"killed": True}, "mb0 is paused, and would be killed"),
         ({"paused": True}, {"loss": "1 %"}, "mb0 is paused: its own kernel"),
+        ({}, {"paused": True, "memory": "1 MiB"}, "mb0 is paused: its own kernel"),
         ({"down": True}, {"latency": "1 ms"}, "the link of mb0 is down"),
         ({"latency": "1 ms"}, {"down": True}, "the link of mb0 has other faults"),
         ({}, {"down": True, "loss": "1 %"}, "the link of mb0 is down"),
