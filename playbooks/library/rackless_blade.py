@@ -28,7 +28,7 @@ options:
   cpu_quota: {description: "Share of each CPU, such as 50 %; none lifts it.", type: str}
   excache: {description: Processor blades - local memory for pages of memory blades., type: str}
   pmem: {description: Memory blades - persistent memory; none takes it away., type: str}
-  disk: {description: Storage blades - C(size), C(iops), C(bandwidth)., type: dict}
+  disk: {description: "Storage blades - C(size), C(iops), C(bandwidth).", type: dict}
   anew: {description: Replace it also if it is well., type: bool, default: false}
   force: {description: Even if what it holds is lost., type: bool, default: false}
   rack: {description: Rack file; without it racks/default.yml., type: str}

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
+import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from orchestrator.faults import inject
 from orchestrator.image import build as image_build
 from tests.unit.broken_racks import BrokenRack, broken_rack
 from tests.unit.netns_racks import needs_root
-from tests.unit.test_inventory import ROOT, make_ansible
+from tests.unit.test_inventory import BIN, ROOT, make_ansible
 from tests.unit.test_topology import DEFAULT, IDLE, TEXT
 
 PLAYBOOKS = sorted(file for file in (ROOT / "playbooks").glob("*.yml") if file.name != "rackless.yml")
@@ -192,3 +195,29 @@ class TestModules:
         told = run("rackless_rack", check=True)
         assert told["changed"]
         assert "! mb0  recreate  memory     it is not running" in told["diff"]["prepared"]
+
+
+# The collection
+
+
+@pytest.mark.long
+def test_an_installed_rackless_brings_a_collection(tmp_path: Path, file: Path) -> None:
+    """Built as a wheel and unpacked, as pip would; run far from the tree, on a file named from there."""
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "wheel")]
+    subprocess.run(build, cwd=ROOT, capture_output=True, check=True)
+    (wheel,) = (tmp_path / "wheel").iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "ANSIBLE_HOME": str(tmp_path / "ansible"),
+                   "RACKLESS_STATE": str(tmp_path / "state"), "RACKLESS_RUN": str(tmp_path / "run")}  # fmt: skip
+    words = ["rackless.rack.add_blade", "-e", "kind=memory", "-e", "name=mb2", "-e", f"rack=./{file.name}"]
+    for change in (1, 0):
+        done = subprocess.run([BIN / "ansible-playbook", *words], cwd=tmp_path, env=environment, check=False,
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
+        assert f"changed={change}" in done.stdout, done.stdout + done.stderr
+    assert "mb2: {kind: memory" in file.read_text()
+    (tmp_path / "my.rackless.yml").write_text("plugin: rackless.rack.rackless\n")
+    listed = subprocess.run([BIN / "ansible-inventory", "-i", "my.rackless.yml", "--list"], cwd=tmp_path,
+                            env={**environment, "RACKLESS_RACK": str(file)}, capture_output=True, text=True,
+                            check=True)  # fmt: skip
+    assert "rack demo is not up" in listed.stderr
