@@ -209,6 +209,20 @@ def test_a_scenario(rack: Rack, rackless: Fault, tmp_path: Path) -> None:
     assert states(rack) == dict.fromkeys(BLADES, ("ready", []))
 
 
+def test_other_faults_outlive_a_power_cycle_and_memory_does_not(rack: Rack, rackless: Fault) -> None:
+    rackless("fault", "link", "mb1", "--latency", "200 ms")
+    rackless("fault", "partition", "mb1")
+    rackless("fault", "reset", "mb1")
+    assert states(rack)["mb1"] == ("ready", ["side 1", "latency 200 ms"])
+    assert ping(rack, "pb0", "mb1") is None
+    rackless("heal", "--all", "--only", "side")
+    slow = ping(rack, "pb0", "mb1")
+    assert slow is not None
+    assert slow >= 200
+    rackless("heal", "--all")
+    assert states(rack)["mb1"] == ("ready", [])
+
+
 def test_a_workload_a_restart_and_what_is_collected(rack: Rack, play: Play, tmp_path: Path) -> None:
     output = tmp_path / "out.txt"
     assert play("run_workload", command="'expr 6 + 36'", output=str(output))
