@@ -9,10 +9,12 @@ import typer
 
 from orchestrator.cli.common import (
     BladeArgument,
+    BladesArgument,
     JsonOption,
     RackOption,
     complete_kind,
     own_rack_file,
+    rack_name,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ DiskRate = Annotated[Text, _option("--disk-bandwidth", "RATE", 'Such as "100 MiB
 def register(app: typer.Typer) -> None:
     """Add the commands to the main app."""
     family = typer.Typer(help="Blades of a rack: add, remove, resize, replace them.", no_args_is_help=True)
-    for command in (add, remove, resize, replace, link):
+    for command in (add, remove, resize, replace, restart, link):
         family.command()(command)
     app.add_typer(family, name="blade")
 
@@ -119,6 +121,32 @@ def replace(
 
     _do(rack, as_json,
         lambda settings, file, emit: topology.replace_blade(settings, file, name, anew, force, dry, emit))  # fmt: skip
+
+
+def restart(
+    blades: BladesArgument = None,
+    agents: Annotated[bool, typer.Option("--agents", help="Only their agents, not the whole blades.")] = False,
+    older_than: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Only those whose agent has run longer than this.")
+    ] = 0.0,
+    force: ForceOption = False,
+    dry: DryOption = False,
+    rack: RackOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Restart blades one after the other, all without names. Goes on only as long as all blades are well."""
+    from orchestrator import restart as restarts
+    from orchestrator.settings import Settings
+    from orchestrator.ui import progress
+
+    name, settings = rack_name(rack), Settings.from_environment()
+    what: restarts.What = "agents" if agents else "blades"
+    with progress(name, as_json) as emit:
+        done = restarts.rolling(settings, name, what, blades or (), older_than, force, dry, emit)
+    if as_json:
+        typer.echo(json.dumps({"rack": name, "restarted": done, "what": what}))
+    else:
+        typer.echo(f"{name}: {what} restarted: {', '.join(done)}" if done else "nothing to do")
 
 
 def link(

@@ -149,3 +149,16 @@ def test_a_scenario(rack: BrokenRack, run: Run) -> None:
     assert [step["step"] for step in told["steps"]] == ["kill mb0", "slow mb1 10 %"]
     assert (told["seed"], told["played"]) == (3, True)
     assert rack.state("mb0") == "off"
+
+
+def test_blades_are_restarted_one_after_the_other(rack: BrokenRack, run: Run) -> None:
+    health = {"joined": True, "rdma": "ACTIVE", "uptime_seconds": 40}
+    rack.replies.update({f"{name} agent.status": health for name in rack.specs})
+    rack.replies["pb0 process.stats"] = {"programs": 0}
+    assert run("blade", "restart", "--dry-run")[1] == f"{rack.name}: blades restarted: gm0, pb0, mb0, mb1\n"
+    assert run("blade", "restart", "--older-than", "60")[1] == "nothing to do\n"
+    assert "no blade mb9" in run("blade", "restart", "mb9")[2]
+    assert rack.ups == []
+    rack.replies["pb0 process.stats"] = {"programs": 1}
+    assert "restarting pb0 would lose programs that run on it (1)" in run("blade", "restart", "mb0", "pb0")[2]
+    assert rack.ups == [], "nor is mb0 restarted before"

@@ -39,8 +39,8 @@ def libvirtd() -> Iterator[tuple[RackPaths, Any]]:
 def test_what_is_known_of_a_blade_that_is_off(libvirtd: tuple[RackPaths, Any], tmp_path: Path) -> None:
     """With all that is plugged into blades its description can be kept, read, changed, and forgotten."""
     paths, conn = libvirtd
-    files = [tmp_path / name for name in ("system", "agents", "vmlinux", "initramfs")]
-    image = Image("debian13", "blade", "0" * 64, *files, cmdline="console=ttyS0")
+    file = tmp_path / "file"
+    image = Image("debian13", "blade", "0" * 64, system=file, agents=file, kernel=file, initramfs=file, cmdline="quiet")
     metadata = {"rack": paths.name, "blade": "mb0", "ready": True, "faults": {}}
     guest = Guest(domain.domain_name(paths.name, "mb0"), 256 << 20, 1, tmp_path / "c", tmp_path / "l", tmp_path / "a",
                   metadata)  # fmt: skip
