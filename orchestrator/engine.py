@@ -103,16 +103,14 @@ def up(
             if only is not None:
                 todo = todo.only(only)
             specs = [action.spec for action in todo.actions if action.spec]
-            manager = next((spec.fabric_address for spec in specs if spec.kind == "manager"), None)
-            if manager is None:
-                raise RacklessError(f"rack {rack.name} has no manager that is up", hint="`rackless up` makes it")
+            manager = _manager(todo, observed, specs)
             shop = blade.Workshop(
                 paths=paths,
                 conn=conn,
                 image=image,
                 accelerator=chosen.name,
                 emulator=_emulator(),
-                manager=manager,
+                manager=manager.fabric_address,
                 hosts={spec.name: spec.mgmt_address for spec in specs},
                 emit=emit,
                 recipe=rack.image,
@@ -153,6 +151,18 @@ def down(settings: Settings, rack: str, emit: Emit, keep_data: bool = False) -> 
         if not keep_data:
             shutil.rmtree(paths.root, ignore_errors=True)
         return sorted(domains)
+
+
+def _manager(todo: Plan, observed: dict[str, Observed], specs: Sequence[BladeSpec]) -> BladeSpec:
+    """The manager that keeps the books. RacklessError when new blades could not join it."""
+    manager = next((spec for spec in specs if spec.kind == "manager"), None)
+    if manager is None:
+        raise RacklessError(f"rack {todo.rack} has no manager that is up", hint="`rackless up` makes it")
+    stays = all(action.kind == "keep" for action in todo.actions if action.blade == manager.name)
+    if stays and observed[manager.name].state != "running" and todo.of("create", "recreate"):
+        raise RacklessError(f"the manager {manager.name} is {observed[manager.name].state}: no blade could join it",
+                            hint=f"`rackless heal {manager.name}` first")  # fmt: skip
+    return manager
 
 
 def _prepare(paths: RackPaths, rack: Rack, emit: Emit) -> None:

@@ -133,7 +133,7 @@ def quota(spec: BladeSpec, faults: Faults) -> float | None:
 def check(name: str, old: Faults, new: Faults, spec: BladeSpec) -> None:
     """Refuse faults of blade `name` that contradict each other, or that would do nothing. Raises RacklessError."""
     added = {fault for fault, value in new.to_json().items() if old.to_json().get(fault) != value}
-    if old.killed and added - {"killed"}:
+    if old.killed and added - {"killed", "side"}:  # its side it takes when it is back
         raise RacklessError(f"{name} is killed: nothing else can be broken of it", hint=f"`rackless heal {name}` first")
     first = f"`rackless heal {name} --only"
     if "killed" in added and old.paused:

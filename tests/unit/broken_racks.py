@@ -91,6 +91,13 @@ class BrokenRack:
                               capture_output=True, check=True)  # fmt: skip
         return {link["ifname"] for link in json.loads(done.stdout)}
 
+    def master(self, blade: str) -> str:
+        """The bridge that a blade's cable is plugged into."""
+        tap = place.of(self.paths).tap(place.FABRIC, self.specs[blade].index)
+        done = subprocess.run(["ip", "-json", "-n", namespace.name_of(self.name), "link", "show", "dev", tap],
+                              capture_output=True, check=True)  # fmt: skip
+        return str(json.loads(done.stdout)[0]["master"])
+
     def _netns(self, blade: str) -> str:
         return f"{self.name}-{blade}"
 

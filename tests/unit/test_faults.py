@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guest_agents import control
+from orchestrator import engine
 from orchestrator.errors import RacklessError
 from orchestrator.faults import inject, model
 from orchestrator.faults.model import Faults, link_fields, sides
+from orchestrator.hypervisor import domain
 from orchestrator.model import Link
-from tests.unit.broken_racks import BrokenRack, broken_rack
+from tests.unit.broken_racks import BrokenRack, broken_rack, make_domain
 from tests.unit.netns_racks import needs_root
 from tests.unit.stand_in import blade_specs
 
@@ -60,6 +64,7 @@ def test_faults_are_kept_and_read_back() -> None:
         ({}, {"deaf_to": ["mb0"]}, "mb0 cannot be deaf to itself"),
         ({}, {"jitter": "1 ms"}, "jitter of mb0 would be more than its latency"),
         ({}, {"memory": "1 TiB"}, "does not have so much memory"),
+        ({"killed": True}, {"cpu": "5 %"}, "mb0 is killed"),
         ({"killed": True}, {"paused": True}, "mb0 is killed"),
         ({"paused": True}, {"killed": True}, "mb0 is paused, and would be killed"),
         ({"paused": True}, {"loss": "1 %"}, "mb0 is paused: its own kernel"),
@@ -220,3 +225,51 @@ class TestBlades:
         assert all(rack.state(blade) == "running" for blade in rack.specs)
         assert all(rack.metadata(blade).get("faults", {}) == {} for blade in rack.specs)
         assert not any(rack.updates.values())
+
+
+@pytest.mark.long
+@pytest.mark.netns
+@needs_root
+def test_a_hundred_random_faults_and_nothing_is_left(rack: BrokenRack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each, what is there is what the faults say; refused ones change nothing. RACKLESS_SEED gives others."""
+    seed = int(os.environ.get("RACKLESS_SEED", "2026"))
+    chance = random.Random(seed)
+    settings, name, blades = rack.paths.settings, rack.name, [*rack.specs]
+
+    def up(_settings: object, _wanted: object, _emit: object, only: set[str]) -> None:
+        for blade in only:
+            kept = inject.faults(settings, name)[blade].without("killed", "paused")
+            domain.destroy(domain.owned(rack.conn, name)[blade].domain)
+            make_domain(rack.conn, rack.specs[blade], faults=kept.to_json())
+
+    monkeypatch.setattr(engine, "up", up)
+    values: dict[str, Any] = {**ALL, "killed": True, "paused": True, "down": True}
+    refused = 0
+    for turn in range(100):
+        before = inject.faults(settings, name)
+        fault, blade = chance.choice([*values]), chance.choice(blades)
+        try:
+            match chance.randrange(5):
+                case 0:
+                    inject.heal(settings, name, [blade])
+                case 1:
+                    inject.partition(settings, name, [chance.sample(blades, chance.randint(1, 3))])
+                case 2:
+                    inject.heal(settings, name, [], (chance.choice([fault, "side"]),))
+                case _:
+                    inject.inject(settings, name, {blade: {fault: values[fault]}})
+        except RacklessError:
+            refused += 1
+            assert inject.faults(settings, name) == before, f"turn {turn} of seed {seed}"
+        faults = inject.faults(settings, name)
+        for one in blades:
+            stands = "off" if faults[one].killed else "paused" if faults[one].paused else "running"
+            assert rack.state(one) == stands, f"turn {turn} of seed {seed}"
+            if not faults[one].killed:
+                assert rack.master(one) == f"fabric~{faults[one].side}".removesuffix("~0").removesuffix("~None")
+    assert 0 < refused < 80, f"seed {seed}"
+    inject.heal(settings, name, [])
+    assert not any(inject.faults(settings, name).values())
+    assert rack.bridges() == {"mgmt", "fabric"}
+    assert rack.parts() == [set(blades)]
+    assert all(rack.state(one) == "running" for one in blades)
