@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from orchestrator import agents, managers
-from orchestrator.errors import RacklessError
 from orchestrator.plan import Observed
 from orchestrator.settings import RackPaths
 from orchestrator.spec import BladeSpec
@@ -74,9 +73,5 @@ def _places(paths: RackPaths, blades: Mapping[str, Observed], spec: BladeSpec) -
 
 def _vnodes(paths: RackPaths, blades: Mapping[str, Observed]) -> list[dict[str, Any]]:
     running = {name: seen.spec for name, seen in blades.items() if seen.state == "running" and seen.spec}
-    try:
-        found: list[dict[str, Any]] = managers.ask(paths, running, "vnode.list")["vnodes"]
-    except RacklessError as error:
-        raise RacklessError(f"cannot tell what the vNodes need: {error.message}", hint="wait for the manager, or"
-                            " --force") from None  # fmt: skip
+    found: list[dict[str, Any]] = managers.ask(paths, running, "vnode.list")["vnodes"]
     return found
