@@ -211,7 +211,7 @@ def _refuse_losses(settings: Settings, change: Change, observed: Mapping[str, Ob
             lost = holdings.lost_with(paths, observed, action.blade, keeps_files=kept)
         except RacklessError as error:
             raise RacklessError(f"cannot tell what would be lost with {action.blade}: {error.message}",
-                                hint="see `rackless status`; --force does not ask", log=error.log) from None  # fmt: skip
+                                hint="see `rackless status`; --force asks nobody") from None  # fmt: skip
         lost += [what for what in action.loses if action.kind == "recreate" and what not in lost]
         if lost:
             verb = "removing" if action.kind == "remove" else f"making anew ({'; '.join(action.reasons)})"
