@@ -9,9 +9,9 @@ import typer
 
 from orchestrator.cli.common import (
     BladeArgument,
-    BladesArgument,
     JsonOption,
     RackOption,
+    complete_blade,
     complete_kind,
     own_rack_file,
     rack_name,
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 DryOption = Annotated[bool, typer.Option("--dry-run", "-n", help="Check everything, say what would be, do nothing.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Even if what the blade holds is lost.")]
+BladeNames = Annotated[
+    list[str] | None, typer.Argument(metavar="BLADE...", help="Names of blades.", autocompletion=complete_blade)
+]
 Text = str | None
 
 _NONE = "none"
@@ -124,7 +127,7 @@ def replace(
 
 
 def restart(
-    blades: BladesArgument = None,
+    blades: BladeNames = None,
     agents: Annotated[bool, typer.Option("--agents", help="Only their agents, not the whole blades.")] = False,
     older_than: Annotated[
         float, typer.Option(metavar="SECONDS", help="Only those whose agent has run longer than this.")

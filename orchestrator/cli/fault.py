@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orchestrator.cli.blade import DryOption
-from orchestrator.cli.common import BladeArgument, BladesArgument, JsonOption, RackOption, rack_name
+from orchestrator.cli.blade import BladeNames, DryOption
+from orchestrator.cli.common import BladeArgument, JsonOption, RackOption, rack_name
 from orchestrator.errors import RacklessError
 
 if TYPE_CHECKING:
@@ -47,19 +47,19 @@ def list_faults(rack: RackOption = None, as_json: JsonOption = False) -> None:
         typer.echo(f"nothing of {name} is broken on purpose")
 
 
-def kill(blades: BladesArgument = None, dry: DryOption = False, rack: RackOption = None,
+def kill(blades: BladeNames = None, dry: DryOption = False, rack: RackOption = None,
          as_json: JsonOption = False) -> None:  # fmt: skip
     """Cut the power of blades. Disks and persistent memory are kept; `heal` starts them again."""
     _inject(rack, as_json, dry, blades, killed=True)
 
 
-def pause(blades: BladesArgument = None, dry: DryOption = False, rack: RackOption = None,
+def pause(blades: BladeNames = None, dry: DryOption = False, rack: RackOption = None,
           as_json: JsonOption = False) -> None:  # fmt: skip
     """Stop the CPUs of blades, until `fault resume` or `heal`."""
     _inject(rack, as_json, dry, blades, paused=True)
 
 
-def resume(blades: BladesArgument = None, dry: DryOption = False, rack: RackOption = None,
+def resume(blades: BladeNames = None, dry: DryOption = False, rack: RackOption = None,
            as_json: JsonOption = False) -> None:  # fmt: skip
     """Let blades that are paused go on."""
     _heal(rack, as_json, dry, _some(blades), ("paused",))
@@ -136,7 +136,7 @@ def partition(
 
 
 def heal(
-    blades: BladesArgument = None,
+    blades: BladeNames = None,
     everything: Annotated[bool, typer.Option("--all", help="All blades.")] = False,
     only: Annotated[list[str] | None, typer.Option(metavar="FAULT", help="Only these faults; may be repeated.")] = None,
     dry: DryOption = False, rack: RackOption = None, as_json: JsonOption = False,
