@@ -6,12 +6,13 @@ import importlib
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from ipaddress import IPv4Interface
 from typing import Any
 
-from guest_agents import control, disk, fabric, identity, load, version
+from guest_agents import control, disk, fabric, identity, load, pressure, version
 from guest_agents.budget import Budget, budget_of
 from guest_agents.config import AgentConfig
 from guest_agents.hotpot.gate import Gate
@@ -89,6 +90,8 @@ class Agent:
         fabric.configure(mine.management, mine.fabric, time.monotonic() + _READY_SECONDS)
         log.info("networks are up after %.1f s", time.monotonic() - self.started)
         fabric.shape(mine.link)
+        with suppress(control.ControlError):  # an agent that is started anew goes without, rather than not at all
+            pressure.take(mine.pressure)
         if mine.disk:
             disk.mount()
         handlers: dict[str, control.Handler] = {
@@ -186,7 +189,10 @@ class Agent:
     def _update(self, request: control.Message) -> control.Message:
         """The host changed what can change while the blade runs."""
         fabric.shape(request["link"])
+        if request.get("pressure", 0) != self.identity.pressure:
+            pressure.take(int(request.get("pressure", 0)))
         changes = {name: request[name] for name in ("link", "excache", "heartbeat", "dead_after")}
+        changes["pressure"] = request.get("pressure", 0)
         self.identity = replace(self.identity, **changes)
         self.membership.timing = Timing(request["heartbeat"], request["dead_after"])
         if self.manager is not None:

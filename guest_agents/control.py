@@ -34,6 +34,9 @@ Messages known today (`?` marks an optional field, sizes are bytes, GIDs are str
     program.list    -                                             programs
     managers.stats  -                                             ready, process, memory, storage, requests, ...
     agent.load      -                                             processor time, memory: guest_agents/load.py
+    agent.update    link, excache, heartbeat, dead_after,         -
+                    pressure?
+    agent.hosts     hosts                                         -
     member.join     a blade's description, incarnation?, ...      node_id, incarnation, members, dead, version
     member.beat     node_id, incarnation, version                 known, members, dead, version
     member.leave    node_id, incarnation                          -

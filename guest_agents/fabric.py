@@ -42,21 +42,35 @@ def hold(own: str, prefix: int, addresses: Collection[str]) -> None:
 
 
 def shape(link: dict[str, Any]) -> None:
-    """Delay, jitter (s), loss (0..1), bandwidth (bit/s) of what leaves on the fabric; none set lifts all."""
-    latency, jitter, loss = link.get("latency") or 0, link.get("jitter") or 0, link.get("loss") or 0
+    """Latency, jitter (s), loss, corruption, duplication (0..1), bandwidth (bit/s) of what leaves on the fabric.
+
+    `deaf_to` are fabric addresses whose packets are dropped as they come in: dropped as they leave, the sender's
+    RDMA would be told. What is not set is lifted.
+    """
+    latency, jitter = link.get("latency") or 0, link.get("jitter") or 0
     options = []
     if latency or jitter:
         options += ["delay", _microseconds(latency), *([_microseconds(jitter)] if jitter else [])]
-    if loss:
-        options += ["loss", f"{loss * 100:.4f}%"]
+    for name, option in (("loss", "loss"), ("corruption", "corrupt"), ("duplication", "duplicate")):
+        if link.get(name):
+            options += [option, f"{link[name] * 100:.4f}%"]
     if link.get("bandwidth"):
         options += ["rate", f"{link['bandwidth']}bit"]
     if options:
         subprocess.run(
             ["tc", "qdisc", "replace", "dev", FABRIC, "root", "netem", "limit", "10000", *options], check=True
         )
-    elif "netem" in subprocess.run(["tc", "qdisc", "show", "dev", FABRIC], capture_output=True, text=True).stdout:
+    present = subprocess.run(["tc", "qdisc", "show", "dev", FABRIC], capture_output=True, text=True).stdout
+    if not options and "netem" in present:
         subprocess.run(["tc", "qdisc", "del", "dev", FABRIC, "root"], check=True)
+    batch = [f"qdisc del dev {FABRIC} ingress"] if "ingress" in present else []
+    deaf_to = link.get("deaf_to") or []
+    if deaf_to:
+        batch.append(f"qdisc add dev {FABRIC} ingress")
+    batch += [f"filter add dev {FABRIC} parent ffff: protocol ip prio 1 u32 match ip src {address}/32 action drop"
+              for address in deaf_to]  # fmt: skip
+    if batch:
+        subprocess.run(["tc", "-batch", "-"], input="\n".join(batch), text=True, check=True)
 
 
 def rdma_state() -> str:

@@ -32,7 +32,7 @@ class Identity:
     manager: str
     management: dict[str, Any]  # mac, address, prefix, mtu
     fabric: dict[str, Any]  # mac, address, prefix, mtu
-    link: dict[str, Any]  # latency, jitter, bandwidth, loss: see fabric.shape
+    link: dict[str, Any]  # latency, loss and so on: see fabric.shape
     authorized_key: str
     host_key: str
     hosts: dict[str, str]  # name -> management address, of every blade of the rack
@@ -41,6 +41,7 @@ class Identity:
     dead_after: float  # seconds
     disk: bool = False  # a data disk is plugged in as /dev/vdc, with an ext4 on it
     excache: int | None = None  # bytes
+    pressure: int = 0  # bytes taken from it by a fault: see pressure.py
 
     @classmethod
     def of(cls, message: dict[str, Any]) -> Identity:

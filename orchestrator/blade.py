@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import libvirt
 from orchestrator.channel import open_channel
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, step
+from orchestrator.faults import settle
+from orchestrator.faults.model import Faults, link_fields
 from orchestrator.hypervisor import domain, template
 from orchestrator.hypervisor.domain import Guest
 from orchestrator.image.build import Image
@@ -39,6 +42,14 @@ class Workshop:
     manager: str  # fabric address of the manager's agent
     hosts: dict[str, str]  # name -> management address of every blade
     emit: Emit
+    recipe: str = "debian13"  # name of the image's recipe
+    fabric: Mapping[str, str] = field(default_factory=dict)  # name -> fabric address of every blade
+    faults: Mapping[str, Faults] = field(default_factory=dict)  # of blades that are there already
+
+    def metadata(self, spec: BladeSpec, faults: Faults, ready: bool) -> dict[str, Any]:
+        """What a blade's libvirt metadata say."""
+        return {"rack": self.paths.name, "blade": spec.name, "ready": ready, "accelerator": self.accelerator,
+                "recipe": self.recipe, "spec": spec.to_json(), "faults": faults.to_json()}  # fmt: skip
 
 
 def ensure_template(shop: Workshop, memory: int, cpus: int) -> Path:
@@ -61,13 +72,12 @@ def ensure_template(shop: Workshop, memory: int, cpus: int) -> Path:
 def create(shop: Workshop, spec: BladeSpec, state: Path | None) -> None:
     """Make the blade: a clone of the template ``state``, or booted when None. On return its agent has joined.
 
-    The metadata says ``ready`` only at the end, so that a blade left half made by a killed `up` is seen as
-    such.
+    Made anew, it is neither killed nor paused; other faults of the old one are its own, too, until they are healed.
+    The metadata says ``ready`` only at the end, so that a blade left half made by a killed `up` is seen as such.
     """
     paths = shop.paths
-    metadata = {"rack": paths.name, "blade": spec.name, "ready": False, "accelerator": shop.accelerator,
-                "spec": spec.to_json()}  # fmt: skip
-    guest = _guest(shop, spec.name, spec.memory, spec.cpus, metadata)
+    faults = shop.faults.get(spec.name, Faults()).without("killed", "paused")
+    guest = _guest(shop, spec.name, spec.memory, spec.cpus, shop.metadata(spec, faults, ready=False))
     try:
         _make_files(paths, spec)
         if state is None:
@@ -80,9 +90,10 @@ def create(shop: Workshop, spec: BladeSpec, state: Path | None) -> None:
             domain.explain(f"plug devices into {spec.name}", lambda: _plug(made, paths, spec))
         with step(shop.emit, paths.name, "join", spec.name):
             _identify(shop, spec, guest)
-        domain.explain(f"limit {spec.name}", lambda: domain.limit_cpu(made, spec.cpu_quota))
         shaping.limit(place.of(paths), spec.index, spec.link.bandwidth)
-        domain.explain(f"mark {spec.name} ready", lambda: domain.write_metadata(made, {**metadata, "ready": True}))
+        settle.whole(paths, made, spec, faults, shop.fabric)
+        ready = shop.metadata(spec, faults, ready=True)
+        domain.explain(f"mark {spec.name} ready", lambda: domain.write_metadata(made, ready))
     except RacklessError as error:
         raise RacklessError(f"{spec.name} did not become ready: {error.message}", hint=error.hint,
                             log=paths.blade(spec.name).console) from error  # fmt: skip
@@ -90,24 +101,20 @@ def create(shop: Workshop, spec: BladeSpec, state: Path | None) -> None:
 
 def update(shop: Workshop, old: BladeSpec, spec: BladeSpec, running: libvirt.virDomain) -> None:
     """Change a running blade to ``spec`` where only what can change live differs."""
-    from orchestrator import agents
-
     paths = shop.paths
+    faults = shop.faults.get(spec.name, Faults()).without("paused")
     with step(shop.emit, paths.name, "update", spec.name):
         if domain.explain(f"look at {spec.name}", running.state)[0] == libvirt.VIR_DOMAIN_PAUSED:
             domain.explain(f"resume {spec.name}", running.resume)
         if spec.cpu_quota != old.cpu_quota:
-            domain.explain(f"limit {spec.name}", lambda: domain.limit_cpu(running, spec.cpu_quota))
+            settle.cpus(running, spec, faults)
         if spec.disk and spec.disk != old.disk:
             disk = spec.disk
             domain.explain(f"limit the disk of {spec.name}",
                            lambda: domain.limit_disk(running, disk.iops, disk.bandwidth))  # fmt: skip
         if (spec.link, spec.excache, spec.membership) != (old.link, old.excache, old.membership):
-            shaping.limit(place.of(paths), spec.index, spec.link.bandwidth)
-            agents.call(paths, spec.name, spec.mgmt_address, "agent.update", paths.settings.control_seconds,
-                        link=link_fields(spec), excache=spec.excache, **_membership(spec))  # fmt: skip
-        metadata = {"rack": paths.name, "blade": spec.name, "ready": True, "accelerator": shop.accelerator,
-                    "spec": spec.to_json()}  # fmt: skip
+            settle.inside(paths, spec, faults, shop.fabric)
+        metadata = shop.metadata(spec, faults, ready=True)
         domain.explain(f"mark {spec.name}", lambda: domain.write_metadata(running, metadata))
 
 
@@ -136,16 +143,6 @@ def console_tail(paths: RackPaths, name: str) -> str:
     except OSError:
         return ""
     return "\n".join(text.splitlines()[-CONSOLE_TAIL_LINES:])
-
-
-def link_fields(spec: BladeSpec) -> dict[str, Any]:
-    """What the blade's own kernel shapes of its link: seconds, fractions, bit/s."""
-    link = spec.link
-    return {"latency": link.latency, "jitter": link.jitter, "loss": link.loss, "bandwidth": link.bandwidth}
-
-
-def _membership(spec: BladeSpec) -> dict[str, Any]:
-    return {"heartbeat": spec.membership.heartbeat, "dead_after": spec.membership.dead_after}
 
 
 def _guest(shop: Workshop, name: str, memory: int, cpus: int, metadata: dict[str, Any]) -> Guest:
@@ -198,13 +195,14 @@ def _identify(shop: Workshop, spec: BladeSpec, guest: Guest) -> None:
                        "mtu": bridge.MANAGEMENT_MTU},
         "fabric": {"mac": spec.fabric_mac, "address": spec.fabric_address, "prefix": spec.fabric_prefix,
                    "mtu": spec.fabric_mtu},
-        "link": link_fields(spec),
+        "link": link_fields(spec, Faults(), {}),
         "authorized_key": keys.ensure_rack_keys(paths).public_key_line,
         "host_key": private_key,
         "hosts": shop.hosts,
         "excache": spec.excache,
         "index": spec.index,
-        **_membership(spec),
+        "heartbeat": spec.membership.heartbeat,
+        "dead_after": spec.membership.dead_after,
         "disk": spec.disk is not None,
         "entropy": os.urandom(64).hex(),
         "epoch_ns": time.time_ns(),

@@ -8,17 +8,21 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import agents, blade, lock
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, Note, step
+from orchestrator.faults import settle
+from orchestrator.faults.model import Faults, cut_off
+from orchestrator.faults.model import of as faults_of
 from orchestrator.hypervisor import daemon, domain, probe
 from orchestrator.image import build as image_build
-from orchestrator.model import Rack, warnings
+from orchestrator.model import Link, Rack, warnings
 from orchestrator.network import bridge, place
 from orchestrator.parallel import together
 from orchestrator.plan import Action, Observed, Plan, State, check_capacity, make_plan
@@ -69,14 +73,19 @@ def plan(settings: Settings, rack: Rack) -> Plan:
     return make_plan(rack, key, observe(settings, rack.name))
 
 
-def up(settings: Settings, rack: Rack, emit: Emit, cold: bool = False) -> UpResult:
+def up(
+    settings: Settings, rack: Rack, emit: Emit, cold: bool = False, only: Collection[str] | None = None
+) -> UpResult:
     """Make the rack as the file says; ``cold`` boots every blade instead of restoring clones.
+
+    With ``only``, blades that are not named there are left as they are. Blades that are killed or paused come back;
+    other faults stay until they are healed.
 
     Raises RacklessError when a blade does not become ready; what was made stays, and the next `up` goes on.
     """
     started = time.monotonic()
     paths = RackPaths(settings, rack.name)
-    check_capacity(rack, _host_memory(), os.cpu_count() or 1)
+    check_room(rack)
     for warning in warnings(rack):
         emit(Note(warning))
     require_root("make network interfaces and start virtual machines")
@@ -88,22 +97,30 @@ def up(settings: Settings, rack: Rack, emit: Emit, cold: bool = False) -> UpResu
         _prepare(paths, rack, emit)
         with daemon.connection(paths, start=True) as conn:
             assert conn is not None
-            todo = make_plan(rack, image.key, _observe(conn, rack.name))
+            domains = domain.owned(conn, rack.name)
+            observed = _observed(domains)
+            todo = make_plan(rack, image.key, observed)
+            if only is not None:
+                todo = todo.only(only)
             specs = [action.spec for action in todo.actions if action.spec]
+            manager = _manager(todo, observed, specs)
             shop = blade.Workshop(
                 paths=paths,
                 conn=conn,
                 image=image,
                 accelerator=chosen.name,
                 emulator=_emulator(),
-                manager=next(spec.fabric_address for spec in specs if spec.kind == "manager"),
+                manager=manager.fabric_address,
                 hosts={spec.name: spec.mgmt_address for spec in specs},
                 emit=emit,
+                recipe=rack.image,
+                fabric={spec.name: spec.fabric_address for spec in specs},
+                faults={name: faults_of(found.state, found.metadata) for name, found in domains.items()},
             )
             _write_ssh_files(paths, specs)
             if todo.pending:
                 emit(Note(f"accelerator: {chosen.name} ({chosen.why})"))
-            seconds, made = _carry_out(shop, todo, cold)
+            seconds, made = _carry_out(shop, todo, cold, domains)
         return UpResult(
             rack=rack.name,
             accelerator=chosen.name,
@@ -136,6 +153,18 @@ def down(settings: Settings, rack: str, emit: Emit, keep_data: bool = False) -> 
         return sorted(domains)
 
 
+def _manager(todo: Plan, observed: dict[str, Observed], specs: Sequence[BladeSpec]) -> BladeSpec:
+    """The manager that keeps the books. RacklessError when new blades could not join it."""
+    manager = next((spec for spec in specs if spec.kind == "manager"), None)
+    if manager is None:
+        raise RacklessError(f"rack {todo.rack} has no manager that is up", hint="`rackless up` makes it")
+    stays = all(action.kind == "keep" for action in todo.actions if action.blade == manager.name)
+    if stays and observed[manager.name].state != "running" and todo.of("create", "recreate"):
+        raise RacklessError(f"the manager {manager.name} is {observed[manager.name].state}: no blade could join it",
+                            hint=f"`rackless heal {manager.name}` first")  # fmt: skip
+    return manager
+
+
 def _prepare(paths: RackPaths, rack: Rack, emit: Emit) -> None:
     with step(emit, rack.name, "network"):
         for folder in (paths.blades, paths.logs, paths.settings.run_dir / rack.name):
@@ -148,13 +177,15 @@ def _prepare(paths: RackPaths, rack: Rack, emit: Emit) -> None:
         keys.ensure_rack_keys(paths)
 
 
-def _carry_out(shop: blade.Workshop, todo: Plan, cold: bool) -> tuple[dict[str, float], int]:
+def _carry_out(
+    shop: blade.Workshop, todo: Plan, cold: bool, domains: dict[str, domain.Owned]
+) -> tuple[dict[str, float], int]:
     """Do what the plan says; seconds per blade and how many were made."""
-    domains = domain.owned(shop.conn, shop.paths.name)
     leaving = {action.blade for action in todo.of("remove", "recreate")}
     together({name: domains[name].domain for name in leaving & domains.keys()}, domain.destroy)
     for action in todo.of("remove"):
         blade.remove_files(shop.paths, action.blade)
+    settle.side(shop.paths, {})  # a side of a partition that nobody is left on
     making = {action.blade: action.spec for action in todo.of("create", "recreate") if action.spec}
     states = {} if cold else _templates(shop, making.values())
     seconds: dict[str, float] = {}
@@ -171,11 +202,13 @@ def _carry_out(shop: blade.Workshop, todo: Plan, cold: bool) -> tuple[dict[str, 
 
     together({action.blade: action for action in todo.of("update")}, change)
     together(making, make, shop.paths.settings.max_workers, lambda name: blade.console_tail(shop.paths, name))
+    # One that `only` left alone may be killed or paused.
+    staying = {action.blade: action.spec for action in todo.of("keep", "update") if action.spec
+               and (action.kind == "update" or domains[action.blade].state == "running")}  # fmt: skip
     if making or todo.of("remove"):
-        staying = {action.blade: action.spec for action in todo.of("keep", "update") if action.spec}
         together(staying, lambda spec: _tell_hosts(shop, spec))
     if making:
-        _ping_all(shop, [action.spec for action in todo.actions if action.spec], set(making))
+        _ping_all(shop, [*staying.values(), *making.values()], set(making))
     return seconds, len(making)
 
 
@@ -199,15 +232,39 @@ def _templates(shop: blade.Workshop, specs: Iterable[BladeSpec]) -> dict[tuple[i
 def _ping_all(shop: blade.Workshop, specs: Sequence[BladeSpec], fresh: set[str]) -> None:
     """Write and read over RDMA between every pair of blades of which one is new."""
     paths = shop.paths
+    faults = {spec.name: shop.faults.get(spec.name, Faults()).without("killed", "paused") for spec in specs}
 
     def ping(spec: BladeSpec) -> None:
         for peer in specs[specs.index(spec) + 1 :]:
-            if peer.name in fresh or spec.name in fresh:
+            apart = cut_off(spec.name, faults[spec.name], peer.name, faults[peer.name])
+            if (peer.name in fresh or spec.name in fresh) and not apart:
                 agents.call(paths, spec.name, spec.mgmt_address, "verbs.ping", paths.settings.control_seconds,
                             peer=peer.fabric_address)  # fmt: skip
 
     with step(shop.emit, paths.name, "verbs ping"):
         together({spec.name: spec for spec in specs}, ping)
+
+
+def as_it_is(domains: dict[str, domain.Owned], name: str) -> Rack:
+    """The rack that a file would say so as to change nothing of these blades. RacklessError when none can be read."""
+    seen = {n: blade.spec for n, blade in _observed(domains).items() if blade.spec}
+    specs = sorted(seen.values(), key=lambda spec: spec.index)
+    if not specs:
+        raise RacklessError(f"rack {name} is not up", hint="bring it up with `rackless up`")
+    first = specs[0]
+    fields = ("kind", "cpus", "memory", "cpu_quota", "excache", "pmem", "disk")
+    said = {spec.name: spec.to_json() for spec in specs}
+    subnets = {part: str(IPv4Interface(f"{address}/{prefix}").network) for part, address, prefix in (
+        ("fabric", first.fabric_address, first.fabric_prefix), ("management", first.mgmt_address, first.mgmt_prefix))}
+    return Rack.model_validate({
+        "name": name,
+        "image": str(domains[first.name].metadata.get("recipe", "debian13")),
+        "fabric": {"subnet": subnets["fabric"], "mtu": first.fabric_mtu},
+        "management": {"subnet": subnets["management"]},
+        "membership": said[first.name]["membership"],
+        "blades": {n: {key: spec[key] for key in fields if spec[key] is not None} for n, spec in said.items()},
+        "links": {spec.name: said[spec.name]["link"] for spec in specs if spec.link != Link()},
+    })  # fmt: skip
 
 
 def _observe(conn: libvirt.virConnect, rack: str) -> dict[str, Observed]:
@@ -223,7 +280,8 @@ def _observed(domains: dict[str, domain.Owned]) -> dict[str, Observed]:
             spec = None
         state: State = "broken"
         if found.metadata.get("ready"):  # a blade killed in the middle of its restore is paused, and half made
-            state = "paused" if found.state == "paused" else "running" if found.state == "running" else "broken"
+            states: dict[str, State] = {"paused": "paused", "running": "running", "off": "stopped"}
+            state = states.get(found.state, "broken")
         observed[name] = Observed(name, state, spec)
     return observed
 
@@ -234,8 +292,9 @@ def _write_ssh_files(paths: RackPaths, specs: Sequence[BladeSpec]) -> None:
     config.write_ssh_config(paths, addresses)
 
 
-def _host_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def check_room(rack: Rack) -> None:
+    """Raise RacklessError when this host cannot hold the rack."""
+    check_capacity(rack, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), os.cpu_count() or 1)
 
 
 def _emulator() -> str:

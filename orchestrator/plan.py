@@ -8,7 +8,7 @@ gives nothing to do.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -91,6 +91,12 @@ class Plan:
     def of(self, *kinds: ActionKind) -> tuple[Action, ...]:
         """The actions of these kinds, in the plan's order."""
         return tuple(action for action in self.actions if action.kind in kinds)
+
+    def only(self, names: Collection[str]) -> Plan:
+        """The plan for some blades: all others that are there stay as they are, and those that are not, do not come."""
+        kept = (action if action.blade in names else Action("keep", action.blade, action.old, action.old, ())
+                for action in self.actions)  # fmt: skip
+        return Plan(self.rack, tuple(action for action in kept if action.kind != "keep" or action.spec))
 
     def to_json(self) -> dict[str, Any]:
         return {

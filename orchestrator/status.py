@@ -7,13 +7,14 @@ from typing import Any
 
 from orchestrator import agents
 from orchestrator.errors import RacklessError
+from orchestrator.faults.model import of as faults_of
 from orchestrator.hypervisor import daemon, domain
 from orchestrator.hypervisor.domain import Owned
 from orchestrator.parallel import together
 from orchestrator.settings import RackPaths, Settings
 from orchestrator.spec import BladeSpec
 
-_FIELDS = ("name", "kind", "state", "cpus", "memory_bytes", "mgmt_address", "fabric_address", "agents")
+_FIELDS = ("name", "kind", "state", "cpus", "memory_bytes", "mgmt_address", "fabric_address", "agents", "faults")
 
 
 def status(settings: Settings, rack: str) -> dict[str, Any]:
@@ -21,7 +22,8 @@ def status(settings: Settings, rack: str) -> dict[str, Any]:
 
     A blade is ``ready`` when it was made completely, its agent has joined and its RDMA link is active; ``starting``
     before that; ``silent`` when its agent does not answer; ``broken`` when another version of Rackless made it, so
-    that nothing is known of it; else as libvirt says: ``paused``, ``crashed``.
+    that nothing is known of it; else as libvirt says: ``paused``, ``crashed``, ``off``. ``faults`` are those that were
+    made on purpose (see faults/model.py); `rackless heal` undoes them.
     """
     paths = RackPaths(settings, rack)
     described: dict[str, dict[str, Any]] = {}
@@ -34,7 +36,7 @@ def status(settings: Settings, rack: str) -> dict[str, Any]:
         try:
             spec = BladeSpec.from_json(owned.metadata.get("spec"))
         except ValueError as error:
-            known = {"name": name, "state": "broken", "agents": {"error": str(error)}}
+            known = {"name": name, "state": "broken", "agents": {"error": str(error)}, "faults": []}
             described[name] = dict.fromkeys(_FIELDS) | known
             return
         state, health = _health(paths, spec, owned)
@@ -47,6 +49,7 @@ def status(settings: Settings, rack: str) -> dict[str, Any]:
             "mgmt_address": spec.mgmt_address,
             "fabric_address": spec.fabric_address,
             "agents": health,
+            "faults": faults_of(owned.state, owned.metadata).shown(),
         }
 
     together(blades, describe)

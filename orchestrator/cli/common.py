@@ -147,6 +147,17 @@ def rack_file(rack: str | None) -> Path:
     return next((place for place in places if place.is_file()), DEFAULT_RACK_FILE)
 
 
+def own_rack_file(rack: str | None) -> Path:
+    """Return the rack file that --rack means, to be edited: not the one in an installed Rackless, nor a bare name."""
+    if rack is not None and not _is_file(rack):
+        raise RacklessError(f"{rack} is the name of a rack: its file is to be edited",
+                            hint=f"give the file, as in --rack {DEFAULT_RACK_FILE}")  # fmt: skip
+    path = rack_file(rack)
+    if path.is_relative_to(Path(__file__).parent.parent / "data"):
+        raise RacklessError("there is no rack file here to edit", hint=f"mkdir -p racks && cp {path} racks/")
+    return path
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a hint for a name that does not exist."""
     names = sorted(known)

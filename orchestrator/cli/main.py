@@ -11,7 +11,23 @@ from pathlib import Path
 import typer
 
 from orchestrator import __version__
-from orchestrator.cli import agents, bench, demo, doctor, hotpot, image, lite, programs, rack, run, shell, top, vnode
+from orchestrator.cli import (
+    agents,
+    bench,
+    blade,
+    demo,
+    doctor,
+    fault,
+    hotpot,
+    image,
+    lite,
+    programs,
+    rack,
+    run,
+    shell,
+    top,
+    vnode,
+)
 from orchestrator.errors import RacklessError
 
 _INTERRUPTED = 130
@@ -32,7 +48,8 @@ def about(version: bool = typer.Option(False, "--version", help="Print the versi
         raise typer.Exit
 
 
-for family in (rack, run, programs, top, vnode, shell, agents, lite, hotpot, image, demo, bench, doctor):
+_FAMILIES = (rack, blade, fault, run, programs, top, vnode, shell, agents, lite, hotpot, image, demo, bench, doctor)
+for family in _FAMILIES:
     family.register(app)
 
 

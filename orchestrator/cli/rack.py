@@ -91,10 +91,11 @@ def status(rack: RackArgument = None, as_json: JsonOption = False) -> None:
         typer.echo(f"rack {state['rack']} is not up; `rackless up` starts it")
         return
     table(
-        ("blade", "kind", "state", "cpus", "memory", "management", "fabric", "rdma", "monitors"),
+        ("blade", "kind", "state", "cpus", "memory", "management", "fabric", "rdma", "monitors", "faults"),
         [
             (b["name"], b["kind"], b["state"], b["cpus"], _size(b["memory_bytes"]), b["mgmt_address"],
-             b["fabric_address"], b["agents"].get("rdma"), ", ".join(b["agents"].get("monitors", [])) or None)
+             b["fabric_address"], b["agents"].get("rdma"), ", ".join(b["agents"].get("monitors", [])) or None,
+             ", ".join(b["faults"]) or None)
             for b in state["blades"]
         ],
     )  # fmt: skip

@@ -113,19 +113,40 @@ def _metadata(text: str, name: str) -> dict[str, Any]:
 
 
 def write_metadata(domain: libvirt.virDomain, metadata: dict[str, Any]) -> None:
-    """Replace the metadata of a running domain."""
+    """Replace the metadata of a domain, whether it runs or its power is off."""
     text = f"<blade>{escape(json.dumps(metadata))}</blade>"
-    domain.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, text, "rackless", NAMESPACE, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+    where = libvirt.VIR_DOMAIN_AFFECT_LIVE if domain.isActive() else libvirt.VIR_DOMAIN_AFFECT_CONFIG
+    domain.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, text, "rackless", NAMESPACE, where)
 
 
 def destroy(domain: libvirt.virDomain) -> None:
-    """Cut the power. Nothing when it is off already."""
-    try:
-        domain.destroy()
-    except libvirt.libvirtError as error:
-        gone = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
-        if error.get_error_code() not in gone:
-            raise RacklessError(f"cannot stop {domain.name()}: {error}") from error
+    """Cut the power, and have libvirt forget the domain. Nothing when both are so already."""
+    gone = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)
+    for end in (domain.destroy, domain.undefine):  # one that runs and is not defined is gone after the first
+        try:
+            end()
+        except libvirt.libvirtError as error:
+            if error.get_error_code() not in gone:
+                raise RacklessError(f"cannot stop {domain.name()}: {error}") from error
+
+
+def cut_power(domain: libvirt.virDomain) -> None:
+    """Cut the power of a running domain; libvirt still knows it afterwards, as one that is off, with its metadata."""
+    flags = libvirt.VIR_DOMAIN_XML_INACTIVE | libvirt.VIR_DOMAIN_XML_SECURE
+    domain.connect().defineXML(domain.XMLDesc(flags))
+    domain.destroy()
+
+
+def set_carrier(domain: libvirt.virDomain, mac: str, up: bool) -> None:
+    """Pull the cable of a running domain's network card, or put it back in."""
+    for card in ElementTree.fromstring(domain.XMLDesc()).iterfind("devices/interface"):
+        address = card.find("mac")
+        if address is not None and address.get("address") == mac:
+            state = card.find("link")
+            if state is None:
+                state = ElementTree.SubElement(card, "link")
+            state.set("state", "up" if up else "down")
+            domain.updateDeviceFlags(ElementTree.tostring(card, encoding="unicode"), libvirt.VIR_DOMAIN_AFFECT_LIVE)
 
 
 def attach_nic(domain: libvirt.virDomain, mac: str, bridge: str, tap: str, mtu: int) -> None:

@@ -52,6 +52,17 @@ class Place(ABC):
     def bridge(self, network: str) -> str:
         """Name of the bridge of a network, MANAGEMENT or FABRIC."""
 
+    def side(self, number: int) -> str:
+        """Name of the bridge for a side of a partition: 0 is the fabric itself."""
+        return f"{self.bridge(FABRIC)}~{number}" if number else self.bridge(FABRIC)
+
+    def sides(self, net: Any) -> dict[str, int]:
+        """The bridges of sides other than 0 that are there: name and index."""
+        begin = self.side(1)[:-1]
+        names = [str(link.get_attr("IFLA_IFNAME")) for link in net.get_links()]
+        found = {name: self.find(net, name) for name in names if name.startswith(begin)}
+        return {name: index for name, index in found.items() if index is not None}
+
     @abstractmethod
     def tap(self, network: str, index: int) -> str:
         """Name of the tap with which the blade at ``index`` is in a network."""
@@ -241,6 +252,8 @@ class HostNetwork(Place):
                 index = self._ours(net, self.bridge(network))
                 if index is not None:
                     net.link("del", index=index)
+            for index in self.sides(net).values():
+                net.link("del", index=index)
 
     def strangers(self, own: Callable[[int], bool]) -> bool:
         return False

@@ -21,7 +21,7 @@ options:
   plugin:
     description: Says that the file is for this plugin.
     required: true
-    choices: [rackless]
+    choices: [rackless, rackless.rack.rackless]
   rack:
     description: Rack file or name of a rack; without it racks/default.yml.
     type: str

@@ -19,7 +19,7 @@ from orchestrator import leftovers
 from orchestrator.errors import RacklessError
 from orchestrator.hypervisor import daemon, remains
 from orchestrator.leftovers import Leftover
-from orchestrator.network import namespace, place, shaping
+from orchestrator.network import namespace, place, shaping, sides
 from orchestrator.network.place import FABRIC, MANAGEMENT, HostNetwork
 from orchestrator.settings import RackPaths
 from orchestrator.ssh.config import ssh_config_text
@@ -199,6 +199,28 @@ def test_a_limit_is_on_the_racks_own_tap(host: Host, rack: HostNetwork) -> None:
         kinds[name] = [q["kind"] for q in json.loads(subprocess.run(command, capture_output=True, check=True).stdout)]
     assert "tbf" in kinds[rack.tap(FABRIC, 3)]
     assert "tbf" not in kinds["fabric3"]
+
+
+def test_sides_of_a_partition_are_marked_and_go(host: Host, rack: HostNetwork) -> None:
+    host(ensure_network, rack)
+    for index in range(3):
+        host.ip("link", "add", rack.tap(FABRIC, index), "type", "veth")
+        host.ip("link", "set", rack.tap(FABRIC, index), "master", rack.bridge(FABRIC))
+    host.ip("link", "add", "other", "type", "bridge")
+
+    def masters() -> list[str]:
+        return [host.links()[rack.tap(FABRIC, index)]["master"] for index in range(3)]
+
+    for _ in range(2):
+        host(sides.part, rack, {0: 0, 1: 2, 2: 1, 7: 2})  # blade 7 has no tap: its power is off
+        assert masters() == [rack.side(0), rack.side(2), rack.side(1)]
+    assert (host.links()[rack.side(2)]["ifalias"], host.links()[rack.side(2)]["mtu"]) == (rack.mark, 9000)
+    host(sides.part, rack, {1: 0})
+    assert masters() == [rack.side(0), rack.side(0), rack.side(1)]
+    assert rack.side(2) not in host.links()
+    host(rack.remove)
+    left = {name for name, link in host.links().items() if link.get("linkinfo", {}).get("info_kind") == "bridge"}
+    assert left == {"other"}
 
 
 def test_bridges_left_over_are_found_and_removed(

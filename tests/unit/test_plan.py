@@ -251,3 +251,19 @@ def test_capacity() -> None:
     assert "pb0 is the largest" in str(caught.value.hint)
     with pytest.raises(RacklessError, match=r"blades\.pb0\.cpus is 4, and the host has 2"):
         check_capacity(changed_blade("pb0", cpus=4), 64 * GIB, 2)
+
+
+@given(racks(), racks(), st.data())
+def test_a_plan_for_some_blades_touches_no_others(old: Rack, new: Rack, data: st.DataObject) -> None:
+    there = carried_out(make_plan(old, IMAGE, {}))
+    whole = make_plan(new, IMAGE, there)
+    names = data.draw(st.sets(st.sampled_from([*{**old.blades, **new.blades}])))
+    some = whole.only(names)
+    assert {action.blade: action for action in some.actions if action.blade in names} == {
+        action.blade: action for action in whole.actions if action.blade in names
+    }
+    for action in some.actions:
+        if action.blade not in names:
+            assert (action.kind, action.spec) == ("keep", there[action.blade].spec)
+    assert {action.blade for action in some.actions} == {a.blade for a in whole.actions} & (names | set(there))
+    assert whole.only({action.blade for action in whole.actions}) == whole

@@ -76,7 +76,7 @@ def test_a_template_that_boots_is_no_blade(blades: dict[str, Owned], settings: S
 
 def test_a_blade_that_ended_is_one_line(settings: Settings) -> None:
     paths = RackPaths(settings, "t1")
-    shop = SimpleNamespace(paths=paths, emit=lambda _event: None, accelerator="tcg")
+    shop = SimpleNamespace(paths=paths, emit=lambda _event: None, accelerator="tcg", faults={})
     with pytest.raises(RacklessError, match="cannot look at mb0: "):
         blade.update(shop, SPECS["mb0"], SPECS["mb0"], Refusing())  # type: ignore[arg-type]
     with pytest.raises(RacklessError, match="cannot list the blades of rack t1"):
@@ -88,3 +88,11 @@ def test_places_have_names_that_the_kernel_takes() -> None:
         for network in (place.MANAGEMENT, place.FABRIC):
             assert len(where.bridge(network)) <= 15
             assert len(where.tap(network, 254)) <= 15
+
+
+def test_faults_are_listed(blades: dict[str, Owned], settings: Settings) -> None:
+    for name, state, faults in (("gm0", "off", {"cpu": "5 %"}), ("mb0", "running", {"latency": "20 ms", "side": 1})):
+        metadata = owned(name, spec=SPECS[name].to_json(), ready=True, faults=faults).metadata
+        blades[name] = Owned(SimpleNamespace(), state, metadata)
+    told = {blade["name"]: (blade["state"], blade["faults"]) for blade in status.status(settings, "t1")["blades"]}
+    assert told == {"gm0": ("off", ["killed", "cpu 5 %"]), "mb0": ("ready", ["side 1", "latency 20 ms"])}

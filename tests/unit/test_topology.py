@@ -1,0 +1,196 @@
+"""Changes of a rack that is up: what they make of its file, whom they touch, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guest_agents import control
+from orchestrator import engine, rackfile, topology
+from orchestrator.errors import RacklessError
+from orchestrator.hypervisor import domain
+from orchestrator.image import build as image_build
+from orchestrator.settings import Settings
+from tests.unit.broken_racks import BrokenRack, broken_rack
+from tests.unit.netns_racks import needs_root
+
+TEXT = """\
+name: {name}  # a rack
+blades:
+  gm0: {{kind: manager,   memory: 256 MiB}}
+  pb0: {{kind: processor, memory: 256 MiB}}
+  mb0: {{kind: memory,    memory: 256 MiB}}
+  mb1: {{kind: memory,    memory: 256 MiB}}
+"""
+IDLE = {"bytes_allocated": 0, "bytes_of_others": 0}
+DEFAULT = {"name": "default", "processors": ["pb0"], "memory": ["mb0", "mb1"], "storage": None}
+
+
+# Without a rack that is up
+
+
+@pytest.fixture
+def down(tmp_path: Path) -> tuple[Settings, Path]:
+    file = tmp_path / "rack.yml"
+    file.write_text(TEXT.format(name="tdown"))
+    return Settings(tmp_path / "cache", tmp_path / "state", tmp_path / "run"), file
+
+
+def test_of_a_rack_that_is_not_up_only_the_file_changes(down: tuple[Settings, Path]) -> None:
+    settings, file = down
+    before = file.read_text()
+    dry = topology.add(settings, file, "memory", None, {}, dry=True)
+    assert (dry.blade, dry.changed, dry.result) == ("mb2", True, None)
+    assert file.read_text() == before
+    assert "+  mb2: {kind: memory, cpus: 1, memory: 256 MiB}\n" in dry.diff
+    made = topology.add(settings, file, "memory", "mb2", {})
+    assert made.changed
+    assert rackfile.load(file).blades["mb2"].memory == 256 << 20
+    again = topology.add(settings, file, "memory", "mb2", {"memory": "0.25 GiB"})
+    assert not again.changed
+    with pytest.raises(RacklessError, match="mb2 is there already, with another memory"):
+        topology.add(settings, file, "memory", "mb2", {"memory": "512 MiB"})
+    with pytest.raises(RacklessError, match="mb2 is there already, with another kind"):
+        topology.add(settings, file, "processor", "mb2", {})
+    topology.set_link(settings, file, "mb2", {"latency": "1 ms"})
+    assert not topology.set_link(settings, file, "mb2", {"latency": "1000 us"}).changed
+    removed = topology.remove(settings, file, "mb2")
+    assert file.read_text() == before
+    assert not topology.remove(settings, file, "mb2", missing_ok=True).changed
+    topology.undo(settings, removed)
+    assert rackfile.load(file).link("mb2").latency == 0.001
+    with pytest.raises(RacklessError, match="has been changed since"):
+        topology.undo(settings, removed)
+
+
+def test_a_new_blade_may_say_more(down: tuple[Settings, Path]) -> None:
+    settings, file = down
+    topology.add(settings, file, "storage", None, {"disk": {"iops": 100}, "cpu_quota": "50 %"})
+    blade = rackfile.load(file).blades["sb0"]
+    assert blade.disk is not None
+    assert (blade.disk.size, blade.disk.iops, blade.cpu_quota) == (1 << 30, 100, 0.5)
+    topology.resize(settings, file, "sb0", {"disk": {"iops": None, "bandwidth": "1 MiB/s"}, "cpu_quota": None})
+    disk = rackfile.load(file).blades["sb0"].disk
+    assert disk is not None
+    assert (disk.iops, disk.bandwidth) == (None, 1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s, f: topology.remove(s, f, "mb7"), "no blade mb7 in rack tdown"),
+        (lambda s, f: topology.remove(s, f, "gm0"), "gm0 is the last manager"),
+        (lambda s, f: topology.resize(s, f, "mb7", {}), "no blade mb7"),
+        (lambda s, f: topology.resize(s, f, "mb0", {"memory": "12"}), 'memory: "12" has no unit'),
+        (lambda s, f: topology.resize(s, f, "mb0", {"memory": "64 TiB"}), "too large"),
+        (lambda s, f: topology.resize(s, f, "mb0", {"memory": "900 GiB"}), "larger than the host"),
+        (lambda s, f: topology.resize(s, f, "mb0", {"excache": "1 MiB"}), "a memory blade has no ExCache"),
+        (lambda s, f: topology.set_link(s, f, "mb0", {"jitter": "1 s"}), "more than the latency"),
+        (lambda s, f: topology.add(s, f, "disk", None, {}), "no kind of blade is called disk"),
+        (lambda s, f: topology.add(s, f, "memory", "All", {}), "cannot name a blade"),
+        (lambda s, f: topology.restore(s, f, "mb7"), "no blade mb7"),
+    ],
+)
+def test_what_cannot_be_leaves_the_file_alone(down: tuple[Settings, Path], call: Any, message: str) -> None:
+    with pytest.raises(RacklessError, match=message):
+        call(*down)
+    assert down[1].read_text() == TEXT.format(name="tdown")
+
+
+def test_the_manager_with_the_books_stays(down: tuple[Settings, Path]) -> None:
+    settings, file = down
+    topology.add(settings, file, "manager", None, {})
+    with pytest.raises(RacklessError, match="gm0 keeps the rack's books"):
+        topology.remove(settings, file, "gm0")
+    assert topology.remove(settings, file, "gm1").changed
+
+
+# On one that is
+
+
+@pytest.fixture
+def rack(monkeypatch: pytest.MonkeyPatch) -> Iterator[BrokenRack]:
+    monkeypatch.setattr(image_build, "image_key", lambda _recipe: "0" * 64)
+    with broken_rack(monkeypatch) as made:
+        made.replies.update({f"{name} memory.stats": IDLE for name in ("mb0", "mb1")})
+        made.replies["pb0 process.stats"] = {"programs": 0}
+        made.replies["gm0 vnode.list"] = {"vnodes": [DEFAULT]}
+        yield made
+
+
+@pytest.fixture
+def file(rack: BrokenRack, tmp_path: Path) -> Path:
+    path = tmp_path / "rack.yml"
+    path.write_text(TEXT.format(name=rack.name))
+    return path
+
+
+@pytest.mark.netns
+@needs_root
+class TestUp:
+    def test_only_the_blade_it_is_about_is_touched(self, rack: BrokenRack, file: Path) -> None:
+        settings = rack.paths.settings
+        change = topology.add(settings, file, "memory", None, {})
+        assert [(a.kind, a.blade) for a in change.actions] == [("create", "mb2")]
+        assert [only for _, only in rack.ups] == [{"mb2"}]
+        change = topology.set_link(settings, file, "mb0", {"latency": "2 ms"})
+        assert change.lines() == ["mb0: changed while it runs (link.latency 0 us -> 2 ms)"]
+        assert [only for _, only in rack.ups] == [{"mb2"}, {"mb0"}]
+        assert not topology.restore(settings, file, "mb1").changed
+        assert len(rack.ups) == 2
+
+    def test_a_dry_run_tells_and_does_nothing(self, rack: BrokenRack, file: Path) -> None:
+        before = file.read_text()
+        change = topology.remove(rack.paths.settings, file, "mb0", dry=True)
+        assert [(a.kind, a.blade) for a in change.actions] == [("remove", "mb0")]
+        assert change.changed
+        assert file.read_text() == before
+        assert rack.ups == []
+
+    @pytest.mark.parametrize(
+        ("reply", "blade", "message"),
+        [
+            (("mb0 memory.stats", {**IDLE, "bytes_allocated": 5 << 20}), "mb0", r"memory that others use \(5 MiB\)"),
+            (("mb0 memory.stats", {**IDLE, "bytes_of_others": 1}), "mb0", "memory that others use"),
+            (("pb0 process.stats", {"programs": 2}), "pb0", r"programs that run on it \(2\)"),
+            (("gm0 vnode.list", {"vnodes": [DEFAULT, {**DEFAULT, "name": "web"}]}), "mb1", "its place in vNode web"),
+        ],
+    )
+    def test_what_is_in_use_is_not_removed(
+        self, rack: BrokenRack, file: Path, reply: tuple[str, Any], blade: str, message: str
+    ) -> None:
+        settings, before = rack.paths.settings, file.read_text()
+        rack.replies.update([reply])
+        with pytest.raises(RacklessError, match=f"removing {blade} would lose {message}.*draining"):
+            topology.remove(settings, file, blade)
+        assert file.read_text() == before
+        assert rack.ups == []
+        assert topology.remove(settings, file, blade, force=True).changed
+        assert [only for _, only in rack.ups] == [{blade}]
+
+    def test_one_that_cannot_be_asked_is_not_removed(self, rack: BrokenRack, file: Path) -> None:
+        rack.replies["mb0 memory.stats"] = control.ControlError("busy")  # type: ignore[assignment]
+        with pytest.raises(RacklessError, match="cannot tell what would be lost with mb0: mb0: busy"):
+            topology.remove(rack.paths.settings, file, "mb0")
+        assert rack.ups == []
+
+    def test_a_new_size_makes_it_anew_unless_it_is_in_use(self, rack: BrokenRack, file: Path) -> None:
+        settings = rack.paths.settings
+        rack.replies["mb0 memory.stats"] = {**IDLE, "bytes_allocated": 5 << 20}
+        with pytest.raises(RacklessError, match=r"making anew \(memory 256 MiB -> 300 MiB\) mb0 would lose memory"):
+            topology.resize(settings, file, "mb0", {"memory": "300 MiB"})
+        assert topology.resize(settings, file, "mb1", {"memory": "300 MiB"}).actions[0].kind == "recreate"
+        assert topology.resize(settings, file, "mb0", {"cpu_quota": "50 %"}).actions[0].kind == "update"
+
+    def test_one_that_died_is_made_again(self, rack: BrokenRack, file: Path) -> None:
+        domain.destroy(domain.owned(rack.conn, rack.name)["mb0"].domain)
+        change = topology.restore(rack.paths.settings, file, "mb0")
+        assert [(a.kind, a.blade) for a in change.actions] == [("create", "mb0")]
+        assert [only for _, only in rack.ups] == [{"mb0"}]
+
+    def test_the_rack_as_it_is_changes_nothing(self, rack: BrokenRack) -> None:
+        wanted = engine.as_it_is(domain.owned(rack.conn, rack.name), rack.name)
+        assert not engine.plan(rack.paths.settings, wanted).pending
