@@ -33,6 +33,7 @@ Messages known today (`?` marks an optional field, sizes are bytes, GIDs are str
     program.place   vnode?, on?                                   blade, vnode
     program.list    -                                             programs
     managers.stats  -                                             ready, process, memory, storage, requests, ...
+    agent.status    -                                             name, kind, version, joined, rdma, ...
     agent.load      -                                             processor time, memory: guest_agents/load.py
     agent.update    link, excache, heartbeat, dead_after,         -
                     pressure?
