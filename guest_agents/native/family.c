@@ -166,6 +166,17 @@ void family_add(struct family *f, struct child *parent, int uffd)
     }
 }
 
+/* Nobody tells us when a child's child ends or calls exec; but then there is nothing of it to be protected. */
+static void look_after(struct family *f)
+{
+    for (size_t i = 0; i < f->count; i++) {
+        struct uffdio_writeprotect nothing = {.range = {(uintptr_t)f->lines->arena->base, PAGE_SIZE}};
+        if (f->child[i].channel < 0 && f->child[i].uffd >= 0 &&
+            ioctl(f->child[i].uffd, UFFDIO_WRITEPROTECT, &nothing) && errno == ESRCH)
+            forget(&f->child[i]);
+    }
+}
+
 int family_settle(struct family *f)
 {
     if (!f->settle_at)
@@ -174,11 +185,16 @@ int family_settle(struct family *f)
     if (now < f->settle_at)
         return (int)(f->settle_at - now);
     f->settle_at = 0;
-    if (f->count)
-        evict_store_all(f->lines);
-    for (size_t i = 0; i < f->count; i++)
-        if (f->child[i].uffd >= 0)
-            f->child[i].heir->settled = 1;
+    look_after(f);
+    bool stored = false;
+    for (size_t i = 0; i < f->count; i++) {
+        if (f->child[i].uffd < 0)
+            continue;
+        if (!stored)
+            evict_store_all(f->lines);
+        stored = true;
+        f->child[i].heir->settled = 1;
+    }
     return -1;
 }
 
@@ -222,17 +238,6 @@ void family_complete_all(struct family *f)
 {
     for (size_t i = 0; i < f->count; i++)
         complete(f, &f->child[i]);
-}
-
-/* Nobody tells us when a child's child ends or calls exec; but then there is nothing of it to be protected. */
-static void look_after(struct family *f)
-{
-    for (size_t i = 0; i < f->count; i++) {
-        struct uffdio_writeprotect nothing = {.range = {(uintptr_t)f->lines->arena->base, PAGE_SIZE}};
-        if (f->child[i].channel < 0 && f->child[i].uffd >= 0 &&
-            ioctl(f->child[i].uffd, UFFDIO_WRITEPROTECT, &nothing) && errno == ESRCH)
-            forget(&f->child[i]);
-    }
 }
 
 void family_bury(struct family *f)

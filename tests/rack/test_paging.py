@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,39 @@ def test_every_byte_comes_back(
     assert counted["managed"] == 1
     assert counted["flushes"] > 100
     assert 0 < counted["pool_bytes"] <= counted["excache_bytes"] * 3 // 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--ways", "8", "--policy", "lru"),
+        ("--ways", "64", "--policy", "random", "--victim", "8", "--prefetch", "1"),
+        ("--no-pool", "--policy", "lru"),
+    ],
+)
+def test_every_byte_comes_back_however_the_excache_is_organised(
+    rack: Rack, stress: str, options: tuple[str, ...], tmp_path: Path
+) -> None:
+    stats = tmp_path / "stats.json"
+    words = ["--on", "pb0", "--excache", "4MiB", "--stats", str(stats), *options, "--", stress, "mixed", "8"]
+    done = rack("run", *words, check=False, seconds=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counted = json.loads(stats.read_text())
+    assert (counted["sets"] > 1) == ("--ways" in options)
+    assert (counted["dozes"] > 0) == ("lru" in options)
+    assert counted["packed"] == 0
+
+
+def test_children_of_a_killed_program_go_on(rack: Rack, stress: str) -> None:
+    """Its child, that one's child and so on; and one more of each, forked while its memory comes."""
+    rack.on("pb0", "rm -f /tmp/killed")
+    run = ["--on", "pb0", "--excache", "4MiB", "--", "sh", "-c", f"exec {stress} killed 8 3000 > /tmp/killed 2>&1"]
+    assert rack("run", *run, check=False, seconds=400).returncode == 137
+    fine = sorted(f"depth {depth}: fine" for depth in (0, 1, 2, 3, 10, 11, 12, 13))
+    deadline = time.monotonic() + 120
+    while len(said := rack.on("pb0", "cat /tmp/killed").splitlines()) < len(fine) and time.monotonic() < deadline:
+        time.sleep(1)
+    assert sorted(said) == fine
 
 
 def test_all_remote_memory_is_returned(rack: Rack, stress: str) -> None:

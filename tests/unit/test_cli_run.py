@@ -100,13 +100,14 @@ def test_run_says_how_the_excache_is_organised(rackless: Rackless) -> None:
     done = rackless("run", "--on", "pb0", *options, "--", "true")
     said = "organised: --ways 8 --policy lru --victim 16 --prefetch 4 --pool off\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
-    for options, why in (
+    refused: list[tuple[tuple[str, ...], str]] = [
         (("--ways", "0"), "Invalid value for '--ways'"),
         (("--policy", "mru"), "'mru' is not one of 'fifo', 'lru', 'random'"),
         (("--prefetch", "33"), "Invalid value for '--prefetch'"),
         (("--ways", "8", "--pool"), "--pool and --ways exclude each other"),
-    ):
-        done = rackless("run", "--on", "pb0", *options, "--", "true")
+    ]
+    for words, why in refused:
+        done = rackless("run", "--on", "pb0", *words, "--", "true")
         assert done.returncode != 0
         assert why in done.stderr, done.stderr
 

@@ -96,6 +96,14 @@ def test_a_line_that_meets_others_in_its_set_leaves_early(stage: Stage) -> None:
     assert counted(sets, {"ways": 8, "victim": 1})["misses"] > 2 * one["misses"]
 
 
+def test_what_may_not_be_read_can_leave_when_it_must(stage: Stage) -> None:
+    """With one way, a page without read permission is all there is to make room in its set."""
+    organisation: dict[str, str | int] = {"ways": 1, "victim": 1}
+    sets = stage.run(stage.stress, "mixed", "8", "1", replicas=1, organisation=organisation).counted["sets"]
+    done = stage.run(stage.stress, "conflicts", "16", "2", str(sets), replicas=1, organisation=organisation)
+    assert (done.code, done.stdout, done.stderr) == (0, "conflicts: fine\n", "")
+
+
 def test_lru_keeps_what_is_used_again_and_again(stage: Stage) -> None:
     """Low pages are popular: with the same lines LRU misses them less often than FIFO."""
     misses = {

@@ -65,10 +65,10 @@ def test_a_program_runs_as_at_a_shell(split: Split, tmp_path: Path) -> None:
     for options, copies in (((), "1\n"), (("--replicas", "2"), "2\n")):
         assert split("run", *options, "sh", "-c", "echo $RACKLESS_REPLICAS").stdout == copies
     said = 'echo $RACKLESS_WAYS $RACKLESS_POLICY $RACKLESS_VICTIM $RACKLESS_PREFETCH $RACKLESS_POOL'
-    options = ("--ways", "8", "--policy", "lru", "--victim", "16", "--prefetch", "4", "--pool", "off")
-    assert split("run", *options, "sh", "-c", said).stdout == "8 lru 16 4 off\n"
+    organised = ("--ways", "8", "--policy", "lru", "--victim", "16", "--prefetch", "4", "--pool", "off")
+    assert split("run", *organised, "sh", "-c", said).stdout == "8 lru 16 4 off\n"
     inner = f"{split.binary} run --policy fifo sh -c '{said}'"
-    assert split("run", *options, "sh", "-c", inner).stdout == "fifo\n"  # another program, an ExCache of its own
+    assert split("run", *organised, "sh", "-c", inner).stdout == "fifo\n"  # another program, an ExCache of its own
     assert split("run", "sh", "-c", "kill -9 $$").returncode == 137
 
 
