@@ -5,6 +5,9 @@
  * directory and terminal; signals go on to it; its exit status is ours (128 + n if signal n ended it).
  */
 #define _GNU_SOURCE
+#include "desk.h"
+#include "results.h"
+
 #include <elf.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -18,20 +21,12 @@
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
-#ifndef MONITOR_SOCKET /* tests have their own */
-#define MONITOR_SOCKET "/run/rackless/split.sock"
-#define VNODE "/vnode"
-#endif
-
-enum { USAGE = 2, INTERNAL = 70, NOT_STARTED = 125, CANNOT_RUN = 126, NOT_FOUND = 127, MESSAGE = 64 << 10,
-       COMMAND_SHOWN = 200 };
+enum { COMMAND_SHOWN = 200 };
 
 static volatile pid_t program;
 
@@ -43,59 +38,11 @@ static void forward(int number, siginfo_t *info, void *unused)
         kill(program, number);
 }
 
-static _Noreturn void die(int status, const char *format, const char *a, const char *b)
-{
-    fprintf(stderr, "rackless: ");
-    fprintf(stderr, format, a, b);
-    fprintf(stderr, "\n");
-    exit(status);
-}
-
 static double now(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-/* One request to the process monitor: whether it was granted; what it says (without "ok ", "error N ") in `text`. */
-static bool request(int monitor, char text[MESSAGE])
-{
-    ssize_t got;
-    if (send(monitor, text, strlen(text), MSG_NOSIGNAL) < 0) {
-        snprintf(text, MESSAGE, "the process monitor has gone: %s", strerror(errno));
-        return false;
-    }
-    do
-        got = recv(monitor, text, MESSAGE - 1, 0);
-    while (got < 0 && errno == EINTR);
-    if (got <= 0) {
-        snprintf(text, MESSAGE, "the process monitor does not answer (see /var/log/rackless/agent/current)");
-        return false;
-    }
-    text[got] = 0;
-    bool granted = !strncmp(text, "ok", 2);
-    char *rest = granted ? text + 2 : text;
-    if (!granted && !strncmp(text, "error ", 6))
-        strtol(text + 6, &rest, 10);
-    rest += *rest == ' ';
-    memmove(text, rest, strlen(rest) + 1);
-    return granted;
-}
-
-static void ask(int monitor, char text[MESSAGE])
-{
-    if (!request(monitor, text))
-        die(NOT_STARTED, "%s%s", text, "");
-}
-
-static int attach_monitor(void)
-{
-    int s = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-    struct sockaddr_un name = {.sun_family = AF_UNIX, .sun_path = MONITOR_SOCKET};
-    if (s < 0 || connect(s, (struct sockaddr *)&name, sizeof name))
-        die(NOT_STARTED, "no process monitor at %s: %s", MONITOR_SOCKET, strerror(errno));
-    return s;
 }
 
 static void preload(const char *own)
@@ -128,55 +75,6 @@ static int wait_for(pid_t pid)
         else
             return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
     }
-}
-
-/* Tell of the program's end. Whoever asked for no statistics need not hear that the monitor was restarted. */
-static void report(const char *file, int monitor, const char *job, double seconds, int status)
-{
-    char text[MESSAGE];
-    snprintf(text, sizeof text, "report %.200s %.6f %d", job, seconds, status);
-    bool granted = request(monitor, text);
-    if (!file)
-        return;
-    if (!granted)
-        die(INTERNAL, "no statistics: %s%s", text, "");
-    FILE *out = strcmp(file, "-") ? fopen(file, "we") : fdopen(dup(STDERR_FILENO), "w");
-    if (!out || fprintf(out, "%s\n", text) < 0 || fclose(out))
-        die(INTERNAL, "cannot write %s: %s", file, strerror(errno));
-}
-
-/* ---- traces ---- */
-
-/* Where the trace will go; and a mark in the job's folder, by which its pagers know that they are to note things. */
-static FILE *begin_trace(const char *file, const char *job)
-{
-    FILE *out = fopen(file, "we");
-    if (!out)
-        die(NOT_STARTED, "cannot write %s: %s", file, strerror(errno));
-    char mark[PATH_MAX];
-    snprintf(mark, sizeof mark, "%.200s/trace", job);
-    int made = open(mark, O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
-    if (made < 0)
-        die(NOT_STARTED, "no trace: %s: %s", mark, strerror(errno));
-    close(made);
-    return out;
-}
-
-static void end_trace(FILE *out, const char *file, int monitor, const char *job)
-{
-    char text[MESSAGE], data[1 << 16];
-    snprintf(text, sizeof text, "trace %.200s", job);
-    if (!request(monitor, text))
-        die(INTERNAL, "no trace: %s%s", text, "");
-    FILE *in = fopen(text, "re");
-    if (!in)
-        die(INTERNAL, "no trace: %s: %s", text, strerror(errno));
-    for (size_t got; (got = fread(data, 1, sizeof data, in)) > 0;)
-        fwrite(data, 1, got, out);
-    bool failed = ferror(in) || ferror(out);
-    fclose(in);
-    if (fclose(out) || failed)
-        die(INTERNAL, "cannot write %s: %s", file, strerror(errno));
 }
 
 /* ---- in the child ---- */

@@ -179,8 +179,10 @@ class Visit:
         """The client has gone: return what it held."""
         self._stock.lender.unwatch(self._tell)
         if self._loan is not None:
-            self._bequeath(self._loan)
-            self._loan.close()
+            try:
+                self._bequeath(self._loan)
+            finally:
+                self._loan.close()
         if self._program is not None:
             self._stock.belonging.programs.end(self._program, None)
         if self._job is not None:

@@ -174,9 +174,10 @@ class _Bequest:
         return False
 
     def _places(self, page: int) -> list[tuple[int, int, int]]:
-        blade, rkey, address, *second, copied = _REGION.unpack_from(
-            self._regions, page // REGION_PAGES * _REGION.size
-        )
+        at = page // REGION_PAGES * _REGION.size
+        if at + _REGION.size > len(self._regions):
+            return []
+        blade, rkey, address, *second, copied = _REGION.unpack_from(self._regions, at)
         whole = copied == REGION_PAGES
         return [(blade, rkey, address), (second[0], second[1], second[2]) if whole else (_NO_BLADE, 0, 0)]
 

@@ -50,8 +50,8 @@ class Retrieval:
     def read(self, blade: int, address: int, rkey: int, size: int) -> bytes:
         """heirs.Read. ControlError if that blade has died or does not answer; it is not asked again then."""
         try:
-            if blade in self._silent:
-                raise ControlError(f"{self._blades[blade]} does not answer", None)
+            if blade in self._silent or blade >= len(self._blades):
+                raise ControlError(f"memory blade {blade} of the program does not answer", None)
             return self._read(blade, address, rkey, size)
         except (VerbsError, ControlError) as failure:
             self._silent.add(blade)
