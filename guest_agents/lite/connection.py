@@ -28,6 +28,7 @@ class Connection:
         regions -- the registered buffers of the process. NotJoined when no agent with LITE listens.
         """
         self._unread = 0
+        self._pid = os.getpid()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             try:
@@ -77,8 +78,12 @@ class Connection:
         self._socket.close()
 
     def __del__(self) -> None:  # a thread has ended
-        if hasattr(self, "channel"):
+        if not hasattr(self, "channel"):
+            return
+        if self._pid == os.getpid():
             self.close()
+        else:  # garbage of the parent, which the collector has found after a fork
+            self.abandon()
 
     def _exchange(self, request: Message) -> tuple[Message, list[int]]:
         try:

@@ -104,7 +104,7 @@ def test_the_playbooks_of_the_house_are_there() -> None:
 
 @pytest.fixture
 def rack(monkeypatch: pytest.MonkeyPatch) -> Iterator[BrokenRack]:
-    monkeypatch.setattr(image_build, "image_key", lambda _recipe: "0" * 64)
+    monkeypatch.setattr(image_build, "image_key", lambda _recipe, _flavour: "0" * 64)
     with broken_rack(monkeypatch) as made:
         for name in ("cache", "state", "run"):
             monkeypatch.setenv(f"RACKLESS_{name.upper()}", str(getattr(made.paths.settings, f"{name}_dir")))

@@ -113,7 +113,7 @@ def test_the_manager_with_the_books_stays(down: tuple[Settings, Path]) -> None:
 
 @pytest.fixture
 def rack(monkeypatch: pytest.MonkeyPatch) -> Iterator[BrokenRack]:
-    monkeypatch.setattr(image_build, "image_key", lambda _recipe: "0" * 64)
+    monkeypatch.setattr(image_build, "image_key", lambda _recipe, _flavour: "0" * 64)
     with broken_rack(monkeypatch) as made:
         made.replies.update({f"{name} memory.stats": IDLE for name in ("mb0", "mb1")})
         made.replies["pb0 process.stats"] = {"programs": 0}
