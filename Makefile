@@ -43,7 +43,7 @@ test: test-unit test-long test-rack ## fresh machine -> every test: unit first, 
 test-unit: setup ## the tests that need no blade (under a minute)
 	@$(PYTEST) tests/unit -m 'not long' -n 3 --dist loadfile $(ARGS)
 
-test-long: setup ## those that need no blade either, but more time: storms, random operations, deaths (2 minutes)
+test-long: setup ## those that need no blade either, but more time: storms, the command line, random operations, deaths (3 minutes)
 	@$(PYTEST) tests/unit -m long -n 4 --dist loadfile $(ARGS)
 
 test-rack: setup ## the tests on real blades (minutes; root)

@@ -15,7 +15,7 @@ from tests.unit.broken_racks import BrokenRack, broken_rack
 from tests.unit.netns_racks import needs_root
 from tests.unit.test_topology import DEFAULT, IDLE, TEXT
 
-pytestmark = [pytest.mark.netns, needs_root]
+pytestmark = [pytest.mark.long, pytest.mark.netns, needs_root]
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -17,6 +17,8 @@ from orchestrator.cli.run import check_writable, parse_excache
 from orchestrator.errors import RacklessError
 from tests.unit.stand_in_rackless import ROOT, Rackless
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.netns
 def test_run_has_the_programs_streams_exit_code_and_directory(rackless: Rackless) -> None:

@@ -23,6 +23,8 @@ from orchestrator.settings import RackPaths, Settings
 from tests.unit.stand_in import blade_specs
 from tests.unit.stand_in_rackless import ROOT, Rackless
 
+pytestmark = pytest.mark.long
+
 
 def wait_until(happened: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 20

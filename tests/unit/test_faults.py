@@ -23,6 +23,8 @@ from tests.unit.broken_racks import BrokenRack, broken_rack, make_domain
 from tests.unit.netns_racks import needs_root
 from tests.unit.stand_in import blade_specs
 
+pytestmark = pytest.mark.long
+
 SPEC = blade_specs("t", ("gm0", "mb0"))["mb0"]
 KINDS = {"gm0": "manager", "pb0": "processor", "mb0": "memory", "mb1": "memory"}
 ALL = {"latency": "20 ms", "jitter": "5 ms", "loss": "10 %", "corruption": "1 %", "duplication": "2 %",

@@ -22,6 +22,8 @@ from guest_agents.hotpot.service import LOG_BYTES, Service
 from tests.unit import lite_pair
 from tests.unit.hotpot_rack import Blade, Shell, rack, shells
 
+pytestmark = pytest.mark.long
+
 needs_lite = pytest.mark.skipif(lite_pair.missing() is not None, reason=str(lite_pair.missing()))
 Rack = dict[str, Blade]
 PAGE = 4096

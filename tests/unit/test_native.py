@@ -13,7 +13,7 @@ from guest_agents.splitkernel.process import counters
 
 HERE = Path(__file__).parent / "native"
 NATIVE = Path(__file__).parents[2] / "guest_agents" / "native"
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+pytestmark = [pytest.mark.long, pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")]
 FLAGS = ["-std=gnu17", "-O1", "-g", "-Wall", "-Wextra", f"-I{NATIVE}"]
 
 
