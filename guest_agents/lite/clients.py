@@ -94,8 +94,8 @@ class Request:
         return self.client.handle(self.fields.get(name))
 
 
-Reply = Message | tuple[Message, int]
-"""Fields, and for some a file descriptor, which is closed when it is sent."""
+Reply = Message | tuple[Message, *tuple[int, ...]]
+"""Fields, and for some file descriptors, which are closed when they are sent."""
 Action = Callable[[Request], Reply]
 
 
@@ -104,7 +104,7 @@ class Core(Protocol):
 
     def client_add(self, pid: int) -> int: ...
 
-    def channel_add(self, client: int, fd: int) -> None: ...
+    def channel_add(self, client: int, fd: int, mailbox: bool = False) -> int | None: ...
 
     def client_remove(self, client: int) -> None: ...
 
@@ -205,8 +205,9 @@ class Clients:
         try:
             theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
-                self._core.channel_add(client.number, ours.detach())
-                _send(program, ({**greeting, "client": client.number, "token": client.token}, os.dup(theirs.fileno())))
+                mailbox = self._core.channel_add(client.number, ours.detach(), fields.get("mailbox") is True)
+                files = [os.dup(theirs.fileno())] + ([] if mailbox is None else [mailbox])
+                _send(program, ({**greeting, "client": client.number, "token": client.token}, *files))
         except LiteError as failure:
             _send(program, failure.reply())
             self._leave(client)
@@ -253,12 +254,9 @@ def _parse(packet: bytes) -> dict[str, Any]:
 
 
 def _send(program: socket.socket, reply: Reply) -> None:
-    fields, descriptor = reply if isinstance(reply, tuple) else (reply, None)
-    packet = json.dumps({"ok": True, **fields}).encode()
-    if descriptor is None:
-        program.send(packet)
-        return
+    fields, *files = reply if isinstance(reply, tuple) else (reply,)
     try:
-        socket.send_fds(program, [packet], [descriptor])
+        socket.send_fds(program, [json.dumps({"ok": True, **fields}).encode()], files)
     finally:
-        os.close(descriptor)
+        for file in files:
+            os.close(file)

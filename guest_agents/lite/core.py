@@ -194,7 +194,7 @@ _COUNTERS = (
     # since the start
     "reads", "writes", "atomics", "calls", "sends", "receives", "replies", "cancels", "errors",
     "bytes_read", "bytes_written", "bytes_local", "messages_in", "messages_dropped", "bad_requests", "bad_messages",
-    "peers_broken", "parked", "ring_waits", "timeouts", "polls", "sleeps", "posts",
+    "peers_broken", "parked", "ring_waits", "timeouts", "polls", "sleeps", "posts", "mails", "knocks",
     # now
     "clients", "channels", "lmrs", "handles", "buffers", "ports", "ops", "pieces", "rings_in", "rings_out",
     "descriptors", "slots_used", "slots_quarantined", "pool_used",
@@ -222,7 +222,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "peer_connect": (_U32, _U32, _VOID),
     "peer_dead": (_U32, _U32),
     "client_add": (_U32, _VOID),
-    "channel_add": (_U64, ctypes.c_int),
+    "channel_add": (_U64, ctypes.c_int, _VOID),
     "client_remove": (_U64,),
     "lmr_put": (_U64, _VOID, _U32),
     "lmr_freeze": (_U64, _U32),
@@ -407,9 +407,15 @@ class Core:
         self._call("client_add", pid, ctypes.byref(out))
         return out.value
 
-    def channel_add(self, client: int, fd: int) -> None:
-        """Serve requests on the SEQPACKET socket `fd`, which belongs to the core from now on (also on errors)."""
-        self._call("channel_add", client, fd)
+    def channel_add(self, client: int, fd: int, mailbox: bool = False) -> int | None:
+        """Serve requests on the SEQPACKET socket `fd`, which belongs to the core from now on (also on errors).
+
+        With `mailbox`: also those in memory shared with the program (struct lite_mailbox); returns its file, which is
+        the caller's, or None if it cannot be made.
+        """
+        file = ctypes.c_int(-1)
+        self._call("channel_add", client, fd, ctypes.byref(file) if mailbox else None)
+        return None if file.value < 0 else file.value
 
     def client_remove(self, client: int) -> None:
         """Forget a program: close its channels, ports (callers get PORT_CLOSED), handles and buffers.

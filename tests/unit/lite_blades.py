@@ -153,8 +153,9 @@ class StandInCore:
         self.clients[number] = pid
         return number
 
-    def channel_add(self, client: int, fd: int) -> None:
+    def channel_add(self, client: int, fd: int, mailbox: bool = False) -> int | None:
         self.channels.append(fd)
+        return None
 
     def client_remove(self, client: int) -> None:
         del self.clients[client]

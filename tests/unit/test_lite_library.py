@@ -80,7 +80,7 @@ def test_an_agent_that_talks_nonsense(answer: bytes, example: Path, tmp_path: Pa
         process = subprocess.Popen([example], env={**os.environ, "RACKLESS_LITE": str(path)}, stderr=subprocess.PIPE,
                                    stdout=subprocess.PIPE, text=True)  # fmt: skip
         with listening.accept()[0] as control:
-            assert json.loads(control.recv(4096)) == {"op": "hello"}
+            assert json.loads(control.recv(4096)) == {"op": "hello", "mailbox": True}
             if answer:
                 control.send(answer)
             control.shutdown(socket.SHUT_WR)

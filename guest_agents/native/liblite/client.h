@@ -27,6 +27,7 @@ struct slot {
 struct connection {
     int control;
     int data;
+    struct lite_mailbox *mailbox; /* NULL: everything goes by `data` */
     uint32_t serial;
     uint8_t priority;
     unsigned running; /* slots in state RUNNING */

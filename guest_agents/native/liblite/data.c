@@ -1,9 +1,14 @@
-/* The data channel: reads, writes, atomics and messages. One sendmsg and one recvmsg per operation, and no malloc. */
+/* Reads, writes, atomics and messages. What is waited for goes by the thread's mailbox and takes one system call; what is
+ * started goes by the data channel: a sendmsg and a recvmsg. No malloc. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <linux/futex.h>
+#include <poll.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 #include "client.h"
 
@@ -31,13 +36,12 @@ static int gone(void)
 }
 
 /* Send a request, the ranges of a READV or WRITEV, and data that go into the packet. */
-static int post(struct connection *c, struct lite_request *request, const struct LT_range *ranges, const void *data,
+static int post(struct connection *c, const struct lite_request *request, const struct LT_range *ranges, const void *data,
                 size_t length)
 {
     size_t listed = ranges ? request->arg0 * sizeof *ranges : 0;
-    struct iovec parts[3] = {{request, sizeof *request}, {(void *)ranges, listed}, {(void *)data, length}};
+    struct iovec parts[3] = {{(void *)request, sizeof *request}, {(void *)ranges, listed}, {(void *)data, length}};
     struct msghdr message = {.msg_iov = parts, .msg_iovlen = 3};
-    request->priority = c->priority;
     while (sendmsg(c->data, &message, MSG_NOSIGNAL) < 0)
         if (errno != EINTR)
             return gone();
@@ -143,12 +147,55 @@ static int await(struct connection *c, const struct lite_request *request, void 
     return reply->status ? lite_fail(reply->status, "%s", LT_strerror(reply->status)) : 0;
 }
 
-/* Send a request and wait for its reply. */
-static int transact(struct connection *c, struct lite_request *request, const void *out, size_t inlined, void *in,
-                    size_t room, struct lite_reply *reply)
+/* A mailbox that stays silent: has the agent hung up? */
+static bool hung_up(struct connection *c)
+{
+    struct pollfd end = {.fd = c->data};
+    return poll(&end, 1, 0) > 0 && end.revents & (POLLHUP | POLLERR);
+}
+
+/* The same by mailbox. */
+static int mail(struct connection *c, const struct lite_request *request, const struct LT_range *ranges,
+                const void *out, size_t inlined, void *in, size_t room, struct lite_reply *reply)
+{
+    static const struct timespec a_while = {.tv_sec = 1};
+    struct lite_mailbox *box = c->mailbox;
+    size_t listed = ranges ? request->arg0 * sizeof *ranges : 0;
+    box->request = *request;
+    box->payload = (uint32_t)(listed + inlined);
+    if (listed)
+        memcpy(box->out, ranges, listed);
+    if (inlined)
+        memcpy(box->out + listed, out, inlined);
+    __atomic_store_n(&box->turn, MAIL_CORE, __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&box->asleep, __ATOMIC_SEQ_CST)) {
+        struct lite_request knock = {.op = LITE_KNOCK};
+        int failed = post(c, &knock, NULL, NULL, 0);
+        if (failed)
+            return failed;
+    }
+    while (__atomic_load_n(&box->turn, __ATOMIC_ACQUIRE) == MAIL_CORE)
+        if (syscall(SYS_futex, &box->turn, FUTEX_WAIT, MAIL_CORE, &a_while, NULL, 0) < 0 && errno == ETIMEDOUT &&
+            hung_up(c))
+            return gone();
+    *reply = box->reply;
+    if (reply->status)
+        return lite_fail(reply->status, "%s", LT_strerror(reply->status));
+    if (request->flags & LITE_INLINE_REPLY)
+        memcpy(in, box->in, reply->length < room ? reply->length : room);
+    return 0;
+}
+
+/* Send a request, with the ranges of a READV or WRITEV, and wait for its reply. */
+static int transact(struct connection *c, struct lite_request *request, const struct LT_range *ranges, const void *out,
+                    size_t inlined, void *in, size_t room, struct lite_reply *reply)
 {
     request->tag = ++c->serial << 9 | WAITED;
-    int failed = post(c, request, NULL, out, inlined);
+    request->priority = c->priority;
+    /* The mailbox is taken if this is a signal handler, or one has left a wait with longjmp. */
+    if (c->mailbox && __atomic_load_n(&c->mailbox->turn, __ATOMIC_ACQUIRE) == MAIL_PROGRAM)
+        return mail(c, request, ranges, out, inlined, in, room, reply);
+    int failed = post(c, request, ranges, out, inlined);
     return failed ? failed : await(c, request, in, room, reply);
 }
 
@@ -177,6 +224,7 @@ static int start(struct connection *c, struct lite_request *request, const void 
     if (!slot)
         return c->running ? LT_ERR_NOT_JOINED : LT_ERR_NO_MEMORY;
     slot->tag = request->tag = ++c->serial << 9 | (uint32_t)(slot - c->slots);
+    request->priority = c->priority;
     slot->into = in;
     slot->room = room;
     slot->forgotten = !ticket;
@@ -215,7 +263,7 @@ EXPORT int LT_read(LT_handle handle, uint64_t offset, void *data, size_t length)
     if (!c)
         return LT_ERR_NOT_JOINED;
     place_in(&request, data, length, &request.address, true, LITE_INLINE);
-    return transact(c, &request, NULL, 0, data, length, &reply);
+    return transact(c, &request, NULL, NULL, 0, data, length, &reply);
 }
 
 EXPORT int LT_write(LT_handle handle, uint64_t offset, const void *data, size_t length)
@@ -226,7 +274,7 @@ EXPORT int LT_write(LT_handle handle, uint64_t offset, const void *data, size_t 
     if (!c)
         return LT_ERR_NOT_JOINED;
     size_t inlined = place_out(&request, data, length, true, LITE_INLINE);
-    return transact(c, &request, data, inlined, NULL, 0, &reply);
+    return transact(c, &request, NULL, data, inlined, NULL, 0, &reply);
 }
 
 /* READV or WRITEV: `data` are those of the ranges, one after the other. */
@@ -249,9 +297,7 @@ static int vector(uint8_t op, LT_handle handle, const struct LT_range *ranges, u
     else
         place_in(&request, data, length, &request.address, true, room);
     request.length = length;
-    request.tag = ++c->serial << 9 | WAITED;
-    int failed = post(c, &request, ranges, data, inlined);
-    return failed ? failed : await(c, &request, data, op == LITE_READV ? length : 0, &reply);
+    return transact(c, &request, ranges, data, inlined, data, op == LITE_READV ? length : 0, &reply);
 }
 
 EXPORT int LT_readv(LT_handle handle, const struct LT_range *ranges, unsigned count, void *data)
@@ -327,7 +373,7 @@ static int atomic(struct lite_request *request, uint64_t *before)
     struct lite_reply reply;
     if (!c)
         return LT_ERR_NOT_JOINED;
-    int failed = transact(c, request, NULL, 0, NULL, 0, &reply);
+    int failed = transact(c, request, NULL, NULL, 0, NULL, 0, &reply);
     if (!failed && before)
         *before = reply.value;
     return failed;
@@ -365,7 +411,7 @@ EXPORT int LT_RPC(int node, int port, const void *data, size_t length, void *rep
     if (!c)
         return LT_ERR_NOT_JOINED;
     size_t inlined = prepare_call(&request, node, port, data, length, reply, max_reply, timeout_ms);
-    int failed = transact(c, &request, data, inlined, reply, max_reply, &answer);
+    int failed = transact(c, &request, NULL, data, inlined, reply, max_reply, &answer);
     if (!failed && reply_length)
         *reply_length = answer.length;
     return failed;
@@ -406,7 +452,7 @@ EXPORT int LT_send(int node, int port, const void *data, size_t length)
     if (!c)
         return LT_ERR_NOT_JOINED;
     size_t inlined = place_out(&request, data, length, true, LITE_INLINE);
-    return transact(c, &request, data, inlined, NULL, 0, &reply);
+    return transact(c, &request, NULL, data, inlined, NULL, 0, &reply);
 }
 
 static int receive_message(struct connection *c, struct lite_request *request, const void *reply, size_t inlined,
@@ -417,7 +463,7 @@ static int receive_message(struct connection *c, struct lite_request *request, c
         request->flags |= LITE_NO_WAIT;
     else
         request->timeout_ms = timeout_ms;
-    int failed = transact(c, request, reply, inlined, data, size, &answer);
+    int failed = transact(c, request, NULL, reply, inlined, data, size, &answer);
     if (!failed)
         *message = (struct LT_message){answer.length, answer.value, (int)answer.value2};
     return failed;
@@ -441,7 +487,7 @@ EXPORT int LT_replyRPC(uint64_t descriptor, const void *data, size_t length)
     if (!c)
         return LT_ERR_NOT_JOINED;
     size_t inlined = place_out(&request, data, length, true, LITE_INLINE);
-    return transact(c, &request, data, inlined, NULL, 0, &reply);
+    return transact(c, &request, NULL, data, inlined, NULL, 0, &reply);
 }
 
 EXPORT int LT_reply_recvRPC(uint64_t descriptor, const void *reply, size_t length, int port, void *data, size_t size,

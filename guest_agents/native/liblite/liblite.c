@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -14,6 +15,8 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define SOCKET "/run/rackless/lite.sock"
+
+enum { MOST_FILES = 2 /* that come with an answer: hello's are the data channel and its mailbox */ };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -92,6 +95,8 @@ static void drop(struct connection *c, bool ours)
     if (c->data >= 0)
         close(c->data);
     close(c->control);
+    if (c->mailbox)
+        munmap(c->mailbox, sizeof *c->mailbox);
     free(c);
 }
 
@@ -145,7 +150,8 @@ static void prepare(void)
     pthread_atfork(before_fork, after_fork, in_child);
 }
 
-static int ask(struct connection *c, struct json *request, int *descriptor)
+/* Ask; `files` gets the files that came, -1 for those that did not. */
+static int ask_for(struct connection *c, struct json *request, int *files, size_t wanted)
 {
     json_end(request);
     if (request->full)
@@ -153,7 +159,7 @@ static int ask(struct connection *c, struct json *request, int *descriptor)
     ssize_t got;
     while ((got = send(c->control, request->text, request->length, MSG_NOSIGNAL)) < 0 && errno == EINTR)
         ;
-    char room[CMSG_SPACE(sizeof(int))];
+    char room[CMSG_SPACE(MOST_FILES * sizeof(int))];
     struct iovec part = {c->answer, sizeof c->answer - 1};
     struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = room, .msg_controllen = sizeof room};
     if (got > 0)
@@ -162,27 +168,29 @@ static int ask(struct connection *c, struct json *request, int *descriptor)
     if (got <= 0)
         return lite_fail(LT_ERR_NOT_JOINED, "the agent has closed the connection");
     c->answer[got] = 0;
-    int file = -1;
     struct cmsghdr *rights = CMSG_FIRSTHDR(&message);
+    size_t came = 0;
     if (rights && rights->cmsg_level == SOL_SOCKET && rights->cmsg_type == SCM_RIGHTS)
-        memcpy(&file, CMSG_DATA(rights), sizeof file);
-    if (file >= 0 && (!descriptor || !json_get_true(c->answer, "ok"))) {
-        close(file);
-        file = -1;
+        came = (rights->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    bool ok = json_get_true(c->answer, "ok");
+    for (size_t i = 0; i < wanted; i++)
+        files[i] = -1;
+    for (size_t i = 0; i < came; i++) {
+        int file;
+        memcpy(&file, CMSG_DATA(rights) + i * sizeof file, sizeof file);
+        if (ok && i < wanted)
+            files[i] = file;
+        else
+            close(file);
     }
-    if (!json_get_true(c->answer, "ok")) {
+    if (!ok) {
         int64_t code = LT_ERR_OTHER;
         char error[192] = "the agent gave no reason";
         json_get_number(c->answer, "code", &code);
         json_get_string(c->answer, "error", error, sizeof error);
         return lite_fail(code < 0 ? (int)code : LT_ERR_OTHER, "%s", error);
     }
-    if (descriptor) {
-        if (file < 0)
-            return lite_fail(LT_ERR_BAD_MESSAGE, "the agent sent no file");
-        *descriptor = file;
-    }
-    return 0;
+    return wanted && files[0] < 0 ? lite_fail(LT_ERR_BAD_MESSAGE, "the agent sent no file") : 0;
 }
 
 /* One more connection of this process; `lock` is held. NULL: see LT_error. */
@@ -207,8 +215,16 @@ static struct connection *connect_thread(void)
     json_begin(&hello, "hello");
     if (token[0])
         json_string(&hello, "token", token);
-    if (ask(c, &hello, &c->data))
+    json_true(&hello, "mailbox");
+    int files[MOST_FILES];
+    if (ask_for(c, &hello, files, MOST_FILES))
         goto failed;
+    c->data = files[0];
+    if (files[1] >= 0) {
+        void *box = mmap(NULL, sizeof *c->mailbox, PROT_READ | PROT_WRITE, MAP_SHARED, files[1], 0);
+        c->mailbox = box == MAP_FAILED ? NULL : box;
+        close(files[1]);
+    }
     if (!token[0] && !json_get_string(c->answer, "token", token, sizeof token)) {
         lite_fail(LT_ERR_BAD_MESSAGE, "the agent gave no token");
         goto failed;
@@ -227,6 +243,8 @@ failed:
         close(c->control);
     if (c->data >= 0)
         close(c->data);
+    if (c->mailbox)
+        munmap(c->mailbox, sizeof *c->mailbox);
     free(c);
     return NULL;
 }
@@ -254,7 +272,7 @@ struct connection *lite_connection(void)
 int lite_ask(struct json *request, int *descriptor)
 {
     struct connection *c = lite_connection();
-    return c ? ask(c, request, descriptor) : LT_ERR_NOT_JOINED;
+    return c ? ask_for(c, request, descriptor, descriptor != NULL) : LT_ERR_NOT_JOINED;
 }
 
 EXPORT int LT_join(void)

@@ -35,7 +35,7 @@ API int lite_client_add(struct core *core, uint32_t pid, uint64_t *out)
     return code;
 }
 
-API int lite_channel_add(struct core *core, uint64_t client_id, int fd)
+API int lite_channel_add(struct core *core, uint64_t client_id, int fd, int *mailbox)
 {
     core_enter(core);
     struct client *client = client_of(core, client_id);
@@ -47,12 +47,15 @@ API int lite_channel_add(struct core *core, uint64_t client_id, int fd)
         list_init(&channel->order);
         list_init(&channel->unsent);
         list_init(&channel->link);
+        list_init(&channel->mail);
         fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
         fcntl(fd, F_SETFD, FD_CLOEXEC);
         struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.u64 = channel->id};
         if (table_put(&core->channels, channel->id, channel) && !epoll_ctl(core->epoll, EPOLL_CTL_ADD, fd, &event)) {
             list_append(&client->channels, &channel->link);
             code = 0;
+            if (mailbox)
+                *mailbox = mail_open(core, channel); /* without one it goes too */
         } else {
             table_remove(&core->channels, channel->id);
             free(channel);
@@ -70,6 +73,7 @@ void channel_close(struct core *core, struct channel *channel)
     table_remove(&core->channels, channel->id);
     list_remove(&channel->link);
     list_remove(&channel->hot);
+    mail_close(channel);
     close(channel->fd); /* which also takes it out of epoll */
     for (struct op *op; (op = FIRST(&channel->unsent, struct op, wait));) {
         list_remove(&op->wait);
@@ -143,7 +147,10 @@ static bool spill(struct core *core, struct op *op)
 void channel_send(struct core *core, struct op *op)
 {
     struct channel *channel = op->channel;
-    if (!list_empty(&channel->unsent) || !send_reply(op)) {
+    if (op->mailed) {
+        mail_answer(op);
+        sent(core, op);
+    } else if (!list_empty(&channel->unsent) || !send_reply(op)) {
         if (list_empty(&channel->unsent))
             watch(core, channel, EPOLLIN | EPOLLOUT);
         list_append(&channel->unsent, &op->wait);
@@ -173,6 +180,10 @@ static bool read_packet(struct core *core, struct channel *channel)
     ssize_t got = recv(channel->fd, packet->bytes, PACKET_BYTES, MSG_DONTWAIT | MSG_TRUNC);
     if (got < 0 && (errno == EAGAIN || errno == EINTR))
         return false;
+    if (got == sizeof(struct lite_request) && packet->bytes[0] == LITE_KNOCK && channel->mailbox) {
+        core->stats.knocks++;
+        return true;
+    }
     struct op *op = got < (ssize_t)sizeof(struct lite_request) ? NULL : op_new(core, channel->client, channel);
     if (!op) {
         core->stats.bad_messages += got > 0;

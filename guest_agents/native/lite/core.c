@@ -157,6 +157,7 @@ static struct round work(struct core *core)
 {
     core_enter(core);
     bool any = pieces_reap(core);
+    any |= mail_collect(core);
     any |= read_hot(core);
     if (core->now >= core->next_deadline) {
         core->next_deadline = UINT64_MAX;
@@ -177,16 +178,25 @@ static struct round work(struct core *core)
     return round;
 }
 
+static void set_asleep(struct core *core, bool asleep)
+{
+    pthread_mutex_lock(&core->lock);
+    mail_asleep(core, asleep);
+    pthread_mutex_unlock(&core->lock);
+}
+
 static void sleep_until_event(struct core *core)
 {
     /* Arm, look once more, then sleep: an entry that came before arming raises no event. */
+    set_asleep(core, true);
     ibv_req_notify_cq(core->cq, 0);
     struct round round = work(core);
-    if (round.any)
-        return;
-    uint64_t ms = round.next <= round.now ? 0 : (round.next - round.now) / NS_PER_MS + 1;
-    __atomic_fetch_add(&core->stats.sleeps, 1, __ATOMIC_RELAXED);
-    look(core, ms < LONGEST_SLEEP_MS ? (int)ms : LONGEST_SLEEP_MS);
+    if (!round.any) {
+        uint64_t ms = round.next <= round.now ? 0 : (round.next - round.now) / NS_PER_MS + 1;
+        __atomic_fetch_add(&core->stats.sleeps, 1, __ATOMIC_RELAXED);
+        look(core, ms < LONGEST_SLEEP_MS ? (int)ms : LONGEST_SLEEP_MS);
+    }
+    set_asleep(core, false);
 }
 
 /* How long to look around before sleeping, when the usual time between two things to do is `gap` (all in ns): as long
@@ -269,7 +279,8 @@ API int lite_open(const struct lite_config *config, struct core **out)
     pthread_mutex_init(&core->lock, NULL);
     pthread_cond_init(&core->changed, NULL);
     pthread_cond_init(&core->event_came, NULL);
-    struct link *lists[] = {&core->hot, &core->timed, &core->free_ops, &core->free_pieces, &core->starved};
+    struct link *lists[] = {&core->hot, &core->timed, &core->free_ops, &core->free_pieces, &core->starved,
+                            &core->mailboxes};
     for (size_t i = 0; i < sizeof lists / sizeof *lists; i++)
         list_init(lists[i]);
     core->next_deadline = UINT64_MAX;

@@ -199,6 +199,9 @@ struct channel {
     struct link hot;                     /* core->hot: may have packets to read */
     struct link order;                   /* unanswered ops, oldest first */
     struct link unsent;                  /* answered, but the socket was full */
+    struct link mail;                    /* core->mailboxes, if it has one */
+    struct lite_mailbox *mailbox;
+    bool asked;                          /* the request in the mailbox has been taken, and is not answered */
     uint64_t id;
     struct client *client;
     int fd;
@@ -224,6 +227,7 @@ struct op {
     uint64_t posted, total;
     uint32_t in_flight;
     int status;                          /* the first thing that went wrong */
+    bool mailed;                         /* it came by mailbox, and is answered there */
     bool ended, told;                    /* its outcome is settled; the program knows it (or has gone) */
     bool final, sent, voided;            /* a message: its last work request is posted; has ended; carries no data */
     uint8_t *inline_reply;               /* the data that follow the reply's header; 32 bytes before are ours */
@@ -275,7 +279,8 @@ struct core {
     uint32_t to_flush, turn;             /* turn: which queue pair this round's work requests take */
 
     struct table lmrs, clients, channels;
-    struct link hot, timed, free_ops;
+    struct link hot, timed, free_ops, mailboxes;
+    bool asleep;                         /* the thread does not look into mailboxes: programs must knock */
     uint64_t client_ids, channel_ids;
     struct rpc *rpc;
     struct qos *qos;
@@ -355,6 +360,13 @@ void channel_close(struct core *core, struct channel *channel);
 void channel_writable(struct core *core, struct channel *channel);
 struct client *client_of(struct core *core, uint64_t id);
 void clients_close(struct core *core);
+
+/* mail.c */
+int mail_open(struct core *core, struct channel *channel);     /* the file of its mailbox, for the program; or -1 */
+void mail_close(struct channel *channel);
+bool mail_collect(struct core *core);                          /* take what is in mailboxes; true: there was something */
+void mail_answer(struct op *op);
+void mail_asleep(struct core *core, bool asleep);
 
 /* buffers.c */
 struct buffer *buffer_of(struct client *client, uint32_t number, uint64_t offset, uint64_t length);

@@ -92,7 +92,7 @@ static int check(struct op *op, size_t payload)
             return LITE_BAD_MESSAGE;
         data = r->length;
     }
-    if (payload != segments + data)
+    if (payload > LITE_INLINE || payload != segments + data)
         return LITE_BAD_MESSAGE;
     if (r->flags & LITE_INLINE_REPLY && (!has(op, INCOMING) || most_incoming(op) > LITE_INLINE - segments))
         return LITE_BAD_MESSAGE;

@@ -13,7 +13,7 @@ struct lite_stats {
     /* since the start */
     uint64_t reads, writes, atomics, calls, sends, receives, replies, cancels, errors;
     uint64_t bytes_read, bytes_written, bytes_local, messages_in, messages_dropped, bad_requests, bad_messages;
-    uint64_t peers_broken, parked, ring_waits, timeouts, polls, sleeps, posts;
+    uint64_t peers_broken, parked, ring_waits, timeouts, polls, sleeps, posts, mails, knocks;
     /* now */
     uint64_t clients, channels, lmrs, handles, buffers, ports, ops, pieces, rings_in, rings_out;
     uint64_t descriptors, slots_used, slots_quarantined, pool_used;

@@ -34,6 +34,7 @@
 #ifndef RACKLESS_LITE_WIRE_H
 #define RACKLESS_LITE_WIRE_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 enum lite_op {
@@ -50,6 +51,7 @@ enum lite_op {
     LITE_REPLY_RECEIVE = 11,
     LITE_CANCEL = 12,
     LITE_OPS = 13,
+    LITE_KNOCK = 255, /* on a channel with a mailbox: there is something in it; not answered */
 };
 
 enum lite_priority { LITE_NORMAL = 0, LITE_HIGH = 1, LITE_LOW = 2, LITE_PRIORITIES = 3 };
@@ -108,9 +110,28 @@ struct lite_segment {
     uint64_t length;
 };
 
+/* Memory that a program's thread and the core share, in a file that the program gets with its channel if it asks for
+ * one. A request in it (`out`: what would follow it in a packet, `payload` bytes) is the core's when `turn`, a futex, is
+ * MAIL_CORE, and answered when it is MAIL_PROGRAM again (`in`: inline data). Who has found `asleep` set after giving the
+ * turn away must KNOCK. The socket stays for everything else, and for telling that the other end is gone. */
+enum { MAIL_PROGRAM = 0, MAIL_CORE = 1 };
+
+struct lite_mailbox {
+    uint32_t turn;
+    uint32_t asleep;
+    uint32_t payload;
+    uint32_t pad;
+    struct lite_request request;
+    uint8_t out[LITE_INLINE];
+    struct lite_reply reply;
+    uint8_t in[LITE_INLINE];
+};
+
 _Static_assert(sizeof(struct lite_request) == 64, "wire.py says 64");
 _Static_assert(sizeof(struct lite_reply) == 32, "wire.py says 32");
 _Static_assert(sizeof(struct lite_segment) == 16, "wire.py says 16");
+_Static_assert(offsetof(struct lite_mailbox, out) == offsetof(struct lite_mailbox, request) +
+                   sizeof(struct lite_request), "copied in one go");
 
 /* The same numbers as guest_agents/lite/errors.py. */
 enum lite_error {
