@@ -110,14 +110,12 @@ def test_exec_errors(rackless: Rackless, arguments: list[str], message: str) -> 
 
 @pytest.mark.netns
 def test_exec_that_is_interrupted_ends_at_once(rackless: Rackless) -> None:
-    process = rackless.start("exec", "mb*", "--", "echo ready; exec sleep 5")
+    process = rackless.start("exec", "mb*", "--", "echo ready; exec sleep 600")
     assert process.stdout is not None
     assert process.stdout.readline().endswith(b"ready\n")
     assert process.stdout.readline().endswith(b"ready\n")
-    started = time.monotonic()
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 130
-    assert time.monotonic() - started < 3
+    assert process.wait(60) == 130
     assert process.stderr is not None
     assert b"Traceback" not in process.stderr.read()
 
