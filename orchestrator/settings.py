@@ -39,6 +39,8 @@ class Settings:
     """From restore (or boot) to a blade that has taken its identity."""
     ssh_seconds: float = 10.0
     """For an SSH connection to be accepted."""
+    handshake_seconds: float = 60.0
+    """For the banner, and for keys to be exchanged and accepted; never scaled, it is enough for an emulated blade."""
     control_seconds: float = 10.0
     """For one request to an agent to be answered."""
     status_seconds: float = 3.0

@@ -89,7 +89,7 @@ def demo(
     else:
         print(f"gawk on {processor} found {result['words']} different words in {len(text) >> 20} MiB of English in "
               f"{seconds:.1f} s with {excache} of local memory;\nthe rest of its memory was on memory blades: "
-              f"{stats['misses']} misses were answered by them, {stats['flushes']} pages went out, {stats['zero_fills']} were zero-filled;\n"
+              f"{stats['misses']} misses, {stats['flushes']} pages went out, {stats['zero_fills']} were zero-filled;\n"
               f"{stats['packed_hits']} times a page was only packed, in {stats['pool_bytes'] / 2**20:.1f} MiB of it.\n"
               f"Its output {'equals' if same else 'DIFFERS FROM'} that of a count on this host.")  # fmt: skip
     if not same:

@@ -17,6 +17,7 @@ from orchestrator.ssh.keys import known_hosts, user_key
 
 if TYPE_CHECKING:
     from fabric import Connection
+    from paramiko import Transport
 
 SSH_PORT = 22
 EXIT_NO_SESSION = 255  # what ssh itself says when it cannot reach a machine
@@ -43,15 +44,16 @@ def connect(
 ) -> Iterator[Connection]:
     """Yield an open fabric.Connection to a blade: it can run, put and get; its host key must be the pinned.
 
-    `settings.ssh_seconds` holds for each of: TCP connection, banner, authentication.
+    `settings.ssh_seconds` holds for the TCP connection, `settings.handshake_seconds` for the banner, for the exchange
+    of keys and for authentication.
     """
     from fabric import Config, Connection
     from paramiko import RejectPolicy
     from paramiko.ssh_exception import AuthenticationException, BadHostKeyException, SSHException
 
-    timeout = paths.settings.ssh_seconds
+    timeout = paths.settings.handshake_seconds
     try:
-        transport_socket = place.of(paths).connect(str(address), SSH_PORT, timeout)
+        transport_socket = place.of(paths).connect(str(address), SSH_PORT, paths.settings.ssh_seconds)
     except OSError as error:
         raise RacklessError(
             f"{blade} does not answer on {address} port {SSH_PORT}: {error}",
@@ -68,6 +70,7 @@ def connect(
                 "key_filename": str(user_key(paths)),
                 "banner_timeout": timeout,
                 "auth_timeout": timeout,
+                "transport_factory": _patient_transport(timeout),
                 "allow_agent": False,
                 "look_for_keys": False,
             },
@@ -87,12 +90,26 @@ def connect(
                 hint="the blade was made with another key: run `rackless down`, then `rackless up`",
             ) from error
         except (SSHException, EOFError, OSError) as error:
+            # Paramiko does not tell that the exchange of keys has taken too long: it goes on, and finds no session.
+            reason = f"no handshake within {timeout:g} s" if str(error) == "No existing session" else error
             raise RacklessError(
-                f"no SSH session with {blade} ({address}): {error}",
+                f"no SSH session with {blade} ({address}): {reason}",
                 hint=f"see `rackless logs {blade}` and `rackless console --log {blade}`",
             ) from error
         with closing(connection):
             yield connection
+
+
+def _patient_transport(seconds: float) -> Callable[..., Transport]:
+    """Makes transports that give the exchange of keys so long: Paramiko's 15 s are no option of its client."""
+    from paramiko import Transport
+
+    def make(*arguments: Any, **options: Any) -> Transport:
+        made = Transport(*arguments, **options)
+        made.handshake_timeout = seconds
+        return made
+
+    return make
 
 
 def run(

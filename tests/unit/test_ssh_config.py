@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from orchestrator.errors import RacklessError
+from orchestrator.network import place
 from orchestrator.settings import RackPaths, Settings
 from orchestrator.ssh import client, keys
 from orchestrator.ssh.config import ssh_config_text, write_ssh_config
@@ -164,6 +167,18 @@ def test_client_accepts_only_the_pinned_host_key(stand_in_rack: StandInRack) -> 
         client.connect(stand_in_rack.paths, "stranger", stand_in_rack.blades["pb0"]),
     ):
         pass
+
+
+def test_a_handshake_that_takes_too_long_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    paths = RackPaths(Settings(tmp_path, tmp_path, tmp_path, handshake_seconds=1), "demo")
+    keys.ensure_rack_keys(paths)
+    keys.write_known_hosts(paths, {"pb0": "10.78.0.11"})
+    ours, theirs = socket.socketpair()
+    monkeypatch.setattr(place, "of", lambda _: SimpleNamespace(connect=lambda *_: ours))
+    with theirs:
+        theirs.send(b"SSH-2.0-slow\r\n")  # and no keys
+        with pytest.raises(RacklessError, match=r"no SSH session with pb0 \(10\.78\.0\.11\): no handshake within 1 s"):
+            client.connect(paths, "pb0", "10.78.0.11").__enter__()
 
 
 @pytest.mark.netns
