@@ -170,14 +170,14 @@ def test_client_accepts_only_the_pinned_host_key(stand_in_rack: StandInRack) -> 
 
 
 def test_a_handshake_that_takes_too_long_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    paths = RackPaths(Settings(tmp_path, tmp_path, tmp_path, handshake_seconds=1), "demo")
+    paths = RackPaths(Settings(tmp_path, tmp_path, tmp_path, handshake_seconds=3), "demo")
     keys.ensure_rack_keys(paths)
     keys.write_known_hosts(paths, {"pb0": "10.78.0.11"})
     ours, theirs = socket.socketpair()
     monkeypatch.setattr(place, "of", lambda _: SimpleNamespace(connect=lambda *_: ours))
     with theirs:
         theirs.send(b"SSH-2.0-slow\r\n")  # and no keys
-        with pytest.raises(RacklessError, match=r"no SSH session with pb0 \(10\.78\.0\.11\): no handshake within 1 s"):
+        with pytest.raises(RacklessError, match=r"no SSH session with pb0 \(10\.78\.0\.11\): no handshake within 3 s"):
             client.connect(paths, "pb0", "10.78.0.11").__enter__()
 
 
