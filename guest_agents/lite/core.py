@@ -47,9 +47,9 @@ class Config:
     """Most registered memory for the buffers of one client."""
     timeout_ms: int = 30_000
     """For requests that give none: how long they may wait (for a ring, a reply, an LMR that moves)."""
-    spin_us: int = 2000
-    """How long the thread looks around before it sleeps, at most; it adapts below that. A round trip between emulated
-    blades takes 500 to 1500 us, which waiting costs another 100 to 300."""
+    spin_us: int = 5000
+    """How long the thread looks around before it sleeps, at most; it adapts below that. Between two calls a server of
+    emulated blades has 2 to 3 ms of nothing; a core that slept then cost each call 500 to 900 us."""
 
 
 class Block(NamedTuple):
