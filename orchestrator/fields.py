@@ -178,6 +178,7 @@ DiskSize = Annotated[Size, _between(DISK_MIN, DISK_MAX, format_size), _multiple_
 DiskRate = Annotated[ByteRate, _between(64 * KIB, TIB, units.format_byte_rate)]
 Quota = Annotated[Percent, _between(0.01, 1.0, format_percent)]
 Loss = Annotated[Percent, _between(0.0, 0.99, format_percent)]
+Share = Annotated[Percent, _between(0.0, 1.0, format_percent)]
 Latency = Annotated[Duration, _between(0.0, LATENCY_MAX_SECONDS, units.format_duration)]
 Heartbeat = Annotated[Duration, _between(0.1, 60.0, units.format_duration)]
 Patience = Annotated[Duration, _between(1.0, 600.0, units.format_duration)]

@@ -25,6 +25,7 @@ from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, Note
 from orchestrator.faults import inject
 from orchestrator.faults.inject import Transform
+from orchestrator.faults.model import POWER
 from orchestrator.fields import KINDS, did_you_mean
 from orchestrator.settings import Settings
 from orchestrator.units import parse_duration
@@ -74,7 +75,9 @@ class Scenario:
         acts = []
         for step in self.steps:
             at = chance.uniform(step.earliest, step.latest)
-            words = list(_drawn(step, kinds, chance))
+            words = _drawn(step, kinds, chance)
+            if "survive" in words and "seed" not in words:
+                words += ["seed", str(chance.getrandbits(31))]
             try:
                 acts.append(Act(at, " ".join(words), _transforms(words)))
             except RacklessError as error:
@@ -183,10 +186,21 @@ def _value(name: str) -> Callable[[list[str]], Transform | None]:
     return lambda words: inject.breaking({words[0]: {name: words[1]}}) if len(words) == 2 else None
 
 
-def _reset(blades: list[str]) -> tuple[Transform, ...] | None:
-    if len(blades) != 1:
+def _kill(words: list[str]) -> Transform | None:
+    """BLADE... [survive SHARE] [seed NUMBER]: how the power fails is said last."""
+    how: dict[str, Any] = {"killed": True}
+    blades = list(words)
+    while len(blades) > 2 and blades[-2] in POWER:
+        value, name = blades.pop(), blades.pop()
+        how[name] = value
+    return inject.breaking(dict.fromkeys(blades, how)) if blades else None
+
+
+def _reset(words: list[str]) -> tuple[Transform, ...] | None:
+    kill = _kill(words)
+    if kill is None or (len(words) > 1 and words[1] not in POWER):
         return None
-    return inject.breaking({blades[0]: {"killed": True}}), inject.healing(blades, ("killed",))
+    return kill, inject.healing(words[:1], ("killed",))
 
 
 def _link(words: list[str]) -> Transform | None:
@@ -204,7 +218,7 @@ def _link(words: list[str]) -> Transform | None:
 
 
 _VERBS: dict[str, Callable[[list[str]], Transform | tuple[Transform, ...] | None]] = {
-    "kill": _flag("killed"),
+    "kill": _kill,
     "pause": _flag("paused"),
     "resume": lambda blades: inject.healing(blades, ("paused",)) if blades else None,
     "reset": _reset,
