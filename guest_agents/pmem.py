@@ -17,8 +17,8 @@ import fcntl
 import json
 import mmap
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -85,7 +85,7 @@ class Device:
         """Bytes for users."""
         with ExitStack() as stack:
             if exclusive:
-                _lock(stack, file)
+                stack.enter_context(lock(file))
             vol = _map(stack, places.vol, places.vol_offset, places.size)
             self._media = _map(stack, places.media, places.media_offset, places.size)
             self.memory = vol[: self.size]
@@ -128,13 +128,18 @@ def open_device(file: Path = FILE) -> Device:
     return Device(file)
 
 
-def _lock(stack: ExitStack, file: Path) -> None:
+@contextmanager
+def lock(file: Path = FILE) -> Iterator[None]:
+    """Nobody uses the device during the block. PmemError when somebody does."""
     opened = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    stack.callback(os.close, opened)
     try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise PmemError("somebody else uses the persistent memory now", "Hotpot does, where it has started") from None
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PmemError("somebody uses the persistent memory now", "Hotpot does, where it has started") from None
+        yield
+    finally:
+        os.close(opened)
 
 
 def _map(stack: ExitStack, path: str, offset: int, size: int) -> memoryview:

@@ -39,6 +39,10 @@ class Full(PmemError):
     """There is no room."""
 
 
+class Different(PmemError):
+    """A piece has another size."""
+
+
 class Shelf:
     """The pieces of a device. A device that is all zero at its beginning becomes an empty shelf. Thread-safe."""
 
@@ -74,12 +78,12 @@ class Shelf:
             return dict(self._names.values())
 
     def open(self, name: str, size: int) -> Piece:
-        """A piece of `size` bytes, as it is or new and all zero; it has no room yet (reserve). Full, ValueError."""
+        """A piece of `size` bytes, as it is or new and all zero; it has no room yet (reserve). Full, Different."""
         with self._lock:
             for slot, (other, has) in self._names.items():
                 if other == name:
                     if has != size:
-                        raise ValueError(f"{name} has {has} bytes, not {size}")
+                        raise Different(f"{name} has {has} bytes, not {size}")
                     return Piece(self, slot, name, size)
             return Piece(self, self._add(name, size), name, size)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from guest_agents import pmem
 from guest_agents.hotpot.errors import Corrupt, NoSpace, VersionMismatch
-from guest_agents.shelf import Damaged, Foreign, Full, Piece, Shelf
+from guest_agents.shelf import Damaged, Different, Foreign, Full, Piece, Shelf
 
 DEVICE = "pmem.json"
 """In a folder of media: on which device they are (pmem.Places). Without it, they are files."""
@@ -95,6 +95,13 @@ class Media:
         self._place.remove()
         self.path.unlink(missing_ok=True)
         _leave(self.path.parent)
+
+
+def use_pmem(folder: Path) -> None:
+    """Have media in a folder on this blade's device. Safe to repeat."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DEVICE).unlink(missing_ok=True)
+    (folder / DEVICE).symlink_to(pmem.FILE)
 
 
 def backing(folder: Path) -> str:
@@ -214,7 +221,7 @@ def _explained(path: Path) -> Iterator[None]:
         raise NoSpace(f"{path.name}: {failure.message}") from None
     except Damaged as failure:
         raise Corrupt(failure.message, hint="the device is left as it is; nothing of it was used") from None
+    except Different as failure:
+        raise VersionMismatch(failure.message) from None
     except pmem.PmemError as failure:
         raise NoSpace(failure.message, hint=failure.hint) from None
-    except ValueError as failure:
-        raise VersionMismatch(str(failure)) from None
