@@ -188,12 +188,12 @@ def _value(name: str) -> Callable[[list[str]], Transform | None]:
 
 def _kill(words: list[str]) -> Transform | None:
     """BLADE... [survive SHARE] [seed NUMBER]: how the power fails is said last."""
-    how: dict[str, Any] = {"killed": True}
-    blades = list(words)
-    while len(blades) > 2 and blades[-2] in POWER:
-        value, name = blades.pop(), blades.pop()
-        how[name] = value
-    return inject.breaking(dict.fromkeys(blades, how)) if blades else None
+    end = next((number for number, word in enumerate(words) if word in POWER), len(words))
+    blades, names, values = words[:end], words[end::2], words[end + 1 :: 2]
+    if not blades or len(names) != len(values) or not {*names} <= {*POWER}:
+        return None
+    how: dict[str, Any] = {"killed": True, **dict(zip(names, values, strict=True))}
+    return inject.breaking(dict.fromkeys(blades, how))
 
 
 def _reset(words: list[str]) -> tuple[Transform, ...] | None:
