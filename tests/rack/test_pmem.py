@@ -39,7 +39,8 @@ def test_a_file_system_for_programs_that_know_nothing_of_it(rack: Rack) -> None:
         rack.on("mb1", "echo lost > /mnt/pmem/other && sync")
         rack("fault", "reset", "mb1")
         assert ": clean" in rack.on("mb1", f"e2fsck -n {device} 2>&1")
-        assert rack.on("mb1", f"{mount} && ls /mnt/pmem && cat /mnt/pmem/file").split() == ["file", "lost+found", "kept"]
+        files = rack.on("mb1", f"{mount} && ls /mnt/pmem && cat /mnt/pmem/file")
+        assert files.split() == ["file", "lost+found", "kept"]
     finally:
         rack.on("mb1", "umount /mnt/pmem 2>/dev/null; true")
         rack("pmem", "mode", "mb1", "devdax")
