@@ -103,7 +103,7 @@ class Agent:
             "agent.update": self._update,
             "agent.hosts": self._hosts,
             **load.handlers(),
-            **nvdimm.handlers(mine.pmem),
+            **nvdimm.handlers(mine.pmem, lambda: media.backing(gate.FOLDER)),
         }
         node = open_node(fabric.RXE)
         handlers |= {**node.handlers(), "verbs.ping": ping_handler(node, self.secret)}

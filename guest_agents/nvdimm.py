@@ -45,7 +45,7 @@ def setup(config: dict[str, int]) -> Places:
     media = _wait(lambda: _region(config["media"]), "persistent memory (media)", deadline)
     _bind(media, False)
     (vol.parent / "wait_probe").read_text()
-    _wait(lambda: next(vol.glob("namespace*"), None), "its namespace", deadline)
+    _wait(lambda: next(vol.glob("namespace*/mode"), None), "its namespace", deadline)
     if _mode(vol) == "raw" and not any(_physical(config["media"], _SUPERBLOCKS)):
         _change_mode(vol, config, "devdax")
     places = _places(vol, config, deadline)
@@ -53,8 +53,11 @@ def setup(config: dict[str, int]) -> Places:
     return places
 
 
-def handlers(config: dict[str, int] | None) -> dict[str, Handler]:
-    """What the host may ask of a blade's persistent memory; see control.py."""
+def handlers(config: dict[str, int] | None, hotpot: Callable[[], str]) -> dict[str, Handler]:
+    """What the host may ask of a blade's persistent memory; see control.py.
+
+    hotpot -- tells what Hotpot has its media on
+    """
 
     def need(_request: Message) -> dict[str, int]:
         if config is None:
@@ -66,7 +69,7 @@ def handlers(config: dict[str, int] | None) -> dict[str, Handler]:
             return {}
         places = Places.load()
         return {"size": config["size"], "usable": places.size, "mode": places.mode, "device": places.vol,
-                "used_by": _user()}  # fmt: skip
+                "used_by": _user(), "hotpot": hotpot()}  # fmt: skip
 
     def mode(request: Message) -> Message:
         if request["mode"] not in MODES:

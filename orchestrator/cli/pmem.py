@@ -23,7 +23,7 @@ def register(app: typer.Typer) -> None:
 
 
 def stat(blades: BladesArgument = None, rack: RackOption = None, as_json: JsonOption = False) -> None:
-    """Show size, mode and device of each blade that has persistent memory, and whether it is in use."""
+    """Show size, mode, device and use of each blade's persistent memory, and what Hotpot has its media on there."""
     from orchestrator.ui import table
     from orchestrator.units import format_size
 
@@ -32,8 +32,9 @@ def stat(blades: BladesArgument = None, rack: RackOption = None, as_json: JsonOp
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
-    table(("blade", "size", "usable", "mode", "device", "used by"),
-          [(name, format_size(has["size"]), format_size(has["usable"]), has["mode"], has["device"], has["used_by"])
+    table(("blade", "size", "usable", "mode", "device", "used by", "hotpot"),
+          [(name, *(format_size(has[key]) for key in ("size", "usable")),
+            *(has[key] for key in ("mode", "device", "used_by", "hotpot")))
            for name, has in found.items()])  # fmt: skip
 
 
