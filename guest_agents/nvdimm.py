@@ -115,26 +115,42 @@ def persist_all(places: Places) -> int:
     For programs that know nothing of `persist`. Not atomic: power that fails in the middle leaves some of it.
     """
     changed = 0
-    with _frozen(places.vol), _mapped(places.media, places.media_offset, places.size) as media:
-        source = os.open(places.vol, os.O_RDWR | os.O_CLOEXEC | (0 if places.mode == "devdax" else os.O_DIRECT))
-        try:
-            vol = mmap.mmap(source, places.size) if places.mode == "devdax" else None
-            buffer = mmap.mmap(-1, _COPY)  # aligned, as O_DIRECT wants it
-            for start in range(0, places.size, _COPY):
-                length = min(_COPY, places.size - start)
-                if vol is None:
-                    os.preadv(source, [memoryview(buffer)[:length]], start)
-                now = buffer[:length] if vol is None else vol[start : start + length]
-                if now == media[start : start + length]:
-                    continue
-                for at in range(0, length, mmap.PAGESIZE):
-                    page = now[at : at + mmap.PAGESIZE]
-                    if page != media[start + at : start + at + len(page)]:
-                        media[start + at : start + at + len(page)] = page
-                        changed += len(page)
-        finally:
-            os.close(source)
+    with (
+        _frozen(places.vol),
+        _mapped(places.media, places.media_offset, places.size) as media,
+        _reader(places) as read,
+    ):
+        for start in range(0, places.size, _COPY):
+            now = read(start, min(_COPY, places.size - start))
+            if now == media[start : start + len(now)]:
+                continue
+            for at in range(0, len(now), mmap.PAGESIZE):
+                page = now[at : at + mmap.PAGESIZE]
+                if page != media[start + at : start + at + len(page)]:
+                    media[start + at : start + at + len(page)] = page
+                    changed += len(page)
     return changed
+
+
+@contextmanager
+def _reader(places: Places) -> Iterator[Callable[[int, int], bytes]]:
+    """What reads vol: from a place, so many bytes."""
+    if places.mode == "devdax":
+        with _mapped(places.vol, places.vol_offset, places.size) as vol:
+            yield lambda start, length: vol[start : start + length]
+        return
+    device = os.open(places.vol, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)  # not what the cache has of it
+    buffer = mmap.mmap(-1, _COPY)  # aligned, as that demands
+
+    def read(start: int, length: int) -> bytes:
+        if os.preadv(device, [memoryview(buffer)[:length]], start) != length:
+            raise PmemError(f"{places.vol} ends at {start}")
+        return buffer[:length]
+
+    try:
+        yield read
+    finally:
+        os.close(device)
 
 
 def _answering(handler: Handler) -> Handler:

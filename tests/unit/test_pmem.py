@@ -14,6 +14,7 @@ from guest_agents import pmem as guest
 from guest_agents.pmem import LINE, SCRATCH, Device, Places, PmemError
 from guest_agents.shelf import UNIT, Damaged, Different, Foreign, Full, Shelf
 from orchestrator import pmem
+from orchestrator.powertest import Verdict
 from orchestrator.settings import BladePaths
 
 SIZE = 2 << 20
@@ -152,6 +153,20 @@ def test_files_stay_sparse_and_another_size_is_a_new_device(power: Power) -> Non
         assert file.read(8) == b"far away"
     pmem.prepare(power.files, SIZE)
     assert power.files.pmem_vol.read_bytes() == bytes(SIZE)
+
+
+@pytest.mark.parametrize(
+    ("survive", "persisted", "other", "honest"),
+    [
+        (0.0, True, False, True), (0.0, True, True, False), (0.0, False, False, False),
+        (0.5, True, False, True), (0.5, True, True, True), (0.5, False, True, False),
+        (1.0, True, True, True), (1.0, True, False, False),
+    ],
+)  # fmt: skip
+def test_what_a_self_test_makes_of_what_it_finds(survive: float, persisted: bool, other: bool, honest: bool) -> None:
+    verdict = Verdict("mb1", survive, persisted, other)
+    assert verdict.honest == honest
+    assert ("NOT HONEST" in str(verdict)) != honest
 
 
 # The device
