@@ -86,7 +86,8 @@ def handlers(config: dict[str, int] | None, hotpot: Callable[[], str]) -> dict[s
 
     def persist(request: Message) -> Message:
         need(request)
-        return {"bytes": persist_all(Places.load())}
+        with pmem.lock():  # else a page read before a program's persist could be written after it
+            return {"bytes": persist_all(Places.load())}
 
     def mark(request: Message) -> Message:
         """Two lines in the scratch page, of which only the first is persisted."""
