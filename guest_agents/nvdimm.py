@@ -44,6 +44,7 @@ def setup(config: dict[str, int]) -> Places:
     vol = _wait(lambda: _region(config["vol"]), "persistent memory (vol)", deadline)
     media = _wait(lambda: _region(config["media"]), "persistent memory (media)", deadline)
     _bind(media, False)
+    subprocess.run(["modprobe", "dax_pmem"], check=True)  # the driver of devdax; nobody loads it by himself
     (vol.parent / "wait_probe").read_text()
     _wait(lambda: next(vol.glob("namespace*/mode"), None), "its namespace", deadline)
     if _mode(vol) == "raw" and not any(_physical(config["media"], _SUPERBLOCKS)):

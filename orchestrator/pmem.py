@@ -37,7 +37,7 @@ class Crash:
     survived: int
 
     def __str__(self) -> str:
-        return f"{self.unpersisted} lines of its persistent memory were not persisted; {self.survived} of them survived"
+        return f"lines of its persistent memory that were not persisted: {self.unpersisted}, survived: {self.survived}"
 
 
 def prepare(files: BladePaths, size: int) -> None:

@@ -224,7 +224,7 @@ class TestBlades:
         kept = sum(lines[n * line : (n + 1) * line] == b"s" * line for n in range(1000))
         assert 150 < kept < 350
         assert [text for text in said if "persist" in text] == [
-            f"mb0: 1000 lines of its persistent memory were not persisted; {kept} of them survived"]  # fmt: skip
+            f"mb0: lines of its persistent memory that were not persisted: 1000, survived: {kept}"]  # fmt: skip
         with pytest.raises(RacklessError, match="mb0 is killed"):
             change("mb0", killed=True, survive="100 %")
         assert files.pmem.read_bytes() == lines
