@@ -46,7 +46,7 @@ Messages known today (`?` marks an optional field, sizes are bytes, GIDs are str
     lite.qos        mode                                          -
     hotpot.start    -                                             - (the service of Hotpot runs when it is answered)
     hotpot.stat     -                                             what a blade has of Hotpot; nothing before it runs
-    pmem.stat       -                                             size, usable, mode, device, used_by, hotpot (what it
+    pmem.stat       -                                             size, usable, mode, device, in_use, hotpot (what it
                                                                   has its media on); nothing without pmem
     pmem.mode       mode ("devdax", "fsdax"), force?              as pmem.stat
     pmem.persist    -                                             bytes (all that was not durable is)

@@ -70,7 +70,7 @@ def handlers(config: dict[str, int] | None, hotpot: Callable[[], str]) -> dict[s
             return {}
         places = Places.load()
         return {"size": config["size"], "usable": places.size, "mode": places.mode, "device": places.vol,
-                "used_by": _user(), "hotpot": hotpot()}  # fmt: skip
+                "in_use": pmem.in_use(), "hotpot": hotpot()}  # fmt: skip
 
     def mode(request: Message) -> Message:
         if request["mode"] not in MODES:
@@ -163,15 +163,6 @@ def _answering(handler: Handler) -> Handler:
             raise ControlError(failure.message, failure.hint) from None
 
     return answer
-
-
-def _user() -> str | None:
-    """Who has the device now, as far as can be told."""
-    try:
-        with pmem.lock():
-            return None
-    except PmemError:
-        return "a program of this blade, or Hotpot"
 
 
 def _region(address: int) -> Path | None:

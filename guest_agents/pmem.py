@@ -17,6 +17,7 @@ import fcntl
 import json
 import mmap
 import os
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -131,13 +132,30 @@ def open_device(file: Path = FILE) -> Device:
 @contextmanager
 def lock(file: Path = FILE) -> Iterator[None]:
     """Nobody uses the device during the block. PmemError when somebody does."""
-    opened = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
+    with _lock_file(file) as opened:
         try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.fcntl(opened, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+        except (BlockingIOError, PermissionError):  # fcntl(2): either
             raise PmemError("somebody uses the persistent memory now", "Hotpot does, where it has started") from None
         yield
+
+
+def in_use(file: Path = FILE) -> bool:
+    """Does somebody use the device? Asking is in nobody's way."""
+    with _lock_file(file) as opened:
+        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind: int = _FLOCK.unpack(fcntl.fcntl(opened, fcntl.F_OFD_GETLK, asked))[0]
+        return kind != fcntl.F_UNLCK
+
+
+_FLOCK = struct.Struct("@hhqqi0q")  # fcntl(2): type, whence, start, length, process
+
+
+@contextmanager
+def _lock_file(file: Path) -> Iterator[int]:
+    opened = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        yield opened
     finally:
         os.close(opened)
 

@@ -24,6 +24,7 @@ KINDS: tuple[str, ...] = get_args(Kind)
 
 MEMORY_MIN, MEMORY_MAX = 192 * MIB, TIB
 PMEM_STEP = 16 * MIB
+PMEM_MAX = 30 * GIB  # two devices of it, in the 64 GiB of addresses that hypervisor/domain.py keeps free for them
 DISK_MIN, DISK_MAX = 64 * MIB, 64 * TIB
 CPUS_MAX = 64
 LATENCY_MAX_SECONDS = 10.0
@@ -173,7 +174,7 @@ Percent = Annotated[float, *_unit(units.parse_percent, units.format_percent, uni
 
 Memory = Annotated[Size, _between(MEMORY_MIN, MEMORY_MAX, format_size), _multiple_of(MIB)]
 Excache = Annotated[Size, _between(MIB, MEMORY_MAX, format_size), _multiple_of(MIB)]
-Pmem = Annotated[Size, _between(PMEM_STEP, TIB, format_size), _multiple_of(PMEM_STEP)]
+Pmem = Annotated[Size, _between(PMEM_STEP, PMEM_MAX, format_size), _multiple_of(PMEM_STEP)]
 DiskSize = Annotated[Size, _between(DISK_MIN, DISK_MAX, format_size), _multiple_of(MIB)]
 DiskRate = Annotated[ByteRate, _between(64 * KIB, TIB, units.format_byte_rate)]
 Quota = Annotated[Percent, _between(0.01, 1.0, format_percent)]

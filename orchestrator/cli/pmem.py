@@ -32,9 +32,9 @@ def stat(blades: BladesArgument = None, rack: RackOption = None, as_json: JsonOp
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
-    table(("blade", "size", "usable", "mode", "device", "used by", "hotpot"),
+    table(("blade", "size", "usable", "mode", "device", "in use", "hotpot"),
           [(name, *(format_size(has[key]) for key in ("size", "usable")),
-            *(has[key] for key in ("mode", "device", "used_by", "hotpot")))
+            has["mode"], has["device"], "yes" if has["in_use"] else "no", has["hotpot"])
            for name, has in found.items()])  # fmt: skip
 
 

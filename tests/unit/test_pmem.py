@@ -186,9 +186,11 @@ def test_persist_rounds_to_lines_and_knows_its_end(power: Power) -> None:
 
 def test_one_user_at_a_time(power: Power) -> None:
     with power.on():
+        assert guest.in_use(power.file)
         with pytest.raises(PmemError, match="somebody uses"):
             Device(power.file)
         Device(power.file, exclusive=False).close()
+    assert not guest.in_use(power.file)
     with power.on():
         pass
 
