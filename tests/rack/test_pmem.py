@@ -21,6 +21,11 @@ def power_test(rack: Rack, *words: str) -> dict[str, Any]:
     return dict(json.loads(rack("pmem", "test", "mb1", "--json", "--force", *words).stdout))
 
 
+def device(rack: Rack) -> str:
+    """What the blade's kernel calls its persistent memory now."""
+    return str(json.loads(rack("pmem", "stat", "mb1", "--json").stdout)["mb1"]["device"])
+
+
 def test_what_was_only_stored_is_gone_and_what_was_persisted_is_there(rack: Rack) -> None:
     found = power_test(rack)
     assert (found["persisted_stayed"], found["other_stayed"], found["honest"]) == (True, False, True)
@@ -32,14 +37,13 @@ def test_what_was_only_stored_is_gone_and_what_was_persisted_is_there(rack: Rack
 def test_a_file_system_for_programs_that_know_nothing_of_it(rack: Rack) -> None:
     try:
         rack("pmem", "mode", "mb1", "fsdax")
-        device = json.loads(rack("pmem", "stat", "mb1", "--json").stdout)["mb1"]["device"]
-        mount = f"mkdir -p /mnt/pmem && mount -o dax {device} /mnt/pmem"
-        rack.on("mb1", f"mkfs.ext4 -q -b 4096 {device} && {mount} && echo kept > /mnt/pmem/file")
+        mount = "mkdir -p /mnt/pmem && mount -o dax {} /mnt/pmem"
+        rack.on("mb1", f"mkfs.ext4 -q -b 4096 {{0}} && {mount} && echo kept > /mnt/pmem/file".format(device(rack)))
         assert int(json.loads(rack("pmem", "persist", "mb1", "--json").stdout)["bytes"]) > 0
         rack.on("mb1", "echo lost > /mnt/pmem/other && sync")
         rack("fault", "reset", "mb1")
-        assert ": clean" in rack.on("mb1", f"e2fsck -n {device} 2>&1")
-        files = rack.on("mb1", f"{mount} && ls /mnt/pmem && cat /mnt/pmem/file")
+        assert ": clean" in rack.on("mb1", f"e2fsck -n {device(rack)} 2>&1")
+        files = rack.on("mb1", f"{mount.format(device(rack))} && ls /mnt/pmem && cat /mnt/pmem/file")
         assert files.split() == ["file", "lost+found", "kept"]
     finally:
         rack.on("mb1", "umount /mnt/pmem 2>/dev/null; true")
