@@ -37,7 +37,7 @@ def test_what_was_only_stored_is_gone_and_what_was_persisted_is_there(rack: Rack
 def test_a_file_system_for_programs_that_know_nothing_of_it(rack: Rack) -> None:
     try:
         rack("pmem", "mode", "mb1", "fsdax")
-        mount = "mkdir -p /mnt/pmem && mount -o dax {} /mnt/pmem"
+        mount = "mkdir -p /mnt/pmem && mount -o dax {0} /mnt/pmem"
         rack.on("mb1", f"mkfs.ext4 -q -b 4096 {{0}} && {mount} && echo kept > /mnt/pmem/file".format(device(rack)))
         assert int(json.loads(rack("pmem", "persist", "mb1", "--json").stdout)["bytes"]) > 0
         rack.on("mb1", "echo lost > /mnt/pmem/other && sync")
