@@ -50,6 +50,7 @@ Messages known today (`?` marks an optional field, sizes are bytes, GIDs are str
                                                                   has its media on); nothing without pmem
     pmem.mode       mode ("devdax", "fsdax"), force?              as pmem.stat
     pmem.persist    -                                             bytes (all that was not durable is)
+    pmem.erase      -                                             - (all of it is zero, durably)
     pmem.mark       line (hex)                                    - (two lines are stored, the first is persisted)
     pmem.look       -                                             lines (hex; those of pmem.mark)
     holder.*, managers.*                                          among blades and managers: splitkernel/managers/

@@ -90,6 +90,15 @@ def handlers(config: dict[str, int] | None, hotpot: Callable[[], str]) -> dict[s
         with pmem.lock():  # else a page read before a program's persist could be written after it
             return {"bytes": persist_all(Places.load())}
 
+    def erase(request: Message) -> Message:
+        need(request)
+        with Device() as device:
+            for start in range(0, device.size, _COPY):
+                length = min(_COPY, device.size - start)
+                device.memory[start : start + length] = bytes(length)
+                device.persist(start, length)
+        return {}
+
     def mark(request: Message) -> Message:
         """Two lines in the scratch page, of which only the first is persisted."""
         need(request)
@@ -107,7 +116,8 @@ def handlers(config: dict[str, int] | None, hotpot: Callable[[], str]) -> dict[s
         with Device(exclusive=False) as device:
             return {"lines": [bytes(device.scratch[n * LINE : (n + 1) * LINE]).hex() for n in range(2)]}
 
-    found = {"pmem.stat": stat, "pmem.mode": mode, "pmem.persist": persist, "pmem.mark": mark, "pmem.look": look}
+    found = {"pmem.stat": stat, "pmem.mode": mode, "pmem.persist": persist, "pmem.erase": erase,
+             "pmem.mark": mark, "pmem.look": look}  # fmt: skip
     return {op: _answering(handler) for op, handler in found.items()}
 
 

@@ -136,7 +136,7 @@ class Shelf:
         if found[: len(_MAGIC)] == _MAGIC:
             raise Damaged("the head of the persistent memory is damaged, or it has another size")
         if any(self._memory[: self._data]):
-            raise Foreign("the persistent memory holds something else", "zero it to give it away")
+            raise Foreign("the persistent memory holds something else", "`rackless pmem erase BLADE` gives it away")
         self._memory[: len(head)] = head
         self.device.persist(0, len(head))
 

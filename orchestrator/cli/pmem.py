@@ -16,7 +16,7 @@ from orchestrator.errors import RacklessError
 def register(app: typer.Typer) -> None:
     """Add the commands to the main app."""
     family = typer.Typer(help="Persistent memory of blades.", no_args_is_help=True)
-    for command in (stat, mode, persist):
+    for command in (stat, mode, persist, erase):
         family.command()(command)
     family.command("test")(self_test)
     app.add_typer(family, name="pmem")
@@ -52,6 +52,17 @@ def persist(blade: BladeArgument, rack: RackOption = None, as_json: JsonOption =
     """Make all of a blade's persistent memory durable, for programs that cannot do it themselves."""
     done = _ask(rack, blade, "pmem.persist")
     typer.echo(json.dumps(done) if as_json else f"{blade}: {done['bytes']} bytes are durable now that were not")
+
+
+def erase(
+    blade: BladeArgument, sure: Annotated[bool, typer.Option("--yes", help="It is meant.")] = False,
+    rack: RackOption = None, as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Zero a blade's persistent memory, durably: what it holds is lost. Refused while it is in use."""
+    if not sure:
+        raise RacklessError(f"all that {blade} has in its persistent memory would be lost", hint="--yes does it")
+    _ask(rack, blade, "pmem.erase")
+    typer.echo(json.dumps({"blade": blade}) if as_json else f"{blade}: persistent memory erased")
 
 
 def self_test(

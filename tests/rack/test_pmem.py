@@ -10,10 +10,6 @@ import pytest
 from tests.rack.conftest import Rack
 
 pytestmark = pytest.mark.rack
-ERASE = """python3 -c 'from guest_agents import pmem
-with pmem.open_device() as d:
-    d.memory[:] = bytes(d.size)
-    d.persist(0, d.size)'"""
 
 
 def power_test(rack: Rack, *words: str) -> dict[str, Any]:
@@ -48,4 +44,4 @@ def test_a_file_system_for_programs_that_know_nothing_of_it(rack: Rack) -> None:
     finally:
         rack.on("mb1", "umount /mnt/pmem 2>/dev/null; true")
         rack("pmem", "mode", "mb1", "devdax")
-        rack.on("mb1", ERASE)  # or Hotpot takes it for somebody's
+        rack("pmem", "erase", "mb1", "--yes")  # or Hotpot takes it for somebody's
