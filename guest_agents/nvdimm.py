@@ -33,8 +33,8 @@ _POLL_SECONDS = 0.02
 _COPY = 1 << 20
 
 
-def setup(config: dict[str, int]) -> Places:
-    """Find the devices, make a new one devdax, and write down where they are. Safe to repeat.
+def setup(config: dict[str, int], file: Path = pmem.FILE) -> Places:
+    """Find the devices, make a new one devdax, and write down in `file` where they are. Safe to repeat.
 
     config -- size, and the physical addresses `vol` and `media`
     TimeoutError when one does not appear. One that holds something else than a mode is left alone (mode raw): racks of
@@ -50,11 +50,13 @@ def setup(config: dict[str, int]) -> Places:
     if _mode(vol) == "raw" and not any(_physical(config["media"], _SUPERBLOCKS)):
         _change_mode(vol, config, "devdax")
     places = _places(vol, config, deadline)
-    places.save()
+    places.save(file)
     return places
 
 
-def handlers(config: dict[str, int] | None, hotpot: Callable[[], str]) -> dict[str, Handler]:
+def handlers(
+    config: dict[str, int] | None, hotpot: Callable[[], str], file: Path = pmem.FILE
+) -> dict[str, Handler]:
     """What the host may ask of a blade's persistent memory; see control.py.
 
     hotpot -- tells what Hotpot has its media on
@@ -68,9 +70,9 @@ def handlers(config: dict[str, int] | None, hotpot: Callable[[], str]) -> dict[s
     def stat(_request: Message) -> Message:
         if config is None:
             return {}
-        places = Places.load()
+        places = Places.load(file)
         return {"size": config["size"], "usable": places.size, "mode": places.mode, "device": places.vol,
-                "in_use": pmem.in_use(), "hotpot": hotpot()}  # fmt: skip
+                "in_use": pmem.in_use(file), "hotpot": hotpot()}  # fmt: skip
 
     def mode(request: Message) -> Message:
         if request["mode"] not in MODES:
@@ -79,20 +81,20 @@ def handlers(config: dict[str, int] | None, hotpot: Callable[[], str]) -> dict[s
         assert vol is not None
         if _mode(vol) == "raw" and not request.get("force"):
             raise ControlError("it holds something that would be damaged", "save it, then --force")
-        with pmem.lock():
+        with pmem.lock(file):
             if _mode(vol) != request["mode"]:
                 _change_mode(vol, mine, request["mode"])
-            _places(vol, mine, time.monotonic() + _PLUG_SECONDS).save()
+            _places(vol, mine, time.monotonic() + _PLUG_SECONDS).save(file)
         return stat(request)
 
     def persist(request: Message) -> Message:
         need(request)
-        with pmem.lock():  # else a page read before a program's persist could be written after it
-            return {"bytes": persist_all(Places.load())}
+        with pmem.lock(file):  # else a page read before a program's persist could be written after it
+            return {"bytes": persist_all(Places.load(file))}
 
     def erase(request: Message) -> Message:
         need(request)
-        with Device() as device:
+        with Device(file) as device:
             for start in range(0, device.size, _COPY):
                 length = min(_COPY, device.size - start)
                 device.memory[start : start + length] = bytes(length)
@@ -102,7 +104,7 @@ def handlers(config: dict[str, int] | None, hotpot: Callable[[], str]) -> dict[s
     def mark(request: Message) -> Message:
         """Two lines in the scratch page, of which only the first is persisted."""
         need(request)
-        with Device(exclusive=False) as device:
+        with Device(file, exclusive=False) as device:
             device.scratch[: 2 * LINE] = bytes(2 * LINE)
             device.persist(device.size, 2 * LINE)
             for number in range(2):
@@ -113,7 +115,7 @@ def handlers(config: dict[str, int] | None, hotpot: Callable[[], str]) -> dict[s
     def look(request: Message) -> Message:
         """The same lines."""
         need(request)
-        with Device(exclusive=False) as device:
+        with Device(file, exclusive=False) as device:
             return {"lines": [bytes(device.scratch[n * LINE : (n + 1) * LINE]).hex() for n in range(2)]}
 
     found = {"pmem.stat": stat, "pmem.mode": mode, "pmem.persist": persist, "pmem.erase": erase,
@@ -218,15 +220,19 @@ def _places(vol: Path, config: dict[str, int], deadline: float) -> Places:
     if mode == "devdax":
         device = _wait(lambda: _dax(config), "the devdax device", deadline)
         resource, size = int((device / "resource").read_text(), 16), int((device / "size").read_text())
-        path = Path("/dev") / device.name
+        path = _dev(device.name)
     else:
         block = _wait(lambda: next(vol.glob("*/block/pmem*"), None), "the pmem device", deadline)
         holder = block.parent.parent
         resource, size = int((holder / "resource").read_text(), 16), int((block / "size").read_text()) * 512
-        path = Path("/dev") / block.name
+        path = _dev(block.name)
     head = resource - config["vol"]
     _wait(lambda: path if path.exists() else None, str(path), deadline)
     return Places(mode, size, str(path), 0, _PHYSICAL, config["media"] + head)
+
+
+def _dev(name: str) -> Path:
+    return Path("/dev") / name
 
 
 def _dax(config: dict[str, int]) -> Path | None:
