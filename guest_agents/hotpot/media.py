@@ -26,6 +26,33 @@ from guest_agents.shelf import Damaged, Different, Foreign, Full, Piece, Shelf
 
 DEVICE = "pmem.json"
 """In a folder of media: on which device they are (pmem.Places). Without it, they are files."""
+_OWN = {DEVICE, "pmem.lock"}
+
+
+class Folder:
+    """Where the media of a node are, by name."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+
+    def open(self, name: str, size: int, *, reserve: bool = True) -> Media:
+        """Those of this name, made if there are none: then all zero. What Media raises."""
+        return Media(self.path / name, size, reserve=reserve)
+
+    def names(self) -> list[str]:
+        """Those that are there, from whatever life. Corrupt, NoSpace: as Media."""
+        with _using(self.path) as there:
+            if there is not None:
+                return sorted(there.names())
+            return sorted(file.name for file in self.path.iterdir() if file.is_file() and file.name not in _OWN)
+
+    def remove(self, name: str) -> None:
+        """Delete media that are not open."""
+        with _using(self.path) as there:
+            if there is not None and (size := there.names().get(name)) is not None:
+                there.open(name, size).remove()
+            (self.path / name).unlink(missing_ok=True)
 
 
 class Media:
@@ -169,6 +196,16 @@ def _enter(folder: Path) -> Shelf | None:
             found = _folders[folder] = _opened(folder)
         found.users += 1
         return found.shelf
+
+
+@contextmanager
+def _using(folder: Path) -> Iterator[Shelf | None]:
+    """The shelf of a folder's media, during the block."""
+    there = _enter(folder)
+    try:
+        yield there
+    finally:
+        _leave(folder)
 
 
 def _leave(folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from guest_agents.hotpot import media
 from guest_agents.hotpot.errors import Corrupt, NoSpace, VersionMismatch
 from guest_agents.hotpot.log import Log, State
-from guest_agents.hotpot.media import Media
+from guest_agents.hotpot.media import Folder, Media
 from guest_agents.pmem import Places, open_device
 from orchestrator import pmem
 from orchestrator.settings import BladePaths
@@ -83,6 +83,24 @@ def test_a_store_may_survive_and_the_test_above_would_see_it(node: Node) -> None
     one = Media(node.folder / "home-1", 8192)
     assert one.read(4096, 6) == b"stored"
     one.close()
+
+
+@pytest.mark.parametrize("mode", ["devdax", "fsdax"])
+def test_a_folder_knows_its_media(node: Node, mode: str) -> None:
+    node.on(mode)
+    folder = Folder(node.folder)
+    assert folder.names() == []
+    for name in ("log", "home-1", "home-2"):
+        folder.open(name, 4096).close()
+    kept = folder.open("home-2", 4096)
+    kept.write(0, b"kept")
+    kept.persist(0, 4)
+    folder.remove("home-1")
+    folder.remove("never")
+    assert folder.names() == ["home-2", "log"]
+    kept.close()
+    node.power_cycle()
+    assert folder.names() == (["home-2", "log"] if mode == "devdax" else []), "files are gone with the blade's memory"
 
 
 def test_a_log_is_as_it_was_persisted(node: Node) -> None:
