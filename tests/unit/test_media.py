@@ -8,7 +8,6 @@ import pytest
 
 from guest_agents.hotpot import media
 from guest_agents.hotpot.errors import Corrupt, NoSpace, VersionMismatch
-from guest_agents.hotpot.log import Log, State
 from guest_agents.hotpot.media import Folder, Media
 from guest_agents.pmem import Places, open_device
 from orchestrator import pmem
@@ -101,17 +100,6 @@ def test_a_folder_knows_its_media(node: Node, mode: str) -> None:
     kept.close()
     node.power_cycle()
     assert folder.names() == (["home-2", "log"] if mode == "devdax" else []), "files are gone with the blade's memory"
-
-
-def test_a_log_is_as_it_was_persisted(node: Node) -> None:
-    log = Log(node.folder / "log", 64 << 10)
-    log.append(7, State.PREPARED, b"x" * 5000)
-    log.set_state(log.append(8, State.PREPARED, b"y"), State.COMMITTED)
-    log.close()
-    node.power_cycle()
-    log = Log(node.folder / "log", 64 << 10)
-    assert log.records() == [(7, State.PREPARED), (8, State.COMMITTED)]
-    log.close()
 
 
 def test_a_device_that_is_full_or_in_use_says_so(node: Node) -> None:
