@@ -75,7 +75,7 @@ def test_fabric_addresses_do_not_meet_the_hosts(rack: Rack) -> None:
 
 def test_pmem_survives_a_power_kill(rack: Rack) -> None:
     assert rack.on("mb1", "cat /sys/bus/nd/devices/region*/size").split() == [str(128 << 20)] * 2
-    has = json.loads(rack("pmem", "stat", "mb1", "--json").stdout)["mb1"]
+    has = json.loads(rack.bench.rackless("pmem", "stat", "mb1", "--rack", rack.name, "--json").stdout)["mb1"]
     assert (has["mode"], has["size"]) == ("devdax", 128 << 20)
     assert has["usable"] >= (128 - 2) << 20
     rack.on("mb1", _PMEM.format('d.scratch[:8] = b"survivor"; d.persist(d.size, 8)'))
