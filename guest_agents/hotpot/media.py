@@ -132,12 +132,16 @@ def use_pmem(folder: Path) -> None:
 
 
 def backing(folder: Path) -> str:
-    """What media in a folder are on: "pmem", or "files", and why if there is a device that is not used."""
+    """What media in a folder are on: "pmem", or "files", and why if there is a device that is not used.
+
+    As long as none is open, they would be on the device if its mode lets them; nobody looks what is on it.
+    """
     with _lock:
         found = _folders.get(folder)
-    if found is None:
-        return "pmem" if (folder / DEVICE).exists() else "files"
-    return "pmem" if found.shelf is not None else " ".join(("files", found.why)).rstrip()
+    if found is not None:
+        return "pmem" if found.shelf is not None else " ".join(("files", found.why)).rstrip()
+    why = _unfit(folder)
+    return "pmem" if why is None else " ".join(("files", why)).rstrip()
 
 
 class _File:
@@ -219,11 +223,9 @@ def _leave(folder: Path) -> None:
 
 
 def _opened(folder: Path) -> _Folder:
+    if (why := _unfit(folder)) is not None:
+        return _Folder(None, why)
     file = (folder / DEVICE).resolve()
-    if not file.exists():
-        return _Folder(None)
-    if (mode := pmem.Places.load(file).mode) != "devdax":  # it was given to other programs
-        return _Folder(None, f"(its pmem is in mode {mode})")
     with _explained(folder):
         device = pmem.open_device(file)
         try:
@@ -237,6 +239,15 @@ def _opened(folder: Path) -> _Folder:
     for name, size in shelf.names().items():
         _show(folder / name, size)
     return _Folder(shelf)
+
+
+def _unfit(folder: Path) -> str | None:
+    """Why media in a folder are files; None if they are on a device."""
+    file = (folder / DEVICE).resolve()
+    if not file.exists():
+        return ""
+    mode = pmem.Places.load(file).mode
+    return None if mode == "devdax" else f"(its pmem is in mode {mode})"  # it was given to other programs
 
 
 def _show(path: Path, size: int) -> None:

@@ -128,6 +128,7 @@ def test_a_device_that_others_were_given_is_left_alone(node: Node) -> None:
     with open_device(node.folder / media.DEVICE) as device:
         assert bytes(device.memory[:104]) == bytes(100) + b"mine"
     node.on("fsdax")
+    assert media.backing(node.folder) == "files (its pmem is in mode fsdax)"
     one = Media(node.folder / "home-1", 4096)
     assert media.backing(node.folder) == "files (its pmem is in mode fsdax)"
     one.close()
