@@ -11,7 +11,7 @@ import time
 import tty
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from ipaddress import IPv4Network
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
