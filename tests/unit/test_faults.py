@@ -231,23 +231,6 @@ class TestBlades:
         inject.heal(settings, rack.name, ["mb0"])
         assert rack.ups[0][1] == {"mb0"}
 
-    def test_an_orderly_end_keeps_what_was_stored(self, rack: BrokenRack, change: Any) -> None:
-        """Of a blade that was paused, or died by itself, nothing was written back."""
-        change("mb1", paused=True)
-        for name in ("mb0", "mb1"):
-            files = rack.paths.blade(name)
-            files.root.mkdir(parents=True)
-            pmem.prepare(files, 1 << 20)
-            with files.pmem_vol.open("r+b") as vol:
-                vol.write(b"stored")
-        engine._end(rack.paths, domain.owned(rack.conn, rack.name))
-        assert domain.owned(rack.conn, rack.name) == {}
-        kept = {}
-        for name in ("mb0", "mb1"):
-            pmem.prepare(rack.paths.blade(name), 1 << 20)
-            kept[name] = rack.paths.blade(name).pmem_vol.read_bytes()[:6]
-        assert kept == {"mb0": b"stored", "mb1": bytes(6)}
-
     def test_a_cable(self, rack: BrokenRack, change: Any) -> None:
         change("mb1", down=True)
         assert rack.cables == {f"{rack.name}.mb1": False}
