@@ -12,9 +12,10 @@ from functools import partial
 from ipaddress import IPv4Interface
 from typing import Any
 
-from guest_agents import control, disk, fabric, identity, load, pressure, version
+from guest_agents import control, disk, fabric, identity, load, nvdimm, pressure, version
 from guest_agents.budget import Budget, budget_of
 from guest_agents.config import AgentConfig
+from guest_agents.hotpot import gate, media
 from guest_agents.hotpot.gate import Gate
 from guest_agents.identity import Identity
 from guest_agents.lite import tier as tiers
@@ -94,11 +95,15 @@ class Agent:
             pressure.take(mine.pressure)
         if mine.disk:
             disk.mount()
+        if mine.pmem:
+            nvdimm.setup(mine.pmem)
+            media.use_pmem(gate.FOLDER)
         handlers: dict[str, control.Handler] = {
             "agent.status": self.status,
             "agent.update": self._update,
             "agent.hosts": self._hosts,
             **load.handlers(),
+            **nvdimm.handlers(mine.pmem, lambda: media.backing(gate.FOLDER)),
         }
         node = open_node(fabric.RXE)
         handlers |= {**node.handlers(), "verbs.ping": ping_handler(node, self.secret)}

@@ -46,6 +46,13 @@ Messages known today (`?` marks an optional field, sizes are bytes, GIDs are str
     lite.qos        mode                                          -
     hotpot.start    -                                             - (the service of Hotpot runs when it is answered)
     hotpot.stat     -                                             what a blade has of Hotpot; nothing before it runs
+    pmem.stat       -                                             size, usable, mode, device, in_use, hotpot (what it
+                                                                  has its media on); nothing without pmem
+    pmem.mode       mode ("devdax", "fsdax"), force?              as pmem.stat
+    pmem.persist    -                                             bytes (all that was not durable is)
+    pmem.erase      -                                             - (all of it is zero, durably)
+    pmem.mark       line (hex)                                    - (two lines are stored, the first is persisted)
+    pmem.look       -                                             lines (hex; those of pmem.mark)
     holder.*, managers.*                                          among blades and managers: splitkernel/managers/
     lite.*          meant_for (node_id, incarnation), ...         among the tiers: see guest_agents/lite/
 

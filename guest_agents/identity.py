@@ -40,6 +40,7 @@ class Identity:
     heartbeat: float  # seconds
     dead_after: float  # seconds
     disk: bool = False  # a data disk is plugged in as /dev/vdc, with an ext4 on it
+    pmem: dict[str, int] | None = None  # size, and addresses of vol and media: see nvdimm.py
     excache: int | None = None  # bytes
     pressure: int = 0  # bytes taken from it by a fault: see pressure.py
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import libvirt
 
+from orchestrator import pmem
 from orchestrator.channel import open_channel
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, step
@@ -87,9 +88,9 @@ def create(shop: Workshop, spec: BladeSpec, state: Path | None) -> None:
             with step(shop.emit, paths.name, "restore", spec.name):
                 made = template.restore(shop.conn, state, guest, paths.blade(spec.name).root / "clone.save")
         with step(shop.emit, paths.name, "plug", spec.name):
-            domain.explain(f"plug devices into {spec.name}", lambda: _plug(made, paths, spec))
+            places = domain.explain(f"plug devices into {spec.name}", lambda: _plug(made, paths, spec))
         with step(shop.emit, paths.name, "join", spec.name):
-            _identify(shop, spec, guest)
+            _identify(shop, spec, guest, places)
         shaping.limit(place.of(paths), spec.index, spec.link.bandwidth)
         settle.whole(paths, made, spec, faults, shop.fabric)
         ready = shop.metadata(spec, faults, ready=True)
@@ -168,18 +169,23 @@ def _boot(shop: Workshop, guest: Guest) -> libvirt.virDomain:
     return made
 
 
-def _plug(made: libvirt.virDomain, paths: RackPaths, spec: BladeSpec) -> None:
+def _plug(made: libvirt.virDomain, paths: RackPaths, spec: BladeSpec) -> dict[str, int] | None:
+    """Plug in what the spec says; what the blade has to know of its persistent memory, if it has any."""
     where = place.of(paths)
     cards = ((place.MANAGEMENT, spec.mgmt_mac, bridge.MANAGEMENT_MTU), (place.FABRIC, spec.fabric_mac, spec.fabric_mtu))
     for network, mac, mtu in cards:
         domain.attach_nic(made, mac, where.bridge(network), where.tap(network, spec.index), mtu)
     if spec.disk:
         domain.attach_disk(made, paths.blade(spec.name).disk, spec.disk.iops, spec.disk.bandwidth)
-    if spec.pmem:
-        domain.attach_pmem(made, paths.blade(spec.name).pmem, spec.pmem)
+    if not spec.pmem:
+        return None
+    files = paths.blade(spec.name)
+    # Two devices of the same size, and nothing says in which order the blade finds them: it gets their addresses.
+    return {"size": spec.pmem, "vol": domain.attach_pmem(made, files.pmem_vol, spec.pmem),
+            "media": domain.attach_pmem(made, files.pmem, spec.pmem)}  # fmt: skip
 
 
-def _identify(shop: Workshop, spec: BladeSpec, guest: Guest) -> None:
+def _identify(shop: Workshop, spec: BladeSpec, guest: Guest, places: dict[str, int] | None) -> None:
     paths = shop.paths
     deadline = time.monotonic() + paths.settings.ready_seconds
     private_key, _ = keys.ensure_host_key(paths, spec.name)
@@ -204,6 +210,7 @@ def _identify(shop: Workshop, spec: BladeSpec, guest: Guest) -> None:
         "heartbeat": spec.membership.heartbeat,
         "dead_after": spec.membership.dead_after,
         "disk": spec.disk is not None,
+        "pmem": places,
         "entropy": os.urandom(64).hex(),
         "epoch_ns": time.time_ns(),
     }  # fmt: skip
@@ -216,8 +223,8 @@ def _make_files(paths: RackPaths, spec: BladeSpec) -> None:
     files = paths.blade(spec.name)
     files.root.mkdir(parents=True, exist_ok=True)
     files.root.chmod(0o700)
-    if spec.pmem and not _has_size(files.pmem, spec.pmem):
-        _make_sparse(files.pmem, spec.pmem)
+    if spec.pmem:
+        pmem.prepare(files, spec.pmem)
     if spec.disk and not _has_size(files.disk, spec.disk.size):
         fresh = files.disk.with_suffix(".new")  # gets its name when it is whole: `up` may be killed here
         _make_sparse(fresh, spec.disk.size)

@@ -14,7 +14,7 @@ from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import agents, blade, lock
+from orchestrator import agents, blade, lock, pmem
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, Note, step
 from orchestrator.faults import settle
@@ -141,7 +141,7 @@ def down(settings: Settings, rack: str, emit: Emit, keep_data: bool = False) -> 
     with lock.hold(paths), step(emit, rack, "down"):
         with daemon.connection(paths) as conn:
             domains = domain.owned(conn, rack) if conn else {}
-            together({name: found.domain for name, found in domains.items()}, domain.destroy)
+            _end(paths, domains)
         known = [seen.spec for seen in _observed(domains).values() if seen.spec]
         addresses = [spec.mgmt_address for spec in known]
         shared.close_shared_connections(paths, addresses)
@@ -182,7 +182,7 @@ def _carry_out(
 ) -> tuple[dict[str, float], int]:
     """Do what the plan says; seconds per blade and how many were made."""
     leaving = {action.blade for action in todo.of("remove", "recreate")}
-    together({name: domains[name].domain for name in leaving & domains.keys()}, domain.destroy)
+    _end(shop.paths, {name: domains[name] for name in leaving & domains.keys()})
     for action in todo.of("remove"):
         blade.remove_files(shop.paths, action.blade)
     settle.side(shop.paths, {})  # a side of a partition that nobody is left on
@@ -210,6 +210,17 @@ def _carry_out(
     if making:
         _ping_all(shop, [*staying.values(), *making.values()], set(making))
     return seconds, len(making)
+
+
+def _end(paths: RackPaths, domains: dict[str, domain.Owned]) -> None:
+    """End blades. Those that run end in order: their persistent memory is as they leave it, persisted or not."""
+
+    def end(name: str) -> None:
+        domain.destroy(domains[name].domain)
+        if domains[name].state == "running":
+            pmem.shut_down(paths.blade(name))
+
+    together({name: name for name in domains}, end)
 
 
 def _tell_hosts(shop: blade.Workshop, spec: BladeSpec) -> None:

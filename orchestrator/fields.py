@@ -24,6 +24,7 @@ KINDS: tuple[str, ...] = get_args(Kind)
 
 MEMORY_MIN, MEMORY_MAX = 192 * MIB, TIB
 PMEM_STEP = 16 * MIB
+PMEM_MAX = 30 * GIB  # two devices of it, in the 64 GiB of addresses that hypervisor/domain.py keeps free for them
 DISK_MIN, DISK_MAX = 64 * MIB, 64 * TIB
 CPUS_MAX = 64
 LATENCY_MAX_SECONDS = 10.0
@@ -173,11 +174,12 @@ Percent = Annotated[float, *_unit(units.parse_percent, units.format_percent, uni
 
 Memory = Annotated[Size, _between(MEMORY_MIN, MEMORY_MAX, format_size), _multiple_of(MIB)]
 Excache = Annotated[Size, _between(MIB, MEMORY_MAX, format_size), _multiple_of(MIB)]
-Pmem = Annotated[Size, _between(PMEM_STEP, TIB, format_size), _multiple_of(PMEM_STEP)]
+Pmem = Annotated[Size, _between(PMEM_STEP, PMEM_MAX, format_size), _multiple_of(PMEM_STEP)]
 DiskSize = Annotated[Size, _between(DISK_MIN, DISK_MAX, format_size), _multiple_of(MIB)]
 DiskRate = Annotated[ByteRate, _between(64 * KIB, TIB, units.format_byte_rate)]
 Quota = Annotated[Percent, _between(0.01, 1.0, format_percent)]
 Loss = Annotated[Percent, _between(0.0, 0.99, format_percent)]
+Share = Annotated[Percent, _between(0.0, 1.0, format_percent)]
 Latency = Annotated[Duration, _between(0.0, LATENCY_MAX_SECONDS, units.format_duration)]
 Heartbeat = Annotated[Duration, _between(0.1, 60.0, units.format_duration)]
 Patience = Annotated[Duration, _between(1.0, 600.0, units.format_duration)]

@@ -193,7 +193,8 @@ class Blade(_Part):
     )
     pmem: Pmem | None = Field(
         default=None,
-        description="Memory blades: persistent memory beside `memory`; it survives power loss.",
+        description="Memory blades: persistent memory beside `memory`; what was persisted survives power loss. "
+        "The blade's kernel keeps 2 MiB of it, and 1/64 of its size in `memory`.",
         examples=["128 MiB"],
     )
     disk: Disk | None = Field(default=None, description="Storage blades: their disk.", validate_default=True)

@@ -55,7 +55,7 @@ _RULES = f"""\
 
 - A rack has at least one `manager`; a `storage` blade has a `disk`, and no other kind has.
 - Only a `processor` has an `excache`, and it is smaller than the blade's `memory`.
-- Only a `memory` blade has `pmem`, a multiple of 16 MiB.
+- Only a `memory` blade has `pmem`, a multiple of 16 MiB, up to 30 GiB.
 - `memory` is a multiple of 1 MiB, from 192 MiB; `jitter` is at most the `latency`.
 - Both subnets are private, from /16 to /28, do not overlap, and have an address for every blade.
 - `dead_after` is at least three times the `heartbeat`.

@@ -104,7 +104,13 @@ class BladePaths:
 
     @property
     def pmem(self) -> Path:
+        """What survives of its persistent memory; see pmem.py."""
         return self.root / "pmem.raw"
+
+    @property
+    def pmem_vol(self) -> Path:
+        """What its programs see of it."""
+        return self.root / "pmem.vol"
 
 
 @dataclass(frozen=True)

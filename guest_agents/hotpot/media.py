@@ -1,8 +1,12 @@
-"""Persistent memory of a node, behind the one seam where it will become a pmem device.
+"""Persistent memory of a node, behind one seam: pieces of its pmem device, or files on a blade that has none.
 
 Bytes are written and read at once, but survive a crash only when `persist` has returned for their range. Nothing above
-this file may assume more. This backend is an ordinary file that is mapped, and persisting is msync. So it can lose
-data only with the kernel below it: a crash test on it proves nothing.
+this file may assume more. With a device that is so: a power failure takes all else (guest_agents/pmem.py). A file is
+mapped, and persisting is msync: it can lose data only with the kernel below it, and a blade's files are in its memory,
+so that a power failure takes them all. A crash test on files proves nothing.
+
+Media are named by a path in both cases. Of each piece of a device there is an empty file there, for those who look what
+media a folder has; all are made when the first of them is opened.
 """
 
 from __future__ import annotations
@@ -10,49 +14,90 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from guest_agents.hotpot.errors import NoSpace
+from guest_agents import pmem
+from guest_agents.hotpot.errors import Corrupt, NoSpace, VersionMismatch
+from guest_agents.shelf import Damaged, Different, Foreign, Full, Piece, Shelf
+
+DEVICE = "pmem.json"
+"""In a folder of media: on which device they are (pmem.Places). Without it, they are files."""
+_OWN = {DEVICE, "pmem.lock"}
+
+
+class Folder:
+    """Where the media of a node are, by name."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+
+    def open(self, name: str, size: int, *, reserve: bool = True) -> Media:
+        """Those of this name, made if there are none: then all zero. What Media raises."""
+        return Media(self.path / name, size, reserve=reserve)
+
+    def names(self) -> list[str]:
+        """Those that are there, from whatever life. Corrupt, NoSpace: as Media."""
+        with _using(self.path) as there:
+            if there is not None:
+                return sorted(there.names())
+            return sorted(file.name for file in self.path.iterdir() if file.is_file() and file.name not in _OWN)
+
+    def remove(self, name: str) -> None:
+        """Delete media that are not open."""
+        with _using(self.path) as there:
+            if there is not None and (size := there.names().get(name)) is not None:
+                there.open(name, size).remove()
+            (self.path / name).unlink(missing_ok=True)
 
 
 class Media:
-    """`size` bytes in a file, zero when it is new."""
+    """`size` bytes under a path, zero when it is new."""
 
     def __init__(self, path: Path, size: int, *, reserve: bool = True) -> None:
-        """Open or make the file. `reserve`: take all of its space now. NoSpace."""
+        """Open or make it. `reserve`: take all of its space now. NoSpace; on a device also Corrupt, VersionMismatch."""
         self.path = path
         self.size = size
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        there = _enter(path.parent)
         try:
-            with self._room_for(size):
-                os.ftruncate(self._file, size)
-            if reserve:
-                self.reserve(0, size)
-            self._map = mmap.mmap(self._file, size)
+            with _explained(path):
+                new = there is None or path.name not in there.names()
+                self._place: _File | Piece = _File(path, size) if there is None else there.open(path.name, size)
+            try:
+                if there is not None:
+                    _show(path, size)
+                if reserve:
+                    self.reserve(0, size)
+            except BaseException:
+                if new:
+                    self._place.remove()
+                    path.unlink(missing_ok=True)
+                raise
         except BaseException:
-            os.close(self._file)
-            path.unlink()
+            _leave(path.parent)
             raise
 
     def reserve(self, offset: int, length: int) -> None:
         """Take the space of a range; without it, a store could find the device full, which is a SIGBUS. NoSpace."""
-        with self._room_for(length):
-            os.posix_fallocate(self._file, offset, length)
+        with _explained(self.path):
+            self._place.reserve(offset, length)
 
     def read(self, offset: int, length: int) -> bytes:
         """What was last written."""
-        return self._map[offset : offset + length]
+        return self._place.read(offset, length)
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Store; it may or may not survive a crash until `persist`. Other threads read all of it or nothing."""
-        self._map[offset : offset + len(data)] = data
+        with _explained(self.path):
+            self._place.write(offset, data)
 
     def persist(self, offset: int, length: int) -> None:
         """Returns when a range survives a crash."""
-        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-        self._map.flush(start, offset + length - start)
+        self._place.persist(offset, length)
 
     def persist_all(self, ranges: Iterable[tuple[int, int]]) -> None:
         """The same for several (offset, length), in any order; neighbours are persisted together."""
@@ -66,21 +111,165 @@ class Media:
         if end > start:
             self.persist(start, end - start)
 
-    @contextmanager
-    def _room_for(self, length: int) -> Iterator[None]:
-        try:
-            yield
-        except OSError as failure:
-            if failure.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            raise NoSpace(f"{length} bytes for {self.path.name}: {failure.strerror}") from None
-
     def close(self) -> None:
-        """Unmap; the file stays."""
-        self._map.close()
-        os.close(self._file)
+        """Unmap; what is there stays."""
+        if isinstance(self._place, _File):
+            self._place.close()
+        _leave(self.path.parent)
 
     def remove(self) -> None:
         """Unmap and delete."""
-        self.close()
+        self._place.remove()
         self.path.unlink(missing_ok=True)
+        _leave(self.path.parent)
+
+
+def use_pmem(folder: Path) -> None:
+    """Have media in a folder on this blade's device. Safe to repeat."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DEVICE).unlink(missing_ok=True)
+    (folder / DEVICE).symlink_to(pmem.FILE)
+
+
+def backing(folder: Path) -> str:
+    """What media in a folder are on: "pmem", or "files", and why if there is a device that is not used.
+
+    As long as none is open, they would be on the device if its mode lets them; nobody looks what is on it.
+    """
+    with _lock:
+        found = _folders.get(folder)
+    if found is not None:
+        return "pmem" if found.shelf is not None else " ".join(("files", found.why)).rstrip()
+    why = _unfit(folder)
+    return "pmem" if why is None else " ".join(("files", why)).rstrip()
+
+
+class _File:
+    """A mapped file."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        new = not path.exists()
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(self._file, size)
+            self._map = mmap.mmap(self._file, size)
+        except BaseException:
+            os.close(self._file)
+            if new:
+                path.unlink()
+            raise
+
+    def reserve(self, offset: int, length: int) -> None:
+        os.posix_fallocate(self._file, offset, length)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self._map[offset : offset + length]
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        self._map[offset : offset + len(data)] = data
+
+    def persist(self, offset: int, length: int) -> None:
+        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        self._map.flush(start, offset + length - start)
+
+    def close(self) -> None:
+        self._map.close()
+        os.close(self._file)
+
+    remove = close
+
+
+@dataclass
+class _Folder:
+    """What the media of a folder are on, while any of them is open."""
+
+    shelf: Shelf | None
+    why: str = ""
+    users: int = 0
+
+
+_folders: dict[Path, _Folder] = {}
+_lock = threading.Lock()
+
+
+def _enter(folder: Path) -> Shelf | None:
+    """The shelf that a folder's media are on, for one of them more. Corrupt; NoSpace: others use it now."""
+    with _lock:
+        found = _folders.get(folder)
+        if found is None:
+            found = _folders[folder] = _opened(folder)
+        found.users += 1
+        return found.shelf
+
+
+@contextmanager
+def _using(folder: Path) -> Iterator[Shelf | None]:
+    """The shelf of a folder's media, during the block."""
+    there = _enter(folder)
+    try:
+        yield there
+    finally:
+        _leave(folder)
+
+
+def _leave(folder: Path) -> None:
+    with _lock:
+        found = _folders[folder]
+        found.users -= 1
+        if not found.users:
+            del _folders[folder]
+            if found.shelf is not None:
+                found.shelf.close()
+
+
+def _opened(folder: Path) -> _Folder:
+    if (why := _unfit(folder)) is not None:
+        return _Folder(None, why)
+    file = (folder / DEVICE).resolve()
+    with _explained(folder):
+        device = pmem.open_device(file)
+        try:
+            shelf = Shelf(device)
+        except Foreign as failure:
+            device.close()
+            return _Folder(None, f"({failure.message})")
+        except BaseException:
+            device.close()
+            raise
+    for name, size in shelf.names().items():
+        _show(folder / name, size)
+    return _Folder(shelf)
+
+
+def _unfit(folder: Path) -> str | None:
+    """Why media in a folder are files; None if they are on a device."""
+    file = (folder / DEVICE).resolve()
+    if not file.exists():
+        return ""
+    mode = pmem.Places.load(file).mode
+    return None if mode == "devdax" else f"(its pmem is in mode {mode})"  # it was given to other programs
+
+
+def _show(path: Path, size: int) -> None:
+    """The empty file of a piece."""
+    with path.open("ab") as file, suppress(OSError):  # larger than files can be: it need not have the size
+        file.truncate(size)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Errors of files and devices in Hotpot's words."""
+    try:
+        yield
+    except OSError as failure:
+        if failure.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise NoSpace(f"{path.name}: {failure.strerror}") from None
+    except Full as failure:
+        raise NoSpace(f"{path.name}: {failure.message}") from None
+    except Damaged as failure:
+        raise Corrupt(failure.message, hint="the device is left as it is; nothing of it was used") from None
+    except Different as failure:
+        raise VersionMismatch(failure.message) from None
+    except pmem.PmemError as failure:
+        raise NoSpace(failure.message, hint=failure.hint) from None

@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from orchestrator.faults.inject import Outcome
 
 Text = str | None
+SurviveOption = Annotated[
+    Text, typer.Option("--survive", metavar="SHARE", help='Persistent memory: what was stored and not persisted '
+                       'survives with this probability, such as "50 %".  [default: 0 %]')
+]  # fmt: skip
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", metavar="NUMBER", min=0, help="For which of it does.  [default: 0]")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -47,10 +54,10 @@ def list_faults(rack: RackOption = None, as_json: JsonOption = False) -> None:
         typer.echo(f"nothing of {name} is broken on purpose")
 
 
-def kill(blades: BladeNames = None, dry: DryOption = False, rack: RackOption = None,
-         as_json: JsonOption = False) -> None:  # fmt: skip
-    """Cut the power of blades. Disks and persistent memory are kept; `heal` starts them again."""
-    _inject(rack, as_json, dry, blades, killed=True)
+def kill(blades: BladeNames = None, survive: SurviveOption = None, seed: SeedOption = None, dry: DryOption = False,
+         rack: RackOption = None, as_json: JsonOption = False) -> None:  # fmt: skip
+    """Cut the power of blades. Disks, and what was persisted, are kept; `heal` starts them again."""
+    _inject(rack, as_json, dry, blades, killed=True, **_how(survive, seed))
 
 
 def pause(blades: BladeNames = None, dry: DryOption = False, rack: RackOption = None,
@@ -65,11 +72,14 @@ def resume(blades: BladeNames = None, dry: DryOption = False, rack: RackOption =
     _heal(rack, as_json, dry, _some(blades), ("paused",))
 
 
-def reset(blade: BladeArgument, rack: RackOption = None, as_json: JsonOption = False) -> None:
-    """Cut a blade's power and start it again: disks are kept, memory is not."""
+def reset(blade: BladeArgument, survive: SurviveOption = None, seed: SeedOption = None, rack: RackOption = None,
+          as_json: JsonOption = False) -> None:  # fmt: skip
+    """Cut a blade's power and start it again: disks, and what was persisted, are kept, memory is not."""
     from orchestrator.faults import inject
 
-    _show(rack, as_json, lambda settings, name, emit: inject.reset(settings, name, blade, emit), f"{blade}: reset")
+    how = _how(survive, seed)
+    _show(rack, as_json, lambda settings, name, emit: inject.reset(settings, name, blade, emit, **how),
+          f"{blade}: reset")  # fmt: skip
 
 
 def slow(
@@ -177,6 +187,11 @@ def _some(blades: list[str] | None) -> list[str]:
     if not blades:
         raise RacklessError("no blade is named", hint="write for example mb0")
     return blades
+
+
+def _how(survive: Text, seed: int | None) -> dict[str, Any]:
+    """How the power fails, as far as it was said."""
+    return {key: value for key, value in (("survive", survive), ("seed", seed)) if value is not None}
 
 
 def _inject(rack: str | None, as_json: bool, dry: bool, blades: list[str] | None, **faults: Any) -> None:

@@ -21,6 +21,7 @@ from orchestrator.cli import (
     hotpot,
     image,
     lite,
+    pmem,
     programs,
     rack,
     run,
@@ -48,7 +49,8 @@ def about(version: bool = typer.Option(False, "--version", help="Print the versi
         raise typer.Exit
 
 
-_FAMILIES = (rack, blade, fault, run, programs, top, vnode, shell, agents, lite, hotpot, image, demo, bench, doctor)
+_FAMILIES = (rack, blade, fault, run, programs, top, vnode, shell, agents, lite, hotpot, pmem, image, demo, bench,
+             doctor)  # fmt: skip
 for family in _FAMILIES:
     family.register(app)
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import engine, lock
+from orchestrator import engine, lock, pmem
 from orchestrator.errors import RacklessError
-from orchestrator.events import Emit, ignore, step
+from orchestrator.events import Emit, Note, ignore, step
 from orchestrator.faults import model, settle
 from orchestrator.faults.model import Faults
 from orchestrator.fields import did_you_mean
@@ -111,9 +111,12 @@ def heal(settings: Settings, rack: str, blades: list[str], names: tuple[str, ...
     return change(settings, rack, healing(blades, names), dry, emit)
 
 
-def reset(settings: Settings, rack: str, name: str, emit: Emit = ignore) -> Outcome:
-    """Cut a blade's power and bring it back, as pressing its button would: disks are kept, memory is not."""
-    inject(settings, rack, {name: {"killed": True}}, emit=emit)
+def reset(settings: Settings, rack: str, name: str, emit: Emit = ignore, **how: Any) -> Outcome:
+    """Cut a blade's power and bring it back, as pressing its button would: disks are kept, memory is not.
+
+    how -- `survive` and `seed`, for its persistent memory: see faults/model.py
+    """
+    inject(settings, rack, {name: {"killed": True, **how}}, emit=emit)
     return heal(settings, rack, [name], ("killed",), emit=emit)
 
 
@@ -182,7 +185,7 @@ def change(settings: Settings, rack: str, transform: Transform, dry: bool = Fals
             return outcome
         returning = {n for n in outcome.changed if blades.faults[n].killed and not outcome.after[n].killed}
         with step(emit, rack, "faults"):
-            _carry_out(blades, outcome, returning)
+            _carry_out(blades, outcome, returning, emit)
         wanted = engine.as_it_is(dict(blades.owned), rack)
     if returning:
         engine.up(settings, wanted, emit, only=returning)
@@ -232,9 +235,10 @@ def _owned(conn: libvirt.virConnect | None, rack: str) -> dict[str, Owned]:
     return {name: found[name] for name in sorted(found, key=place) if not domain.is_template(found[name])}
 
 
-def _carry_out(blades: Blades, outcome: Outcome, returning: set[str]) -> None:
+def _carry_out(blades: Blades, outcome: Outcome, returning: set[str], emit: Emit) -> None:
     """What changes on blades, all at once, and then who is on which side."""
-    together({name: name for name in outcome.changed}, lambda name: _one(blades, name, outcome, name in returning))
+    together({name: name for name in outcome.changed},
+             lambda name: _one(blades, name, outcome, name in returning, emit))  # fmt: skip
     indexes = {name: blades.specs[name].index for name in outcome.changed}
     sides = {indexes[name]: outcome.after[name].side or 0 for name in outcome.changed
              if outcome.after[name].side != outcome.before[name].side}  # fmt: skip
@@ -242,7 +246,7 @@ def _carry_out(blades: Blades, outcome: Outcome, returning: set[str]) -> None:
         settle.side(blades.paths, sides)
 
 
-def _one(blades: Blades, name: str, outcome: Outcome, returns: bool) -> None:
+def _one(blades: Blades, name: str, outcome: Outcome, returns: bool, emit: Emit) -> None:
     """Change one blade. Its metadata name a fault before it is there, and until it is gone."""
     old, new = outcome.before[name], outcome.after[name]
     owned, spec = blades.owned[name], blades.specs[name]
@@ -254,18 +258,18 @@ def _one(blades: Blades, name: str, outcome: Outcome, returns: bool) -> None:
     note(Faults.model_validate({**old.to_json(), **new.to_json()}))
     if not old.killed:
         try:
-            _act(blades, owned, spec, old, new)
+            _act(blades, owned, spec, old, new, emit)
         except RacklessError:
             if set(new.names) - set(old.names):  # it is refused: the blade is as it was
                 with suppress(RacklessError):
-                    _act(blades, owned, spec, new, old)
+                    _act(blades, owned, spec, new, old, emit)
                 note(old)
             raise
     # One that returns is made anew with what its metadata say, and is killed until then.
     note(new.having(killed=True) if returns else new)
 
 
-def _act(blades: Blades, owned: Owned, spec: BladeSpec, old: Faults, new: Faults) -> None:
+def _act(blades: Blades, owned: Owned, spec: BladeSpec, old: Faults, new: Faults, emit: Emit) -> None:
     running, was, shall = owned.domain, old.to_json(), new.to_json()
 
     def differs(*names: str) -> bool:
@@ -283,3 +287,6 @@ def _act(blades: Blades, owned: Owned, spec: BladeSpec, old: Faults, new: Faults
         domain.explain(f"pause {spec.name}", running.suspend)
     if new.killed and not old.killed:
         domain.explain(f"kill {spec.name}", partial(domain.cut_power, running))
+        if spec.pmem:
+            crash = pmem.pull_power(blades.paths.blade(spec.name), new.survive or 0.0, new.seed or 0)
+            emit(Note(f"{spec.name}: {crash}"))

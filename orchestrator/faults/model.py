@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from orchestrator.errors import RacklessError
-from orchestrator.fields import BladeName, Latency, LinkRate, Loss, Quota, Size, did_you_mean
+from orchestrator.fields import BladeName, Latency, LinkRate, Loss, Quota, Share, Size, did_you_mean
 from orchestrator.model import Link
 from orchestrator.spec import BladeSpec
 
@@ -32,6 +32,9 @@ class Faults(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     killed: bool = Field(default=False, description="Its power is off.")
+    survive: Share | None = Field(default=None, description="Killed: what was stored to its pmem and not persisted "
+                                  "survives with this probability.")  # fmt: skip
+    seed: int | None = Field(default=None, ge=0, description="Killed: for what of that survives.")
     paused: bool = Field(default=False, description="Its CPUs stand still.")
     down: bool = Field(default=False, description="Its cable to the fabric is pulled.")
     side: int | None = Field(default=None, ge=0, description="Its side of a partition; 0 is the manager's.")
@@ -71,16 +74,26 @@ class Faults(BaseModel):
             return Faults.model_validate({**self.to_json(), **changes})
         except ValidationError as error:
             first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"][:1])
+            name = ".".join(str(part) for part in first["loc"][:1]) or "killed"
             message = first["msg"].removeprefix("Value error, ")
             raise RacklessError(f"fault {name}: {message}", hint="see `rackless fault --help`") from None
 
     def without(self, *names: str) -> Faults:
         """These faults but the named ones; all gone when none is named."""
+        names = (*names, *POWER) if "killed" in names else names
         return Faults.model_validate({n: v for n, v in self.to_json().items() if names and n not in names})
 
 
+    @model_validator(mode="after")
+    def _says_how_only_if_killed(self) -> Faults:
+        if not self.killed and (self.survive is not None or self.seed is not None):
+            raise ValueError("only what is killed has lines that survive it")
+        return self
+
+
 NAMES = tuple(Faults.model_fields)
+POWER = ("survive", "seed")
+"""How a blade was killed."""
 LINK = ("latency", "jitter", "loss", "corruption", "duplication", "bandwidth", "deaf_to")
 """Faults that are made in the blade's own kernel and on its tap."""
 
@@ -92,6 +105,8 @@ def of(state: str, metadata: Mapping[str, Any]) -> Faults:
     except ValidationError:
         known = Faults()  # of another version of Rackless
     ready = bool(metadata.get("ready"))  # one that is being restored stands still, too
+    if state != "off":
+        known = known.without("killed")
     return known.having(killed=ready and state == "off", paused=ready and state == "paused")
 
 
@@ -135,6 +150,9 @@ def check(name: str, old: Faults, new: Faults, spec: BladeSpec) -> None:
     added = {fault for fault, value in new.to_json().items() if old.to_json().get(fault) != value}
     if old.killed and added - {"killed", "side"}:  # its side it takes when it is back
         raise RacklessError(f"{name} is killed: nothing else can be broken of it", hint=f"`rackless heal {name}` first")
+    if not spec.pmem and added & set(POWER):
+        raise RacklessError(f"{name} has no persistent memory of which lines could survive",
+                            hint="without --survive and --seed it can be killed")  # fmt: skip
     first = f"`rackless heal {name} --only"
     if "killed" in added and old.paused:
         raise RacklessError(f"{name} is paused, and would be killed", hint=f"{first} paused` first")

@@ -25,6 +25,7 @@ from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, Note
 from orchestrator.faults import inject
 from orchestrator.faults.inject import Transform
+from orchestrator.faults.model import POWER
 from orchestrator.fields import KINDS, did_you_mean
 from orchestrator.settings import Settings
 from orchestrator.units import parse_duration
@@ -74,7 +75,9 @@ class Scenario:
         acts = []
         for step in self.steps:
             at = chance.uniform(step.earliest, step.latest)
-            words = list(_drawn(step, kinds, chance))
+            words = _drawn(step, kinds, chance)
+            if "survive" in words and "seed" not in words:
+                words += ["seed", str(chance.getrandbits(31))]
             try:
                 acts.append(Act(at, " ".join(words), _transforms(words)))
             except RacklessError as error:
@@ -183,10 +186,21 @@ def _value(name: str) -> Callable[[list[str]], Transform | None]:
     return lambda words: inject.breaking({words[0]: {name: words[1]}}) if len(words) == 2 else None
 
 
-def _reset(blades: list[str]) -> tuple[Transform, ...] | None:
-    if len(blades) != 1:
+def _kill(words: list[str]) -> Transform | None:
+    """BLADE... [survive SHARE] [seed NUMBER]: how the power fails is said last."""
+    end = next((number for number, word in enumerate(words) if word in POWER), len(words))
+    blades, names, values = words[:end], words[end::2], words[end + 1 :: 2]
+    if not blades or len(names) != len(values) or not {*names} <= {*POWER}:
         return None
-    return inject.breaking({blades[0]: {"killed": True}}), inject.healing(blades, ("killed",))
+    how: dict[str, Any] = {"killed": True, **dict(zip(names, values, strict=True))}
+    return inject.breaking(dict.fromkeys(blades, how))
+
+
+def _reset(words: list[str]) -> tuple[Transform, ...] | None:
+    kill = _kill(words)
+    if kill is None or (len(words) > 1 and words[1] not in POWER):
+        return None
+    return kill, inject.healing(words[:1], ("killed",))
 
 
 def _link(words: list[str]) -> Transform | None:
@@ -204,7 +218,7 @@ def _link(words: list[str]) -> Transform | None:
 
 
 _VERBS: dict[str, Callable[[list[str]], Transform | tuple[Transform, ...] | None]] = {
-    "kill": _flag("killed"),
+    "kill": _kill,
     "pause": _flag("paused"),
     "resume": lambda blades: inject.healing(blades, ("paused",)) if blades else None,
     "reset": _reset,

@@ -176,9 +176,14 @@ def cache_mode(path: Path) -> str:
     return "none"
 
 
-def attach_pmem(domain: libvirt.virDomain, path: Path, size: int) -> None:
-    """Plug in persistent memory that lives in the file ``path`` and so survives a power kill."""
+def attach_pmem(domain: libvirt.virDomain, path: Path, size: int) -> int:
+    """Plug in persistent memory that lives in the file ``path``; its physical address in the blade."""
     _attach(domain, render("pmem.xml.j2", path=path, size=size))
+    for device in ElementTree.fromstring(domain.XMLDesc()).iterfind("devices/memory"):
+        place = device.find("address")
+        if device.findtext("source/path") == str(path) and place is not None:
+            return int(place.get("base", ""), 16)
+    raise RacklessError(f"libvirt does not tell where {path.name} of {domain.name()} is", hint="is it older than 9.0?")
 
 
 def limit_disk(domain: libvirt.virDomain, iops: int | None, bandwidth: int | None) -> None:

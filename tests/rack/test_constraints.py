@@ -14,6 +14,7 @@ import pytest
 from tests.rack.conftest import Rack
 
 pytestmark = pytest.mark.rack
+_PMEM = "python3 -c 'from guest_agents import pmem; d = pmem.Device(exclusive=False); {}'"
 
 
 def test_cpus_and_memory_as_the_blade_sees_them(rack: Rack) -> None:
@@ -74,14 +75,16 @@ def test_fabric_addresses_do_not_meet_the_hosts(rack: Rack) -> None:
 
 
 def test_pmem_survives_a_power_kill(rack: Rack) -> None:
-    device = rack.on("mb1", "ls /dev/pmem0").strip()
-    assert int(rack.on("mb1", "cat /sys/block/pmem0/size")) * 512 == 128 << 20
-    rack.on("mb1", f"printf survivor | dd of={device} bs=512 conv=sync,fsync oflag=direct 2>/dev/null")
+    assert rack.on("mb1", "cat /sys/bus/nd/devices/region*/size").split() == [str(128 << 20)] * 2
+    has = json.loads(rack.bench.rackless("pmem", "stat", "mb1", "--rack", rack.name, "--json").stdout)["mb1"]
+    assert (has["mode"], has["size"]) == ("devdax", 128 << 20)
+    assert has["usable"] >= (128 - 2) << 20
+    rack.on("mb1", _PMEM.format('d.scratch[:8] = b"survivor"; d.persist(d.size, 8)'))
     _virsh(rack, "destroy", f"{rack.name}.mb1")
     assert "mb1" not in rack.bench.status(rack.name)
     result = json.loads(rack.bench.rackless("up", str(rack.file), "--json").stdout)
     assert result["changed"] == ["mb1"]
-    assert rack.on("mb1", f"head -c 8 {device}") == "survivor"
+    assert rack.on("mb1", _PMEM.format("print(bytes(d.scratch[:8]).decode())")).strip() == "survivor"
 
 
 def _cgroup(rack: Rack, blade: str) -> Path:

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -65,21 +65,29 @@ def output(program: subprocess.Popen[str]) -> str:
 
 
 @contextmanager
-def rack(folder: Path, library: Path, *names: str) -> Iterator[dict[str, Blade]]:
-    """Blades by name, the first of which has the dispatcher."""
+def rack(
+    folder: Path, library: Path, *names: str, prepare: Callable[[Path], None] = lambda _folder: None
+) -> Iterator[dict[str, Blade]]:
+    """Blades by name, the first of which has the dispatcher.
+
+    prepare -- called with each folder of media before the service starts
+    """
     with stack(folder, library, *names) as sockets, ExitStack() as exits:
         blades: dict[str, Blade] = {}
         manager = 0
         for name, lite_socket in sockets.items():
             node = exits.enter_context(lite.connect(lite_socket))
             manager = manager or node.node_id
-            service = Service(node, folder / f"media-{name}", manager)
+            media = folder / f"media-{name}"
+            media.mkdir()
+            prepare(media)
+            service = Service(node, media, manager)
             exits.callback(service.close)
             service.start()
             path = folder / f"{name}.hotpot"
             programs = Programs(partial(_given, service), path).start()
             exits.callback(programs.close)
-            blades[name] = Blade(path, service, folder / f"media-{name}")
+            blades[name] = Blade(path, service, media)
         yield blades
 
 

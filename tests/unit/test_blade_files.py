@@ -57,8 +57,17 @@ def test_what_is_there_is_kept(paths: RackPaths, spec: BladeSpec) -> None:
     blade._make_files(paths, spec)
     assert (files.disk.read_bytes(), files.pmem.read_bytes()) == before
     blade._make_files(paths, replace(spec, pmem=4 << 20))
-    assert files.pmem.read_bytes() == bytes(4 << 20)
+    assert files.pmem.read_bytes() == files.pmem_vol.read_bytes() == bytes(4 << 20)
     assert files.disk.read_bytes() == before[0]
+
+
+def test_the_persistent_memory_of_a_rack_of_before_is_what_survived(paths: RackPaths, spec: BladeSpec) -> None:
+    """It had one file, of which nothing could be lost."""
+    files = paths.blade("sb0")
+    files.root.mkdir(parents=True)
+    files.pmem.write_bytes(b"old" + bytes((2 << 20) - 3))
+    blade._make_files(paths, spec)
+    assert files.pmem.read_bytes() == files.pmem_vol.read_bytes() == b"old" + bytes((2 << 20) - 3)
 
 
 def test_a_disk_half_made_by_a_killed_command_is_made_again(
@@ -74,7 +83,7 @@ def test_a_disk_half_made_by_a_killed_command_is_made_again(
     assert not paths.blade("sb0").disk.exists()
     blade._make_files(paths, spec)
     assert paths.blade("sb0").disk.read_bytes()[0x438:0x43A] == b"\x53\xef"
-    assert sorted(file.name for file in paths.blade("sb0").root.iterdir()) == ["disk.raw", "pmem.raw"]
+    assert sorted(file.name for file in paths.blade("sb0").root.iterdir()) == ["disk.raw", "pmem.raw", "pmem.vol"]
 
 
 def _no_tool(_work: Path, _report: object) -> None:

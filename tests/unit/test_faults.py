@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guest_agents import control
-from orchestrator import engine
+from orchestrator import engine, pmem
 from orchestrator.errors import RacklessError
 from orchestrator.faults import inject, model
 from orchestrator.faults.model import Faults, link_fields, sides
@@ -53,6 +53,10 @@ def test_faults_are_kept_and_read_back() -> None:
     assert faults.without(*faults.names) == Faults() == faults.without()
     assert faults.without("latency").names == tuple(name for name in faults.names if name != "latency")
     assert faults.shown()[:4] == ["paused", "side 0", "deaf to gm0", "latency 20 ms"]
+    power = Faults().having(killed=True, survive="50 %", seed=7, cpu="20 %")
+    assert power.shown()[:3] == ["killed", "survive 50 %", "seed 7"]
+    assert power.without("killed").names == ("cpu",), "how it was killed is of no use once it is back"
+    assert model.of("running", {"ready": True, "faults": power.to_json()}).names == ("cpu",), "nor was it"
 
 
 @pytest.mark.parametrize(
@@ -74,6 +78,10 @@ def test_faults_are_kept_and_read_back() -> None:
         ({"down": True}, {"latency": "1 ms"}, "the link of mb0 is down"),
         ({"latency": "1 ms"}, {"down": True}, "the link of mb0 has other faults"),
         ({}, {"down": True, "loss": "1 %"}, "the link of mb0 is down"),
+        ({}, {"killed": True, "survive": "50 %"}, "mb0 has no persistent memory"),
+        ({}, {"killed": True, "survive": "101 %"}, "fault survive: .* too large"),
+        ({}, {"killed": True, "seed": -1}, "fault seed"),
+        ({}, {"survive": "50 %"}, "fault killed: only what is killed"),
     ],
 )
 def test_what_cannot_be_is_refused(old: dict[str, Any], new: dict[str, Any], message: str) -> None:
@@ -197,6 +205,31 @@ class TestBlades:
         assert rack.metadata("mb0")["faults"] == {"killed": True, "cpu": "30 %"}, "until it is made anew"
         inject.heal(rack.paths.settings, rack.name, [])
         assert rack.metadata("mb0")["faults"] == {"killed": True}
+
+    def test_power_takes_what_was_not_persisted(self, rack: BrokenRack, change: Any) -> None:
+        line, settings = 64, rack.paths.settings
+        metadata = rack.metadata("mb0")
+        spec = replace(rack.specs["mb0"], pmem=16 << 20)
+        domain.write_metadata(domain.owned(rack.conn, rack.name)["mb0"].domain, {**metadata, "spec": spec.to_json()})
+        files = rack.paths.blade("mb0")
+        files.root.mkdir(parents=True)
+        pmem.prepare(files, 16 << 20)
+        with files.pmem_vol.open("r+b") as vol:
+            vol.write(b"s" * line * 1000)
+        said: list[str] = []
+        inject.inject(settings, rack.name, {"mb0": {"killed": True, "survive": "25 %", "seed": 3}},
+                      emit=lambda event: said.append(getattr(event, "message", None) or ""))  # fmt: skip
+        assert rack.metadata("mb0")["faults"] == {"killed": True, "survive": "25 %", "seed": 3}
+        lines = files.pmem.read_bytes()
+        kept = sum(lines[n * line : (n + 1) * line] == b"s" * line for n in range(1000))
+        assert 150 < kept < 350
+        assert [text for text in said if "persist" in text] == [
+            f"mb0: lines of its persistent memory that were not persisted: 1000, survived: {kept}"]  # fmt: skip
+        with pytest.raises(RacklessError, match="mb0 is killed"):
+            change("mb0", killed=True, survive="100 %")
+        assert files.pmem.read_bytes() == lines
+        inject.heal(settings, rack.name, ["mb0"])
+        assert rack.ups[0][1] == {"mb0"}
 
     def test_a_cable(self, rack: BrokenRack, change: Any) -> None:
         change("mb1", down=True)

@@ -11,7 +11,7 @@ import time
 import tty
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from ipaddress import IPv4Network
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -41,11 +41,12 @@ def message(**changes: Any) -> dict[str, Any]:
 
 
 def test_an_identity_has_what_the_host_said() -> None:
-    mine = Identity.of(message(excache=1 << 20, disk=True))
-    assert (mine.name, mine.kind, mine.excache, mine.disk) == ("mb0", "memory", 1 << 20, True)
+    places = {"size": 1 << 24, "vol": 1 << 32, "media": 1 << 33}
+    mine = Identity.of(message(excache=1 << 20, disk=True, pmem=places))
+    assert (mine.name, mine.kind, mine.excache, mine.disk, mine.pmem) == ("mb0", "memory", 1 << 20, True, places)
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(Identity) if f.name not in ("disk", "excache", "pressure")])
+@pytest.mark.parametrize("name", [f.name for f in fields(Identity) if f.default is MISSING])
 def test_a_missing_field_is_named(name: str) -> None:
     request = message()
     del request[name]

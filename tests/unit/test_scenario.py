@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,15 @@ def test_chance_comes_from_the_seed(seed: int) -> None:
     assert {text for _, text in drawn(KINDS)} <= {"kill mb0", "kill mb1"}
 
 
+def test_what_survives_in_persistent_memory_comes_from_the_seed_too(write: Any) -> None:
+    steps = "steps: at 1 s kill mb0 mb1 survive 50 % seed 3; at 2 s reset mb0 survive 5 %; at 3 s kill any memory"
+    told = [[act.text for act in scenario.load(write(steps), seed).acts(KINDS)] for seed in (1, 1, 2)]
+    assert told[0] == told[1] != told[2]
+    assert told[0][0] == "kill mb0 mb1 survive 50 % seed 3"
+    assert re.fullmatch(r"reset mb0 survive 5 % seed \d+", told[0][1])
+    assert re.fullmatch(r"kill mb[01]", told[0][2])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -77,6 +87,8 @@ def test_chance_comes_from_the_seed(seed: int) -> None:
         ("steps:\n- at 5 s to 2 s kill mb0", "story.yml:2: 5 s is after 2 s"),
         ("steps:\n- at 5 s explode mb0", 'story.yml:2: nothing is called "explode"'),
         ("steps:\n- at 5 s kill", 'story.yml:2: "kill" has too few'),
+        ("steps:\n- at 5 s kill survive 5 %", 'story.yml:2: "kill survive 5 %.*" has too few'),
+        ("steps:\n- at 5 s reset mb0 mb1 survive 5 %", "story.yml:2: .* too many words"),
         ("steps:\n- at 5 s slow mb0", 'story.yml:2: "slow mb0" has too few'),
         ("steps:\n- at 5 s link mb0 speed 3", 'story.yml:2: "link mb0 speed 3" has too few'),
         ("steps:\n- at 5 s kill any storage", "story.yml:2: the rack has no storage blade"),
