@@ -17,6 +17,26 @@ from pathlib import Path
 from guest_agents.hotpot.errors import NoSpace
 
 
+class Folder:
+    """Where the media of a node are, by name. All of Hotpot opens them here, so that tests can put others in place."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+
+    def open(self, name: str, size: int, *, reserve: bool = True) -> Media:
+        """Those of this name, made if there are none: then all zero. NoSpace."""
+        return Media(self.path / name, size, reserve=reserve)
+
+    def names(self) -> list[str]:
+        """Those that are there, from whatever life."""
+        return sorted(file.name for file in self.path.iterdir() if file.is_file())
+
+    def remove(self, name: str) -> None:
+        """Delete media that are not open."""
+        (self.path / name).unlink(missing_ok=True)
+
+
 class Media:
     """`size` bytes in a file, zero when it is new."""
 
@@ -24,6 +44,7 @@ class Media:
         """Open or make the file. `reserve`: take all of its space now. NoSpace."""
         self.path = path
         self.size = size
+        old = path.exists()
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             with self._room_for(size):
@@ -33,7 +54,8 @@ class Media:
             self._map = mmap.mmap(self._file, size)
         except BaseException:
             os.close(self._file)
-            path.unlink()
+            if not old:
+                path.unlink()
             raise
 
     def reserve(self, offset: int, length: int) -> None:
