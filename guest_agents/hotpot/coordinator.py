@@ -236,18 +236,25 @@ class Coordinator:
 
     def _complete(self, attempt: Attempt) -> dict[int, HotpotError]:
         """Owners carry out what they have prepared; those in the place of lost ones all of it. What went wrong."""
+        record, me = self._atlas.latest(attempt.record), self._links.node.node_id
+        first: dict[int, Call] = {}
         calls: dict[int, Call] = {}
-        record = self._atlas.latest(attempt.record)
+        last: dict[int, Call] = {}
         for part, (header, payload) in attempt.groups.items():
+            node = record.homes[part]
             if part in attempt.done:
                 continue
-            node = record.homes[part]
             if part in attempt.moved:
-                calls[part] = (node, "commit_now", {**header, "again": True, "moved": True}, payload)
+                last[part] = (node, "commit_now", {**header, "again": True, "moved": True}, payload)
             else:
                 named = {"xid": attempt.xid, "dataset": record.id, "part": part, "late": attempt.late}
-                calls[part] = (node, "commit", named, b"")
-        failures = self._collect(attempt, calls)
+                (first if node == me else calls)[part] = (node, "commit", named, b"")
+        # What this node owns comes first: if it is lost now, with decision and pages, others must not have seen the
+        # decision before there are copies of these pages. New homes come last: they cannot tell whether the others
+        # have agreed to undo it.
+        failures: dict[int, HotpotError] = {}
+        for wave in (first, calls, last):
+            failures |= {} if failures else self._collect(attempt, wave)
         for part, failure in failures.items():
             if isinstance(failure, NoSuchTransaction):
                 if part not in attempt.moved and record.epoch(part) != attempt.record.epoch(part):
@@ -351,19 +358,17 @@ class Coordinator:
         return {"outcome": "commit" if attempt.decided else "abort"}
 
     def _claims(self, _source: int, header: Message, _payload: memoryview) -> Message:
-        """Pages of a part that commits under way here are still going to change."""
+        """Commits under way here that are still going to change pages of a part."""
         with self._lock:
             attempts = list(self._active.values())
-        pages = []
-        for attempt in attempts:
-            if (
-                attempt.record.id == header["dataset"]
-                and header["part"] in attempt.groups
-                and (attempt.decided or attempt.record.mode == "mrsw")
-            ):
-                listed = attempt.groups[header["part"]][0]["pages"]
-                pages += [[page, attempt.xid] for page, _expected, _pieces in listed]
-        return {"pages": pages}
+        claims = [
+            {"xid": attempt.xid, "origin": list(self._origin), "parts": sorted(attempt.groups),
+             "pages": [page for page, _expected, _pieces in attempt.groups[header["part"]][0]["pages"]]}
+            for attempt in attempts
+            if attempt.record.id == header["dataset"] and header["part"] in attempt.groups
+            and attempt.decided is not False and (attempt.decided or attempt.record.mode == "mrsw")
+        ]  # fmt: skip
+        return {"claims": claims}
 
     def _where(self, attempt: Attempt, part: int) -> int:
         return self._atlas.latest(attempt.record).homes[part]
@@ -377,12 +382,14 @@ class Coordinator:
         for change in changes:
             by_part[record.part(change.page)].append(change)
         groups = {}
+        everywhere = [[part, [change.page for change in by_part[part]]] for part in sorted(by_part)]
         for part in sorted(by_part):
             pages, payload = encode(by_part[part])
             if len(payload) + sum(_HEADER_MOST * (1 + len(change.pieces)) for change in by_part[part]) > MAX_MESSAGE:
                 raise TooLarge(f"{len(payload)} bytes for one owner, at most {MAX_MESSAGE} with ranges go at once")
             groups[part] = ({"dataset": record.id, "part": part, "xid": xid, "pages": pages, "replicas": replicas,
-                             "origin": list(self._origin), "parts": sorted(by_part)}, payload)  # fmt: skip
+                             "origin": list(self._origin), "parts": sorted(by_part),
+                             "everywhere": everywhere}, payload)  # fmt: skip
         return groups
 
 

@@ -29,12 +29,11 @@ from guest_agents.hotpot.errors import (
     VersionMismatch,
 )
 from guest_agents.hotpot.lease import Timing
-from guest_agents.hotpot.messages import LEAF, MAX_REPLY, Handler, Links, Message
+from guest_agents.hotpot.media import Media
+from guest_agents.hotpot.messages import LEAF, MAX_REPLY, Call, Handler, Links, Message
 from guest_agents.hotpot.records import ALIGN, MAX_NAME, MODES, REGION, REGION_BYTES, SETTINGS, Record
 
 Hold = Callable[[int, Iterable[tuple[int, int, list[int]]]], None]
-_AFTER_LOSS = 1000
-"""Numbers of datasets that are left out after the book was lost: nobody shall take a new one for an old one."""
 
 
 @dataclass
@@ -75,22 +74,42 @@ class Dispatcher:
         self.links = links
         self.timing = timing
         self._book = book
-        document = book.document or {"next": 1, "datasets": [], "nodes": {}}
         self.fresh = book.document is None
-        """There was no book: homes that nodes have are believed."""
-        self.listed = {one.record.id: one for one in map(Listed.from_json, document["datasets"])}
-        self._media = {int(node): media for node, media in document["nodes"].items()}
-        self._next: int = document["next"]
-        self.heard: dict[int, float] = dict.fromkeys(self._media, time.monotonic())
+        """There was no book."""
+        self.listed: dict[int, Listed] = {}
+        self._media: dict[int, str] = {}
+        self._next = 1
+        self._number = 0
+        self.heard: dict[int, float] = {}
         """When nodes have last called."""
         self._registered: set[int] = set()
-        self.lost: set[tuple[int, int]] = {(number, part) for number, part in document.get("lost", ())}
+        self.lost: set[tuple[int, int]] = set()
         """Dataset and part: their node has come back without them."""
         self.moving: set[tuple[int, int]] = set()
         """Parts that are getting another home just now."""
         self.life = secrets.token_hex(4)
         self._open: dict[int, set[int]] = defaultdict(set)
         self.lock = threading.RLock()
+        self._take(book.document)
+
+    def _take(self, document: Message | None) -> None:
+        if document is not None:
+            self.listed = {one.record.id: one for one in map(Listed.from_json, document["datasets"])}
+            self._media = {int(node): media for node, media in document["nodes"].items()}
+            self._next, self._number = document["next"], document["number"]
+            self.lost = {(number, part) for number, part in document["lost"]}
+            self.heard = dict.fromkeys(self._media, time.monotonic())
+
+    def restore(self) -> None:
+        """If the book was lost, take the latest that another node has a copy of."""
+        if self.fresh:
+            others = sorted(self.links.living() - {self.links.node.node_id})
+            calls: list[Call] = [(node, "mirrored", {}, b"") for node in others]
+            replies = [reply for reply in self.links.call_all(calls, LEAF) if not isinstance(reply, HotpotError)]
+            books = [reply["document"] for reply in replies if reply["document"] is not None]
+            if books:
+                self._take(max(books, key=lambda document: document["number"]))
+                self.save()
 
     def handlers(self) -> dict[str, Handler]:
         """What nodes may ask, on PORT."""
@@ -121,8 +140,6 @@ class Dispatcher:
             if source in self._media and changed:
                 self._lose(source)
             self._media[source] = media
-            if self.fresh:
-                changed = self._adopt(source, header) or changed
             self._registered.add(source)
             self.heard[source] = time.monotonic()
             for dataset in header.get("open", ()):
@@ -140,25 +157,6 @@ class Dispatcher:
                 if node in listed.synced[part]:
                     listed.synced[part].discard(node)
                     listed.doubt(part)
-
-    def _adopt(self, source: int, header: Message) -> bool:
-        """The book is lost, and a node tells what it is the home of."""
-        for fields, part, synced, solo in header.get("homes", ()):
-            record = Record.from_json(fields)
-            listed = self.listed.get(record.id)
-            if listed is None:
-                listed = self.listed[record.id] = Listed(record)
-                self._next = max(self._next, record.id + _AFTER_LOSS)
-            elif record.epoch(part) >= listed.record.epoch(part) and record.moves:
-                homes, moves = list(listed.record.homes), list(listed.record.moves or [0] * len(record.homes))
-                homes[part], moves[part] = source, record.epoch(part)
-                listed.record = Record.from_json({**listed.record.to_json(), "homes": homes, "moves": moves})
-            if synced is None:
-                listed.doubt(part)
-            else:
-                listed.synced[part] = set(synced)
-                listed.solo |= set(solo)
-        return bool(header.get("homes"))
 
     def _beat(self, source: int, header: Message, _payload: memoryview) -> Message:
         """A node is alive; what it should know of its homes and of its copies."""
@@ -335,7 +333,29 @@ class Dispatcher:
             raise NoSuchDataset(f"there is no dataset {number}") from None
 
     def save(self) -> None:
-        """To media. NoSpace."""
-        self._book.save({"next": self._next, "nodes": {str(node): media for node, media in self._media.items()},
-                         "datasets": [listed.to_json() for listed in self.listed.values()],
-                         "lost": sorted(self.lost)})  # fmt: skip
+        """To media, and to those of all nodes that can be reached. NoSpace."""
+        self._number += 1
+        document = {"number": self._number, "next": self._next, "lost": sorted(self.lost),
+                    "nodes": {str(node): media for node, media in self._media.items()},
+                    "datasets": [listed.to_json() for listed in self.listed.values()]}  # fmt: skip
+        self._book.save(document)
+        others = self._registered - {self.links.node.node_id}
+        near = [node for node in sorted(others) if not self.silent(node, self.timing.lease)]
+        self.links.call_all([(node, "mirror", {"document": document}, b"") for node in near], LEAF)
+
+
+def mirror(media: Media) -> dict[str, Handler]:
+    """What a node does to keep the dispatcher's book, should the manager lose its own; on LEAF."""
+    book = Book(media)
+    lock = threading.Lock()
+
+    def take(_source: int, header: Message, _payload: memoryview) -> Message:
+        with lock:
+            book.save(header["document"])
+        return {}
+
+    def give(_source: int, _header: Message, _payload: memoryview) -> Message:
+        with lock:
+            return {"document": book.document}
+
+    return {"mirror": take, "mirrored": give}

@@ -54,8 +54,8 @@ class Home:
     """Pages that did not have their checksum when the home was opened."""
     refused: bool = False
     """A data node obeys another home of this part."""
-    claims: dict[int, int] = field(default_factory=dict)
-    """Transactions that were decided before this became the home and have not come yet; the nodes that commit."""
+    claims: dict[int, Claim] = field(default_factory=dict)
+    """Transactions that had begun before this became the home, and may still come."""
     xids: set[int] = field(default_factory=set)
     """Transactions that had last written pages when this node became their home in place of a lost one."""
 
@@ -180,6 +180,13 @@ class Origin(NamedTuple):
     media: str
 
 
+class Claim(NamedTuple):
+    """What is known of a transaction whose pages are to wait for it."""
+
+    origin: Origin
+    parts: list[int]
+
+
 @dataclass
 class Entry:
     """A commit that this owner has logged and not yet ended."""
@@ -194,8 +201,8 @@ class Entry:
     place: int
     replicas: int
     origin: Origin
-    parts: list[int]
-    """Of the dataset, all that the commit changes."""
+    everywhere: dict[int, list[int]]
+    """Pages of the commit, by part of the dataset."""
     since: float
     """When it was logged here; time.monotonic()."""
     frozen: bool = False
@@ -204,6 +211,11 @@ class Entry:
     """When it has been carried out."""
     busy: threading.Lock = field(default_factory=threading.Lock)
     """Held by who carries it out, or ends it."""
+
+    @property
+    def parts(self) -> list[int]:
+        """Of the dataset, all that the commit changes."""
+        return list(self.everywhere)
 
     @property
     def pages(self) -> Iterable[int]:

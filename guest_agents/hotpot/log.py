@@ -46,6 +46,7 @@ class State(IntEnum):
     """Was redone, and its pages unlocked; kept for owners that may ask whether it was committed."""
 
 
+_STATES = frozenset(int(state) for state in State)
 _WRITTEN_AT_ONCE = {State.PREPARED, State.NOW, State.DONE}
 """States in which records begin: if the checksum of such a one is wrong, its writing was interrupted."""
 
@@ -156,7 +157,7 @@ class Log:
             return None
         fits = length <= self._media.size - place - _HEADER.size
         body = self._media.read(place + _HEADER.size, length) if fits else b""
-        if fits and state in State and checksum == self._checksum(place, xid, body):
+        if fits and state in _STATES and checksum == self._checksum(place, xid, body):
             return Kept(place, xid, State(state), body)
         if state not in _WRITTEN_AT_ONCE:  # those were whole when they were promised
             self.corrupt.append(f"{self._media.path.name}: the record of transaction {xid:x} is corrupt")

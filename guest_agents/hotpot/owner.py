@@ -63,7 +63,7 @@ class Owner:
 
     def leaf_handlers(self) -> dict[str, Handler]:
         """What others may ask, on LEAF."""
-        return {"caching": self._caching}
+        return {"caching": self._caching, "owner_claims": self._claims}
 
     # Homes
 
@@ -131,11 +131,21 @@ class Owner:
         changes = decode(header["pages"], payload[:size])
         old = decode(header["old"], payload[size:])
         entry = Entry(home, xid, state, changes, old, place, header["replicas"], Origin(*header["origin"]),
-                      header["parts"], time.monotonic())  # fmt: skip
+                      _everywhere(header), time.monotonic())  # fmt: skip
         if state != State.ENDED:
             home.locks |= dict.fromkeys(entry.pages, xid)
         with self._lock:
             self._entries[xid, *home.key] = entry
+
+    def _claims(self, _source: int, header: Message, _payload: memoryview) -> Message:
+        """Commits of which other parts are here, and of which it is not known here whether they have come to a part."""
+        return {"claims": [
+            {"xid": entry.xid, "origin": list(entry.origin), "parts": entry.parts,
+             "pages": entry.everywhere[header["part"]]}
+            for entry in self.entries()
+            if entry.home.record.id == header["dataset"] and entry.home.part != header["part"]
+            and header["part"] in entry.everywhere and entry.state != State.ENDED
+        ]}  # fmt: skip
 
     # Phase 1
 
@@ -307,12 +317,12 @@ class Owner:
         xid = header["xid"]
         pages, payload = encode(based)
         before, more = encode(old)
-        kept = {name: header[name] for name in ("replicas", "origin", "parts")}
+        kept = {name: header[name] for name in ("replicas", "origin", "everywhere")}
         body = {**kept, "dataset": home.record.id, "part": home.part, "pages": pages, "old": before,
                 "size": len(payload)}  # fmt: skip
         place = self.log.append(xid, state, pack(body, payload + more))
         entry = Entry(home, xid, state, based, old, place, header["replicas"], Origin(*header["origin"]),
-                      header["parts"], time.monotonic())  # fmt: skip
+                      _everywhere(header), time.monotonic())  # fmt: skip
         with self._lock:
             if (xid, *home.key) not in self._refused:
                 self._entries[xid, *home.key] = entry
@@ -419,6 +429,10 @@ class Owner:
                 for nodes in home.caching.values():
                     nodes.discard(source)
         return {"memory": home.name, "epoch": home.record.epoch(home.part)}
+
+
+def _everywhere(header: Message) -> dict[int, list[int]]:
+    return dict(header["everywhere"])
 
 
 class _Busy:

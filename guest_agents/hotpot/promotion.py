@@ -17,7 +17,7 @@ from guest_agents.hotpot.blocks import PAGE, Copy
 from guest_agents.hotpot.datanode import DataNode
 from guest_agents.hotpot.dispatcher import Dispatcher, Listed
 from guest_agents.hotpot.errors import HotpotError, NodeLost
-from guest_agents.hotpot.home import Home
+from guest_agents.hotpot.home import Claim, Home, Origin
 from guest_agents.hotpot.messages import LEAF, PORT, Handler, Links, Message
 from guest_agents.hotpot.owner import Owner
 from guest_agents.hotpot.records import Record
@@ -51,8 +51,8 @@ def _candidates(dispatcher: Dispatcher, listed: Listed, part: int) -> list[int]:
         return []  # what those have that are away may be all there is of some pages
     if (record.id, part) not in dispatcher.lost:
         chunks = set(range(part, record.chunks, len(record.homes)))
-        if chunks & listed.solo or not synced:
-            return []  # only its node has some of its pages
+        if chunks & listed.solo:
+            return []  # only its node has some of its pages; without copies and without these nothing was committed
     return sorted(synced or able, key=lambda node: (record.homes.count(node), node))
 
 
@@ -83,16 +83,17 @@ def _move(dispatcher: Dispatcher, listed: Listed, part: int, candidates: list[in
                 reply["lost"])  # fmt: skip
 
 
-def _claims(dispatcher: Dispatcher, number: int, part: int) -> list[list[int]]:
-    """Pages that commits which were decided are still going to change, and the transactions. NodeLost."""
+def _claims(dispatcher: Dispatcher, number: int, part: int) -> list[Message]:
+    """Commits that may still change pages of a part, as those who commit and their other owners say. NodeLost."""
     able = [node for node in dispatcher.nodes() if not dispatcher.silent(node, dispatcher.timing.lease)]
-    calls = [(node, "claims", {"dataset": number, "part": part}, b"") for node in able]
-    claims = []
-    for call, reply in zip(calls, dispatcher.links.call_all(calls, LEAF), strict=True):
+    about = {"dataset": number, "part": part}
+    calls = [(node, op, about, b"") for node in able for op in ("claims", "owner_claims")]
+    claims: dict[int, Message] = {}
+    for reply in dispatcher.links.call_all(calls, LEAF):
         if isinstance(reply, HotpotError):
             raise reply
-        claims += [[*claim, call[0]] for claim in reply["pages"]]
-    return claims
+        claims |= {claim["xid"]: claim for claim in reply["claims"]}
+    return list(claims.values())
 
 
 class Promotion:
@@ -128,9 +129,10 @@ class Promotion:
         home = self._owner.open(record, part, new=True)
         home.write({**fresh, **{page: Copy(blocks.LOST, bytes(PAGE)) for page in lost}})
         home.xids = {copy.xid for copy in fresh.values()}
-        for page, xid, node in header["claims"]:
-            home.locks[page] = xid
-            home.claims[xid] = node
+        for claim in header["claims"]:
+            if claim["xid"] not in home.xids:
+                home.claims[claim["xid"]] = Claim(Origin(*claim["origin"]), claim["parts"])
+                home.locks |= dict.fromkeys(claim["pages"], claim["xid"])
         self._changed()
         return {"synced": [node for node in header["synced"] if node != self._links.node.node_id], "lost": len(lost)}
 

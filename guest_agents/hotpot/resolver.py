@@ -14,7 +14,7 @@ from contextlib import suppress
 
 from guest_agents.hotpot.atlas import Atlas
 from guest_agents.hotpot.errors import HotpotError, NodeLost, NotOwner
-from guest_agents.hotpot.home import Entry
+from guest_agents.hotpot.home import Claim, Entry, Home, Origin
 from guest_agents.hotpot.log import State
 from guest_agents.hotpot.messages import LEAF, PORT, Handler, Links, Message
 from guest_agents.hotpot.owner import Owner
@@ -51,22 +51,35 @@ class Resolver:
                 if living is None:
                     living = self._links.living()
                 if old or entry.origin.node not in living:
-                    self._resolve(entry, living)
+                    self._resolve(entry)
         for home in self._owner.homes():
-            for xid, node in list(home.claims.items()):
-                about = {"dataset": home.record.id, "part": home.part}
-                with suppress(HotpotError):
-                    coming = self._links.call(node, "claims", about, port=LEAF)["pages"] if node in (
-                        self._links.living()) else []  # fmt: skip
-                    if self._owner.entry(xid, home) is None and all(other != xid for _page, other in coming):
-                        self._owner.disclaim(home, xid)
+            for xid, claim in list(home.claims.items()):
+                if home.ready and self._owner.entry(xid, home) is None:
+                    with suppress(HotpotError):
+                        self._look_at(home, xid, claim)
 
-    def _resolve(self, entry: Entry, living: set[int]) -> None:
+    def _look_at(self, home: Home, xid: int, claim: Claim) -> None:
+        """A commit that was under way when this became the home has not come. HotpotError: not known yet."""
+        said = self._origin_says(claim.origin, xid, time.monotonic())
+        if said in ("active", "commit"):
+            return
+        if said == "lost":
+            for part in claim.parts:
+                if part != home.part and self._ask(home, xid, part, "status", {})["state"] in _COMMITTED:
+                    if claim.origin.node in self._links.living():
+                        log.error("transaction %x was lost with its node and an owner: %s has only a part of it", xid,
+                                  home.record.name)  # fmt: skip
+                        break
+                    return  # it is committed, and its node has to come back and say it here too
+        self._owner.refuse(xid, home)
+        self._owner.disclaim(home, xid)
+
+    def _resolve(self, entry: Entry) -> None:
         if entry.state == State.ENDED:
             if self._nobody_waits(entry):
                 self._owner.forget(entry)
             return
-        said = self._origin_says(entry, living)
+        said = self._origin_says(entry.origin, entry.xid, entry.since)
         if said == "active":
             return
         if said == "lost" or entry.frozen:
@@ -78,15 +91,14 @@ class Resolver:
         elif said == "commit" and entry.state == State.PREPARED:
             self._owner.decide(entry)
 
-    def _origin_says(self, entry: Entry, living: set[int]) -> str:
-        node, media = entry.origin
-        if node not in living:
+    def _origin_says(self, origin: Origin, xid: int, since: float) -> str:
+        if origin.node not in self._links.living():
             return "lost"
         try:
-            reply = self._links.call(node, "outcome", {"xid": entry.xid, "media": media}, port=LEAF)
+            reply = self._links.call(origin.node, "outcome", {"xid": xid, "media": origin.media}, port=LEAF)
         except NodeLost:
             patience = self._owner.lease.timing.patience + self._owner.lease.timing.promote
-            return "lost" if time.monotonic() - entry.since > patience else "active"
+            return "lost" if time.monotonic() - since > patience else "active"
         return str(reply["outcome"])
 
     def _agree(self, entry: Entry) -> None:
@@ -95,17 +107,17 @@ class Resolver:
         states = {entry.home.part: _state(entry)}
         for part in entry.parts:
             if part not in states:
-                states[part] = str(self._ask(entry, part, "status", {})["state"])
+                states[part] = str(self._ask(entry.home, entry.xid, part, "status", {})["state"])
         commit = any(state in _COMMITTED for state in states.values()) or all(s == "done" for s in states.values())
         log.info("transaction %x of a lost node: %s, so %s", entry.xid, states, "committed" if commit else "undone")
         for part in entry.parts:
             if part != entry.home.part:
-                self._ask(entry, part, "settle", {"commit": commit})
+                self._ask(entry.home, entry.xid, part, "settle", {"commit": commit})
         self._carry(entry, commit)
 
-    def _ask(self, entry: Entry, part: int, op: str, more: Message) -> Message:
-        header = {"xid": entry.xid, "dataset": entry.home.record.id, "part": part, **more}
-        record = self._atlas.latest(entry.home.record)
+    def _ask(self, home: Home, xid: int, part: int, op: str, more: Message) -> Message:
+        header = {"xid": xid, "dataset": home.record.id, "part": part, **more}
+        record = self._atlas.latest(home.record)
         try:
             return self._links.call(record.homes[part], op, header, port=PORT)
         except (NotOwner, NodeLost):
@@ -124,7 +136,7 @@ class Resolver:
         """Whether no other owner has still to learn that it is committed."""
         for part in entry.parts:
             if part != entry.home.part:
-                state = self._ask(entry, part, "status", {"look": True})["state"]
+                state = self._ask(entry.home, entry.xid, part, "status", {"look": True})["state"]
                 if state in ("prepared", "done", "committed"):
                     return False
         return True
@@ -139,6 +151,8 @@ class Resolver:
             return {"state": "unknown" if entry is None else _state(entry)}
         if not home.ready:
             raise NodeLost("the home is being recovered")
+        if entry is None and header["xid"] in home.claims:
+            return {"state": "claimed"}
         if entry is None and self._owner.refuse(header["xid"], home):
             return {"state": "unknown"}
         entry = entry or self._owner.entry(header["xid"], home)
@@ -149,9 +163,13 @@ class Resolver:
 
     def _settle(self, _source: int, header: Message, _payload: memoryview) -> Message:
         """What the owners have agreed."""
-        entry = self._owner.entry(header["xid"], self._owner.home(header["dataset"], header["part"]))
+        home = self._owner.home(header["dataset"], header["part"])
+        entry = self._owner.entry(header["xid"], home)
         if entry is not None and entry.state != State.ENDED:
             self._carry(entry, header["commit"])
+        elif entry is None and not header["commit"]:
+            self._owner.refuse(header["xid"], home)
+            self._owner.disclaim(home, header["xid"])
         return {}
 
 

@@ -23,7 +23,7 @@ from guest_agents.hotpot.cache import Cache
 from guest_agents.hotpot.changes import Change
 from guest_agents.hotpot.coordinator import Coordinator, new_xid
 from guest_agents.hotpot.datanode import DataNode
-from guest_agents.hotpot.dispatcher import Dispatcher
+from guest_agents.hotpot.dispatcher import Dispatcher, mirror
 from guest_agents.hotpot.errors import FewerCopies, HotpotError, InDoubt, NodeLost, NoSuchDataset, OldMedia
 from guest_agents.hotpot.keeper import Keeper
 from guest_agents.hotpot.lease import Lease, Timing
@@ -97,9 +97,10 @@ class Service:
         ours = {**self.owner.handlers(), **resolver.handlers(),
                 **Promotion(self.links, self.owner, self.copies, self._save).handlers()}  # fmt: skip
         leaf = {**self.owner.leaf_handlers(), **self.copies.handlers(), **self.coordinator.handlers(),
+                **mirror(media.open("mirror", BOOK_BYTES)),
                 "home_create": self._home_create, "home_drop": self._home_drop, "attend": self._attend}  # fmt: skip
         if node.node_id == manager:
-            self._dispatcher = Dispatcher(self.links, Book(media.open("datasets", 2 * BOOK_BYTES)), gather, timing)
+            self._dispatcher = Dispatcher(self.links, Book(media.open("datasets", BOOK_BYTES)), gather, timing)
             ours |= self._dispatcher.handlers()
             master = Master(self.links.living, 0.0 if self._dispatcher.fresh else timing.lease)
             leaf |= {**self._dispatcher.leaf_handlers(master.hold), **master.handlers()}
@@ -161,6 +162,8 @@ class Service:
 
         keep -- look after everything from then on, in a thread
         """
+        if self._dispatcher is not None:
+            self._dispatcher.restore()
         self.links.start()
         deadline = time.monotonic() + _REGISTER_SECONDS
         while keep:
@@ -271,8 +274,11 @@ class Service:
             if cut_off:
                 opened.suspect |= set(range(len(opened.cache.record.homes)))
             if opened.suspect:
-                with suppress(HotpotError):
+                try:
                     self._fetcher.revalidate(opened)
+                except HotpotError:
+                    with suppress(HotpotError):
+                        self.atlas.refresh(opened.cache.record.id)
 
     # Transactions
 

@@ -187,6 +187,9 @@ class Run:
             assert self.record is not None
             found += [f"{machine.name}: doubtful {part}" for part in range(len(self.record.homes))
                       if service.copies.doubtful(self.record.id, part)]  # fmt: skip
+            if machine.number == 1:
+                found += [f"part {part} has no home" for part, node in enumerate(service.atlas.refresh(1).homes)
+                          if self.net.machines[node - 1].life is None]  # fmt: skip
             opened = service._opened.get(self.record.id)
             if opened is not None and opened.suspect:
                 found.append(f"{machine.name}: caches are suspect")

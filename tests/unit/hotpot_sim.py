@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +28,7 @@ from guest_agents.hotpot.media import Folder
 from guest_agents.hotpot.messages import unpack
 from guest_agents.hotpot.service import Service
 
+_KINDS = re.compile(r"-[0-9].*")
 LINE = 64
 TIMING = Timing(beat=0.1, lease=0.5, promote=1.0, patience=1.5, settle=0.3)
 LOG_BYTES = 64 << 10
@@ -64,7 +66,7 @@ class LossyMedia:
         self._loose.update(range(offset // LINE, (offset + len(data) - 1) // LINE + 1))
 
     def persist(self, offset: int, length: int) -> None:
-        self._life.event(f"persist {self.path.name.split('-')[0]}", (self, offset, length))
+        self._life.event(f"persist {_KINDS.sub('', self.path.name)}", (self, offset, length))
         self._keep(range(offset // LINE, (offset + length - 1) // LINE + 1))
 
     def persist_all(self, ranges: Iterable[tuple[int, int]]) -> None:
@@ -252,8 +254,7 @@ class Machine:
         for media in life.media:
             media.lose(net.rand, net.survival)
         for opened in getattr(getattr(life, "service", None), "_opened", {}).values():
-            with suppress(OSError):
-                os.close(opened.cache.file)
+            net.files.append(opened.cache.file)  # a thread of it may be about to notice
         self.life = None
         net.died(self)
 
@@ -283,6 +284,7 @@ class Net:
         self.memories: dict[str, Memory] = {}
         self.events: Counter[str] = Counter()
         self.trap: Callable[[Machine, str], bool] | None = None
+        self.files: list[int] = []
         self.away: set[int] = set()
         """The smaller side of a partition."""
         self.being_born: Life | None = None
@@ -366,5 +368,7 @@ def simulated(count: int, seed: object) -> Iterator[Net]:
                 if machine.life is not None:
                     holder[0].died = lambda _machine: None
                     machine.power_off()
+            for file in holder[0].files:
+                os.close(file)
             for patch in patches:
                 patch.stop()
