@@ -145,8 +145,11 @@ class Coordinator:
                 again = {"again": True}
                 if time.monotonic() > deadline:
                     raise InDoubt(failure.message) from None
-            except NotOwner:
-                if time.monotonic() > deadline or not self._moved(attempt, part):
+            except NotOwner as failure:
+                moved = self._moved(attempt, part)
+                if again and time.monotonic() > deadline:
+                    raise InDoubt(failure.message) from None
+                if not again and not moved:
                     raise
             except HotpotError as failure:
                 if not again:

@@ -50,6 +50,8 @@ class Home:
     """Chunks of which the dispatcher knows that pages were committed without a copy elsewhere."""
     short: set[int] = field(default_factory=set)
     """Pages that may have fewer copies than their degree."""
+    missed: set[int] = field(default_factory=set)
+    """Nodes that did not get news of pages which they may have cached."""
     wrong: list[int] = field(default_factory=list)
     """Pages that did not have their checksum when the home was opened."""
     refused: bool = False

@@ -169,8 +169,10 @@ class Keeper:
             self._copies.settle(record.id, asked, set())
 
     def _repair(self) -> None:
-        """Make copies of pages that have too few."""
+        """Make copies of pages that have too few, and reach nodes that missed news."""
         for home in self._owner.homes():
+            if home.ready and home.missed:
+                promotion.attended(self._links, home, home.missed & self._links.living())
             if not home.ready or not home.short:
                 continue
             lacking = home.lacking(_LOOKED)[:_REPAIRED]

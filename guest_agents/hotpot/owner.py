@@ -245,7 +245,7 @@ class Owner:
         """The outcome of a commit that was carried out, if that can still be seen; it is seen as long as nobody else
         has written all of its pages."""
         copies = {change.page: home.read(change.page) for change in changes if change.pieces}
-        if not any(copy.xid == xid for copy in copies.values()):
+        if xid not in home.xids and not any(copy.xid == xid for copy in copies.values()):
             return None
         least = min(len(home.copies[page]) + 1 for page in copies)
         return {"versions": [[page, copy.version] for page, copy in copies.items()], "copies": least}

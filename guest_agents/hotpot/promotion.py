@@ -194,14 +194,19 @@ def reunite(links: Links, owner: Owner, home: Home) -> list[str]:
     if away:
         owner.replicas.exclude(home, away)
     home.short = {page for page in record.pages_of(part) if home.version(page)}
-    others = links.living() | {links.node.node_id}
-    calls = [(node, "attend", {"record": record.to_json(), "part": part}, b"") for node in sorted(others)]
-    for call, answer in zip(calls, links.call_all(calls, LEAF), strict=True):
-        if not isinstance(answer, HotpotError):
-            for chunk in answer["chunks"]:
-                home.caching[chunk].add(call[0])
+    attended(links, home, links.living() | {links.node.node_id})
     home.ready = True
     return wrong
+
+
+def attended(links: Links, home: Home, nodes: set[int]) -> None:
+    """Ask nodes what they may have cached of a home, and let them look at it again."""
+    calls = [(node, "attend", {"record": home.record.to_json(), "part": home.part}, b"") for node in sorted(nodes)]
+    for call, answer in zip(calls, links.call_all(calls, LEAF), strict=True):
+        if not isinstance(answer, HotpotError):
+            home.missed.discard(call[0])
+            for chunk in answer["chunks"]:
+                home.caching[chunk].add(call[0])
 
 
 def _mend(links: Links, owner: Owner, home: Home, have: dict[int, dict[int, int]]) -> list[str]:

@@ -168,6 +168,7 @@ class Replicas:
             lost = self.send(home, "update", by_node)
             for nodes in list(home.caching.values()):
                 nodes -= lost
+            home.missed |= lost
 
     def repair(self, home: Home, pages: Sequence[int]) -> None:
         """More copies of pages that have fewer than their degree; nobody changes them meanwhile. Isolated."""

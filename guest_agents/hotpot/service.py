@@ -114,8 +114,9 @@ class Service:
         """Take over what an earlier life has left."""
         document = self._book.document or {"homes": [], "copies": []}
         said = [f"{media.path.name}: {text}" for text in (*self._log.corrupt, *self._intents.corrupt)]
-        for fields, part in document["homes"]:
+        for fields, part, xids in document["homes"]:
             home = self.owner.open(self.atlas.learn(Record.from_json(fields)), part)
+            home.xids = set(xids)
             home.load()
             if home.wrong:
                 said.append(f"{len(home.wrong)} pages of {home.record.name} do not have their checksum")
@@ -145,7 +146,7 @@ class Service:
         with self._saving:
             self._book.save({
                 "media": self._media,
-                "homes": [[home.record.to_json(), home.part] for home in self.owner.homes()],
+                "homes": [[home.record.to_json(), home.part, sorted(home.xids)] for home in self.owner.homes()],
                 "copies": [record.to_json() for record in self.copies.records()],
             })  # fmt: skip
 

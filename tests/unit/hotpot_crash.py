@@ -153,7 +153,7 @@ class Run:
         except (InDoubt, FewerCopies):
             pass
         except HotpotError as refusal:
-            self.refused.append(type(refusal).__name__)
+            self.refused.append(f"{attempt.number:x}: {type(refusal).__name__}: {refusal.message}")
             self.attempts.remove(attempt)
         else:
             attempt.acknowledged = True
@@ -172,6 +172,7 @@ class Run:
     def busy(self) -> list[str]:
         """What is not at rest."""
         found = []
+        up = {machine.number for machine in self.net.machines if machine.life is not None}
         for machine in self.net.machines:
             if machine.life is None:
                 if machine.back_at is not None:
@@ -180,7 +181,7 @@ class Run:
             service = machine.service
             found += [f"{machine.name}: entry {entry.xid:x} {entry.state!r}" for entry in service.owner.entries()]
             for home in service.owner.homes():
-                if not home.ready or home.locks or home.short or home.claims:
+                if not home.ready or home.locks or home.short or home.claims or home.missed & up:
                     found.append(f"{machine.name}: home {home.key} ready {home.ready} locks {home.locks} {home.short}")
                 found += [f"{machine.name}: doubtful" for _ in service.copies.doubtful(*home.key)]
             found += [f"{machine.name}: log" for log in (service._log, service._intents) if log.used]
@@ -211,10 +212,22 @@ class Run:
                 except HotpotError as failure:
                     wrong.append(f"{machine.name} cannot read: {failure}")
         if len(set(seen.values())) != 1:
-            return [*wrong, f"nodes do not read the same: {[name for name in seen]}"]
+            return [*wrong, f"nodes do not read the same: {self.differences(record, seen)}"]
         [data] = set(seen.values())
         final = {cell: Cell.unpack(data[cell * STRIDE : cell * STRIDE + CELL]) for cell in range(CELLS)}
         return wrong + check(self.attempts, final) + self.compare(record, data)
+
+    def differences(self, record: Record, seen: dict[str, bytes]) -> list[str]:
+        """What the caches of nodes have of pages that are not the same everywhere."""
+        found = []
+        for page in range(record.pages):
+            if len({data[page * PAGE : (page + 1) * PAGE] for data in seen.values()}) > 1:
+                home = self.net.machines[record.owner(page) - 1].service.owner.home(record.id, record.part(page))
+                versions = {name: cache._pages[page].version for name, cache in (
+                    (machine.name, machine.service._opened[record.id].cache) for machine in self.net.machines
+                    if machine.name in seen)}  # fmt: skip
+                found.append(f"page {page}, home {home.version(page)}, copies {home.copies[page]}, caches {versions}")
+        return found
 
     def compare(self, record: Record, data: bytes) -> list[str]:
         """Home on media, home in registered memory, and copies."""
