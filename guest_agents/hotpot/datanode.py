@@ -122,14 +122,16 @@ class DataNode:
             return {page: version for page, version in pages.items()
                     if store is not None and store.record.part(page) == part}  # fmt: skip
 
-    def distrust(self, dataset: int, part: int) -> None:
-        """The home may have gone on without this node."""
+    def distrust(self, dataset: int, part: int) -> bool:
+        """The home may have gone on without this node; whether anything is here of it."""
         with self._lock:
             store = self._stores.get(dataset)
+            pages = [] if store is None else [page for page in store.held if store.record.part(page) == part]
             if store is not None:
-                for page in [page for page in store.held if store.record.part(page) == part]:
+                for page in pages:
                     store.held.discard(page)
                     store.doubtful[page] = blocks.version_of(store.media.read(page * STRIDE + PAGE, STRIDE - PAGE))
+        return bool(pages)
 
     def settle(self, dataset: int, asked: dict[int, int], stale: set[int]) -> None:
         """What the home has said of doubtful pages: those that are not stale are trusted again. What came meanwhile
@@ -223,8 +225,8 @@ class DataNode:
             raise NotOwner(f"part {header['part']} of {store.record.name} has got another home")
 
     def _replica(self, _source: int, header: Message, payload: memoryview) -> Message:
-        """A commit, to pages of which copies are here. If there are none of some, or others, these are `stale`, and
-        nothing is done."""
+        """A commit, to pages of which copies are here. If some are not, or are others, these are `stale`, and nothing
+        is done."""
         changes = decode(header["pages"], payload)
         xid, fresh, stale = header["xid"], [], []
         with self._lock:
@@ -243,8 +245,8 @@ class DataNode:
             if fresh:
                 for page, _copy in fresh:
                     store.media.reserve(page * STRIDE, STRIDE)
-                place = self._log.append(xid, State.NOW, pack({"dataset": header["dataset"], "pages": header["pages"],
-                                                               "degree": header["degree"]}, bytes(payload)))  # fmt: skip
+                kept = {name: header[name] for name in ("dataset", "pages", "degree")}
+                place = self._log.append(xid, State.NOW, pack(kept, bytes(payload)))
                 store.write(fresh)
                 self._log.drop(place)
                 for page, _copy in fresh:

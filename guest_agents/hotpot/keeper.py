@@ -32,12 +32,14 @@ class Keeper:
     """Of one service.
 
     revalidate -- gets again what is cached and may be old; whether the node was cut off
+    suspect -- told of a dataset and a part of which what is cached may be old, as copies here were
     about -- what the dispatcher is told when this node registers
     """
 
     def __init__(
         self, lease: Lease, owner: Owner, copies: DataNode, coordinator: Coordinator, resolver: Resolver,
-        dispatcher: Dispatcher | None, media: str, revalidate: Callable[..., None], about: Callable[[], Message],
+        dispatcher: Dispatcher | None, media: str, revalidate: Callable[..., None],
+        suspect: Callable[[int, int], None], about: Callable[[], Message],
     ) -> None:  # fmt: skip
         self._lease = lease
         self._links = lease.links
@@ -48,6 +50,7 @@ class Keeper:
         self._dispatcher = dispatcher
         self._media = media
         self._revalidate = revalidate
+        self._suspect = suspect
         self._about = about
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -136,8 +139,8 @@ class Keeper:
         trusted = {tuple(pair) for pair in answer["trusted"]}
         for record in self._copies.records():
             for part in range(len(record.homes)):
-                if (record.id, part) not in trusted:
-                    self._copies.distrust(record.id, part)
+                if (record.id, part) not in trusted and self._copies.distrust(record.id, part):
+                    self._suspect(record.id, part)
 
     def _rejoin(self) -> None:
         """Ask homes what of the copies here is still good."""

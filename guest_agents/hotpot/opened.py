@@ -79,7 +79,8 @@ class Fetcher:
             with suppress(HotpotError):
                 self._atlas.refresh(record.id)
 
-    def _fetch(self, opened: Opened, record: Record, pages: list[int]) -> list[Copy]:
+    def _fetch(self, opened: Opened, record: Record, pages: list[int], *, near: bool = True) -> list[Copy]:
+        """Once; `near`: copies on this node will do."""
         for chunk in {page // record.chunk_pages for page in pages} - opened.told:
             # Before the first read, so that no version between is missed.
             part = chunk % len(record.homes)
@@ -92,7 +93,7 @@ class Fetcher:
         found: dict[int, Copy] = {}
         distant: dict[int, list[int]] = defaultdict(list)
         for page in pages:
-            copy = self._here(record, page)
+            copy = self._here(record, page, near=near)
             if copy is None:
                 distant[record.part(page)].append(page)
             else:
@@ -114,11 +115,11 @@ class Fetcher:
         record = opened.cache.record
         opened.told -= set(range(part, record.chunks, len(record.homes)))
 
-    def _here(self, record: Record, page: int) -> Copy | None:
+    def _here(self, record: Record, page: int, *, near: bool) -> Copy | None:
         if record.owner(page) == self._links.node.node_id:
             return self._owner.home(record.id, record.part(page)).read(page)
         try:
-            return self._copies.read(record.id, page)
+            return self._copies.read(record.id, page) if near else None
         except Corrupt:
             log.error("the copy of page %d of %s on this node is corrupt; its home is used", page, record.name)
             return None
@@ -142,7 +143,7 @@ class Fetcher:
             self.away(opened, part)
             for start in range(0, len(pages), _GATHERED):
                 wanted = pages[start : start + _GATHERED]
-                for page, copy in zip(wanted, self._fetch(opened, record, wanted), strict=True):
+                for page, copy in zip(wanted, self._fetch(opened, record, wanted, near=False), strict=True):
                     opened.cache.refreshed(page, copy)
             opened.suspect.discard(part)
 

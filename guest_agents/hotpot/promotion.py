@@ -187,10 +187,13 @@ def reunite(links: Links, owner: Owner, home: Home) -> list[str]:
         except NodeLost:
             away.add(node)
     wrong = _mend(links, owner, home, have)
+    redone = _redone(owner, home)
     for node, versions in have.items():
-        for page, version in versions.items():
-            if version == home.version(page):
-                home.copies[page].add(node)
+        if any(version != home.version(page) and page not in redone for page, version in versions.items()):
+            away.add(node)  # it has to ask which of its copies are good
+    for node in have.keys() - away:
+        for page in have[node]:
+            home.copies[page].add(node)
     if away:
         owner.replicas.exclude(home, away)
     home.short = {page for page in record.pages_of(part) if home.version(page)}
@@ -209,9 +212,14 @@ def attended(links: Links, home: Home, nodes: set[int]) -> None:
                 home.caching[chunk].add(call[0])
 
 
+def _redone(owner: Owner, home: Home) -> set[int]:
+    """Pages that the log is still going to change; copies may be a version ahead."""
+    return {page for entry in owner.entries() if entry.home is home for page in entry.pages}
+
+
 def _mend(links: Links, owner: Owner, home: Home, have: dict[int, dict[int, int]]) -> list[str]:
     """Pages that are corrupt on media are taken from a copy, if there is one, except those that a log will mend."""
-    redone = {page for entry in owner.entries() if entry.home is home for page in entry.pages}
+    redone = _redone(owner, home)
     where = {}
     for page in home.wrong:
         holders = {node: versions[page] for node, versions in have.items() if page in versions}

@@ -187,6 +187,8 @@ class Replicas:
             return
         self.register(home, set(by_node), pages)
         failed = self.send(home, "seed", by_node)
+        if failed:  # whether they have them is not known
+            self.exclude(home, failed)
         for node, sent in by_node.items():
             if node not in failed:
                 self._counts["copies_repaired"] += len(sent)

@@ -107,7 +107,7 @@ class Service:
         ours["stat"] = lambda _source, _header, _payload: self.stat()
         self.links.handlers = {PORT: ours, LEAF: leaf}
         self.keeper = Keeper(self.lease, self.owner, self.copies, self.coordinator, resolver, self._dispatcher,
-                             self._media, self._revalidate, self._about)  # fmt: skip
+                             self._media, self._revalidate, self._suspect, self._about)  # fmt: skip
         self._recover(media)
 
     def _recover(self, media: Folder) -> None:
@@ -266,6 +266,11 @@ class Service:
         opened.forget(part)
         opened.suspect.add(part)
         return {"chunks": [chunk for chunk in list(opened.told) if chunk % len(record.homes) == part]}
+
+    def _suspect(self, dataset: int, part: int) -> None:
+        opened = self._opened.get(dataset)
+        if opened is not None:
+            opened.suspect.add(part)
 
     def _revalidate(self, *, cut_off: bool) -> None:
         """What is cached here may be old, if this node was cut off, or a home was away."""
