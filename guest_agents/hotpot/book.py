@@ -30,7 +30,7 @@ class Book:
         self._number = 0 if newest is None else newest[0]
         self.document: dict[str, Any] | None = None if newest is None else newest[1]
         """The last document saved; None if there was never one."""
-        self.damaged = bool(known) and self._number > 1 and len(known) < 2
+        self.damaged = bool(known) and self._used(1) and len(known) < 2
         """One of the slots is not whole: a save was interrupted, or it is corrupt and the document may be old."""
         if not known and self._used(1):
             raise Corrupt(f"both halves of {media.path.name} are corrupt", hint="it was left as it is")

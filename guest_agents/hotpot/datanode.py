@@ -91,7 +91,7 @@ class DataNode:
     def handlers(self) -> dict[str, Handler]:
         """What others may ask, on LEAF."""
         return {"replica": self._replica, "seed": self._seed, "update": self._update, "replicas_drop": self._drop,
-                "replicas": self._list, "fence": self._fence, "give": self._give}  # fmt: skip
+                "replicas": self._list, "fence": self._fence, "clear": self._clear, "give": self._give}  # fmt: skip
 
     # For this node
 
@@ -311,6 +311,17 @@ class DataNode:
             return store.read(page).version
         except Corrupt:
             return 0
+
+    def _clear(self, _source: int, header: Message, _payload: memoryview) -> Message:
+        """The home is going to send copies of a part, and knows of none here: what there is, is old. NotOwner."""
+        with self._lock:
+            store = self._stores.get(header["dataset"])
+            if store is not None:
+                self._obey(store, header)
+                old = [page for page in store.held | store.doubtful.keys()
+                       if store.record.part(page) == header["part"]]  # fmt: skip
+                store.clear(old)
+        return {}
 
     def _give(self, _source: int, header: Message, _payload: memoryview) -> Message:
         """Copies of pages, for a home that is made anew."""

@@ -211,6 +211,8 @@ class Entry:
     """The owners settle it among themselves: the committing node is not obeyed any more."""
     outcome: Message | None = None
     """When it has been carried out."""
+    over: bool = False
+    """It was ended: whoever still has it does nothing more."""
     busy: threading.Lock = field(default_factory=threading.Lock)
     """Held by who carries it out, or ends it."""
 

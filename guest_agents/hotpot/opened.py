@@ -135,7 +135,9 @@ class Fetcher:
 
     def revalidate(self, opened: Opened) -> None:
         """What is cached here of suspect parts may be old: get it again. HotpotError: not now."""
-        record = self._atlas.latest(opened.cache.record)
+        if not opened.suspect:
+            return
+        record = self._atlas.refresh(opened.cache.record.id)  # its old homes may not know yet that they are not
         opened.cache.record = record
         for part in list(opened.suspect):
             states = opened.cache.states()

@@ -165,7 +165,7 @@ class Owner:
 
     def decide(self, entry: Entry, writer: int = 0) -> Message:
         """Commit what is prepared; `writer` knows what he has written. Retry, InDoubt, Isolated: it will be done."""
-        with self._busy(entry):
+        with _Busy(entry):
             if entry.state == State.ENDED:
                 return {"versions": [[change.page, change.expected + 1] for change in entry.changes if change.pieces],
                         "copies": entry.replicas}  # fmt: skip
@@ -196,7 +196,7 @@ class Owner:
 
         keep -- other owners may still ask
         """
-        with self._busy(entry):
+        with _Busy(entry):
             if entry.state == State.PREPARED:
                 self._finish(entry)
             elif entry.state == State.ENDED:
@@ -231,15 +231,18 @@ class Owner:
                 if header.get("again") and not header.get("moved"):
                     self._must_be_untouched(home, xid, changes)
             entry = self._begin(header, payload, State.NOW if alone else State.DONE)
-        elif entry.state == State.PREPARED:
+            with _Busy(entry, mine=True):
+                return self._all_at_once(entry, source if not header.get("again") else 0)
+        if entry.state == State.PREPARED:
             raise BadArgument(f"transaction {xid:x} was prepared")
-        with self._busy(entry):
-            if entry.outcome is None or entry.state == State.DONE:
-                outcome = self._carry_out(entry, 0 if header.get("again") else source)
-                if entry.state == State.NOW:
-                    self._finish(entry)
-                return outcome
-            return entry.outcome
+        with _Busy(entry):
+            return self._all_at_once(entry, 0)
+
+    def _all_at_once(self, entry: Entry, writer: int) -> Message:
+        outcome = self._carry_out(entry, writer)
+        if entry.state == State.NOW:
+            self._finish(entry)
+        return outcome
 
     def _done_already(self, home: Home, xid: int, changes: list[Change]) -> Message | None:
         """The outcome of a commit that was carried out, if that can still be seen; it is seen as long as nobody else
@@ -258,7 +261,7 @@ class Owner:
 
     def finish_now(self, entry: Entry) -> None:
         """Carry out what was interrupted, and end it if nobody else has a say."""
-        with self._busy(entry):
+        with _Busy(entry):
             if entry.state == State.UNDO:
                 self._redo(entry.home, 0, entry.old, entry.replicas, 0)
                 self._finish(entry)
@@ -274,9 +277,6 @@ class Owner:
         if entry is None:
             raise NoSuchTransaction(f"transaction {header['xid']:x} is not prepared here")
         return entry
-
-    def _busy(self, entry: Entry) -> _Busy:
-        return _Busy(entry)
 
     def set_state(self, entry: Entry, state: State) -> None:
         """On media, too."""
@@ -323,6 +323,8 @@ class Owner:
         place = self.log.append(xid, state, pack(body, payload + more))
         entry = Entry(home, xid, state, based, old, place, header["replicas"], Origin(*header["origin"]),
                       _everywhere(header), time.monotonic())  # fmt: skip
+        if state != State.PREPARED:
+            entry.busy.acquire()  # for who has begun it, before anybody else sees it
         with self._lock:
             if (xid, *home.key) not in self._refused:
                 self._entries[xid, *home.key] = entry
@@ -354,6 +356,7 @@ class Owner:
 
     def _finish(self, entry: Entry) -> None:
         """It is over: nothing of it is kept."""
+        entry.over = True
         with self._lock:
             self._entries.pop((entry.xid, *entry.home.key), None)
             entry.home.claims.pop(entry.xid, None)
@@ -362,7 +365,7 @@ class Owner:
 
     def forget(self, entry: Entry) -> None:
         """Nobody will ask any more whether it was committed."""
-        with self._busy(entry):
+        with _Busy(entry):
             self._finish(entry)
 
     def _lock_pages(self, home: Home, xid: int, pages: Sequence[int]) -> None:
@@ -414,7 +417,7 @@ class Owner:
                 return {"stale": stale}
             for page in pages:
                 home.copies[page].add(source)
-        self.replicas.register(home, {source}, pages)
+        self.replicas.register(home, {source}, pages, cleared=True)
         return {"stale": []}
 
     def _caching(self, source: int, header: Message, _payload: memoryview) -> Message:
@@ -436,14 +439,21 @@ def _everywhere(header: Message) -> dict[int, list[int]]:
 
 
 class _Busy:
-    """One thread at a time works on an entry; others are told to come again."""
+    """One thread at a time works on an entry; others are told to come again.
 
-    def __init__(self, entry: Entry) -> None:
+    mine -- this thread is that one since it has begun the entry
+    """
+
+    def __init__(self, entry: Entry, *, mine: bool = False) -> None:
         self._entry = entry
+        self._mine = mine
 
     def __enter__(self) -> None:
-        if not self._entry.busy.acquire(blocking=False):
+        if not self._mine and not self._entry.busy.acquire(blocking=False):
             raise Retry("it is being carried out")
+        if self._entry.over:
+            self._entry.busy.release()
+            raise Retry("it has just ended")
 
     def __exit__(self, *_: object) -> None:
         self._entry.busy.release()

@@ -37,22 +37,41 @@ class Replicas:
         """The nodes that shall have copies of these pages, which the dispatcher knows then. TooFewNodes, Isolated."""
         written = list(pages)
         nodes: set[int] = set().union(*(home.copies[page] for page in written))
-        if len(nodes) + 1 < replicas:
-            others = self._links.living() - {self._links.node.node_id}
-            nodes |= self._more(home, written, replicas - 1 - len(nodes & others), others - nodes)
-            if len(nodes & others) + 1 < replicas:
-                raise TooFewNodes(f"{replicas} copies asked for")
-        self.register(home, nodes, written)
-        return nodes
+        useless: set[int] = set()
+        while True:
+            if len(nodes) + 1 < replicas:
+                others = self._links.living() - {self._links.node.node_id} - useless
+                nodes |= self._more(home, written, replicas - 1 - len(nodes & others), others - nodes)
+                if len(nodes & others) + 1 < replicas:
+                    raise TooFewNodes(f"{replicas} copies asked for")
+            failed = self.register(home, nodes, written)
+            if not failed:
+                return nodes
+            useless |= failed
+            nodes -= failed
 
-    def register(self, home: Home, nodes: set[int], pages: Iterable[int]) -> None:
-        """Let the dispatcher know that these nodes get copies of pages of a home; or that nobody does. Isolated."""
-        solo = set() if nodes else {page // home.record.chunk_pages for page in pages}
-        if nodes <= home.synced and solo <= home.solo:
-            return
-        self._tell_dispatcher(home, add=nodes, solo=solo)
-        home.synced |= nodes
-        home.solo |= solo
+    def register(self, home: Home, nodes: set[int], pages: Iterable[int], *, cleared: bool = False) -> set[int]:
+        """Let the dispatcher know that these nodes get copies of pages of a home; or that nobody does. Those that cannot
+        get any: nobody is told of them. Isolated.
+
+        cleared -- they have no old copies, or these were compared
+        """
+        new = nodes - home.synced
+        failed: set[int] = set()
+        if new and not cleared:
+            # What they may have of the part is from before they were excluded, which they need not have heard of.
+            about = {"dataset": home.record.id, "part": home.part, "epoch": home.record.epoch(home.part)}
+            calls: list[Call] = [(node, "clear", about, b"") for node in sorted(new)]
+            replies = self._links.call_all(calls, LEAF)
+            failed = {call[0] for call, reply in zip(calls, replies, strict=True) if isinstance(reply, HotpotError)}
+            new -= failed
+        left = nodes - failed
+        solo = set() if left else {page // home.record.chunk_pages for page in pages}
+        if new or not solo <= home.solo:
+            self._tell_dispatcher(home, add=left, solo=solo)
+            home.synced |= left
+            home.solo |= solo
+        return failed
 
     def exclude(self, home: Home, nodes: set[int]) -> None:
         """Let the dispatcher know that the copies of these nodes are to be trusted no more. Isolated."""
@@ -86,7 +105,11 @@ class Replicas:
             if len(nodes) + 1 < replicas:
                 others = self._links.living() - {self._links.node.node_id} - lost - nodes
                 nodes |= self._more(home, list(fresh), replicas - 1 - len(nodes), others)
-            self.register(home, nodes, fresh)
+            useless = self.register(home, nodes, fresh)
+            if useless:
+                lost |= useless
+                nodes -= useless
+                continue
             failed = self._seed(home, nodes, fresh)
             calls: list[Call] = [(node, "replica", header, payload) for node in sorted(nodes - failed)]
             again = False
@@ -185,7 +208,8 @@ class Replicas:
                 by_node[node][page] = copy
         if not by_node:
             return
-        self.register(home, set(by_node), pages)
+        for node in self.register(home, set(by_node), pages):
+            del by_node[node]
         failed = self.send(home, "seed", by_node)
         if failed:  # whether they have them is not known
             self.exclude(home, failed)

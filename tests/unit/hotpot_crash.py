@@ -20,7 +20,7 @@ from guest_agents.hotpot import blocks
 from guest_agents.hotpot.blocks import PAGE
 from guest_agents.hotpot.cache import Cache
 from guest_agents.hotpot.coordinator import new_xid
-from guest_agents.hotpot.errors import FewerCopies, HotpotError, InDoubt, NotMapped
+from guest_agents.hotpot.errors import FewerCopies, HotpotError, InDoubt
 from guest_agents.hotpot.records import Record
 from guest_agents.hotpot.service import Transaction
 from tests.unit.hotpot_history import CELL, STRIDE, Attempt, Cell, check
