@@ -51,8 +51,8 @@ class Replicas:
             nodes -= failed
 
     def register(self, home: Home, nodes: set[int], pages: Iterable[int], *, cleared: bool = False) -> set[int]:
-        """Let the dispatcher know that these nodes get copies of pages of a home; or that nobody does. Those that cannot
-        get any: nobody is told of them. Isolated.
+        """Let the dispatcher know that these nodes get copies of pages of a home; or that nobody does. Those that
+        cannot be reached, and get none. Isolated.
 
         cleared -- they have no old copies, or these were compared
         """

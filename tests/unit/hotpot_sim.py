@@ -352,7 +352,7 @@ def simulated(count: int, seed: object) -> Iterator[Net]:
         sleep=lambda seconds: holder[0].wait(seconds) if holder else None,
     )
     with mock.patch.multiple("guest_agents.hotpot.service", BOOK_BYTES=BOOK_BYTES):
-        patches = [mock.patch.object(module, "time", clock) for name, module in list(sys.modules.items())
+        patches: list[Any] = [mock.patch.object(module, "time", clock) for name, module in list(sys.modules.items())
                    if name.startswith("guest_agents.hotpot.") and hasattr(module, "time")]  # fmt: skip
         patches.append(mock.patch("guest_agents.hotpot.coordinator.secrets.randbits", rand.getrandbits))
         for patch in patches:
