@@ -40,6 +40,8 @@ from guest_agents.hotpot.resolver import Resolver
 LOG_BYTES = 4 << 20
 USUAL = Timing()
 BOOK_BYTES = 1 << 20
+BOOK = "node"
+"""Name of the media that say what else there is."""
 _REGISTER_SECONDS = 60.0
 _REGISTER_EVERY = 0.1
 
@@ -75,7 +77,7 @@ class Service:
         self.lease = Lease(self.links, manager, timing)
         media = folder if isinstance(folder, Folder) else Folder(folder)
         old = [name for name in media.names() if name.startswith(("home-", "copies-"))]
-        self._book = Book(media.open("node", BOOK_BYTES))
+        self._book = Book(media.open(BOOK, BOOK_BYTES))
         if self._book.document is None and old:
             self._book.close()
             raise OldMedia(f"{media.path} has {', '.join(old[:4])}{' ...' if old[4:] else ''}, and no book of them")
