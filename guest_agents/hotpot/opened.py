@@ -22,7 +22,8 @@ from guest_agents.hotpot.owner import Owner
 from guest_agents.hotpot.records import Record
 
 log = logging.getLogger("rackless.hotpot")
-_TORN_SECONDS = 10.0
+_TORN_SECONDS = 2.0
+_TORN_PAUSE = 0.001
 _GATHERED = 64
 """Pages in one read."""
 _PAUSE = 0.02
@@ -145,8 +146,11 @@ class Fetcher:
             self.away(opened, part)
             for start in range(0, len(pages), _GATHERED):
                 wanted = pages[start : start + _GATHERED]
-                for page, copy in zip(wanted, self._fetch(opened, record, wanted, near=False), strict=True):
-                    opened.cache.refreshed(page, copy)
+                try:
+                    for page, copy in zip(wanted, self._fetch(opened, record, wanted, near=False), strict=True):
+                        opened.cache.refreshed(page, copy)
+                except (Corrupt, PagesLost):  # who uses one of them hears of it
+                    opened.cache.doubtful(wanted)
             opened.suspect.discard(part)
 
 
@@ -162,6 +166,8 @@ def _read(record: Record, memory: lite.Lmr, pages: list[int]) -> dict[int, Copy]
                 if found[page].version == blocks.LOST:
                     raise PagesLost(f"page {page} of {record.name} was lost with the node that had it")
         missing = [page for page in missing if page not in found]
+        if missing:
+            time.sleep(_TORN_PAUSE)
         if missing and time.monotonic() > deadline:
             raise Corrupt(f"page {missing[0]} of {record.name} does not have its checksum in its owner's memory")
     return found

@@ -114,9 +114,18 @@ class Run:
         except HotpotError:
             return None
 
+    def fetches(self, machine: Machine) -> bool:
+        """Whether a page is on its way to a machine."""
+        return any(page.arriving for opened in machine.service._opened.values()
+                   for page in opened.cache._pages.values())  # fmt: skip
+
     def transact(self) -> None:
         """A transaction somewhere."""
-        machine = self.rand.choice([machine for machine in self.net.machines if machine.life is not None])
+        # One that waits for a page waits below this on the stack, and would wait for ever.
+        able = [machine for machine in self.net.machines if machine.life is not None and not self.fetches(machine)]
+        if not able:
+            return
+        machine = self.rand.choice(able)
         self._depth += 1
         try:
             self.transact_at(machine)
