@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import pytest
 
 from guest_agents.hotpot.blocks import PAGE
+from guest_agents.hotpot.cache import Cache
 from guest_agents.hotpot.coordinator import new_xid
-from guest_agents.hotpot.errors import Corrupt, InDoubt, Isolated, NodeLost, PagesLost
+from guest_agents.hotpot.errors import Corrupt, Isolated, NodeLost, PagesLost
 from guest_agents.hotpot.service import Service, Transaction
 from tests.unit.hotpot_crash import load, store
-from tests.unit.hotpot_sim import TIMING, LossyFolder, Net, simulated
+from tests.unit.hotpot_sim import TIMING, LossyFolder, Net, PowerOff, simulated
 
 SET = 1
 
@@ -30,10 +31,14 @@ def service(net: Net, node: int) -> Service:
     return net.machines[node - 1].service
 
 
+def opened(net: Net, node: int) -> Cache:
+    found = service(net, node)._opened.get(SET)
+    return service(net, node).open("set") if found is None else found.cache
+
+
 def write(net: Net, node: int, data: bytes, *pages: int, replicas: int = 1) -> None:
     """One transaction that begins these pages with `data`."""
-    there = service(net, node)
-    cache = there.open("set")
+    there, cache = service(net, node), opened(net, node)
     transaction = Transaction(new_xid(), SET)
     there.acquire(transaction, [(page * PAGE, len(data)) for page in pages])
     for page in pages:
@@ -42,7 +47,7 @@ def write(net: Net, node: int, data: bytes, *pages: int, replicas: int = 1) -> N
 
 
 def read(net: Net, node: int, page: int) -> bytes:
-    cache = service(net, node).open("set")
+    cache = opened(net, node)
     cache.ensure([page])
     return load(cache, page * PAGE, 4)
 
@@ -149,6 +154,7 @@ def test_copies_on_a_dead_node_are_made_again_without_anybody_asking(net: Net) -
 
 def test_the_side_without_the_dispatcher_commits_nothing_and_heals(net: Net) -> None:
     write(net, 4, b"kept", 0, replicas=3)
+    assert read(net, 2, 0) == b"kept"
     net.away = {2}
     net.wait(TIMING.lease + 0.2)
     with pytest.raises(Isolated):
@@ -176,16 +182,24 @@ def test_the_dispatcher_has_its_book_again_after_it_was_lost(net: Net) -> None:
     assert read(net, 3, 0) == b"more"
 
 
-def test_a_commit_that_is_in_doubt_is_there_as_a_whole_or_not_at_all(net: Net) -> None:
+@pytest.mark.parametrize("back", [False, True])
+def test_a_commit_that_was_decided_outlives_its_owner(net: Net, back: bool) -> None:
+    """Another node becomes the home, and is told all of it; or the owner comes back with its log."""
     write(net, 4, b"kept", 0, 1, replicas=2)
+    net.trap = lambda machine, event: event == "serve commit" and machine is net.machines[2]
+    if back:
+        net.died = lambda machine: setattr(machine, "back_at", net.now + 0.2)
+    write(net, 4, b"more", 0, 1, replicas=2)
+    assert (service(net, 1).atlas.refresh(SET).homes[1] == 3) == back
+    assert (read(net, 1, 0), read(net, 1, 1)) == (b"more", b"more")
 
-    def trap(machine: object, event: str) -> bool:
-        return event == "serve commit" and machine is net.machines[2]
 
-    net.trap = trap
-    with pytest.raises(InDoubt):
+def test_a_commit_in_doubt_is_settled_without_its_node(net: Net) -> None:
+    write(net, 4, b"kept", 0, 1, replicas=2)
+    net.trap = lambda machine, event: event == "send commit"
+    with pytest.raises(PowerOff):
         write(net, 4, b"more", 0, 1, replicas=2)
-    net.machines[2].power_on()
+    assert service(net, 2).owner.homes()[0].locks
     net.wait(2.0)
-    assert (read(net, 1, 0), read(net, 1, 1)) == (b"more", b"more"), "it was decided"
-    assert not service(net, 4).coordinator.unfinished
+    assert not service(net, 2).owner.homes()[0].locks
+    assert (read(net, 1, 0), read(net, 1, 1)) == (b"kept", b"kept"), "no owner had seen the decision"
