@@ -25,12 +25,12 @@ RUNS = int(os.environ.get("RACKLESS_CRASH_RUNS", "0"))
 
 
 def matrix() -> list[Case]:
-    """Every step with every fate, once."""
-    cases = []
-    for mode in ("mrmw", "mrsw"):
-        for number, (step, fate) in enumerate(itertools.product([*BOTH, *OWN[mode]], FATES)):
-            cases.append(Case(mode, fate, step, 1 + number % 5, number))
-    return cases
+    """Every step with every fate, once; those of both modes in each mode by turns."""
+    modes = ("mrmw", "mrsw")
+    both = [(modes[sum(divmod(number, len(FATES))) % 2], step, fate)
+            for number, (step, fate) in enumerate(itertools.product(BOTH, FATES))]  # fmt: skip
+    own = [(mode, step, fate) for mode in modes for step, fate in itertools.product(OWN[mode], FATES)]
+    return [Case(mode, fate, step, 1 + number % 5, number) for number, (mode, step, fate) in enumerate(both + own)]
 
 
 def more(count: int) -> list[Case]:
