@@ -33,6 +33,7 @@ from guest_agents.hotpot.errors import (
     NoSuchTransaction,
     NotOwner,
     Retry,
+    TooFewNodes,
     TooLarge,
 )
 from guest_agents.hotpot.home import Origin
@@ -178,10 +179,14 @@ class Coordinator:
                 self._release(attempt)
                 return _outcome(list(attempt.done.values()))
             doubtful = doubtful or any(isinstance(failure, NodeLost | InDoubt) for failure in failures.values())
-            lasting = [failure for failure in failures.values() if not isinstance(failure, _FOR_A_WHILE)]
+            # An owner that is away may have done its part, and be replaced by a copy of it, which cannot be undone.
+            passing = (*_FOR_A_WHILE, TooFewNodes) if doubtful else _FOR_A_WHILE
+            lasting = [failure for failure in failures.values() if not isinstance(failure, passing)]
             first = next(iter(failures.values()))
             if lasting or (not attempt.done and not doubtful):
                 self._give_up(attempt)
+                if doubtful:
+                    raise InDoubt(first.message)
                 raise lasting[0] if lasting else first
             if time.monotonic() > deadline:
                 self._leave(attempt)
@@ -319,7 +324,9 @@ class Coordinator:
                 elif not failures:
                     attempt.decided = True
                     self._release(attempt)
-                elif not attempt.prepared and any(not isinstance(f, _FOR_A_WHILE) for f in failures.values()):
+                elif not attempt.prepared and any(
+                    not isinstance(failure, (*_FOR_A_WHILE, TooFewNodes)) for failure in failures.values()
+                ):
                     self._give_up(attempt)
 
     @property

@@ -202,6 +202,9 @@ class Entry:
     """What takes them back (MRSW, when there are other owners)."""
     place: int
     replicas: int
+    """Copies that it asks for, the home included."""
+    degree: int
+    """The most that any commit has asked for of one of its pages."""
     origin: Origin
     everywhere: dict[int, list[int]]
     """Pages of the commit, by part of the dataset."""

@@ -130,7 +130,7 @@ class Owner:
         size = header["size"]
         changes = decode(header["pages"], payload[:size])
         old = decode(header["old"], payload[size:])
-        entry = Entry(home, xid, state, changes, old, place, header["replicas"], Origin(*header["origin"]),
+        entry = Entry(home, xid, state, changes, old, place, header["replicas"], header["degree"], Origin(*header["origin"]),
                       _everywhere(header), time.monotonic())  # fmt: skip
         if state != State.ENDED:
             home.locks |= dict.fromkeys(entry.pages, xid)
@@ -205,7 +205,7 @@ class Owner:
                 self._carry_out(entry)
                 if entry.state == State.DONE:
                     self.set_state(entry, State.UNDO)
-                self._redo(entry.home, 0, entry.old, entry.replicas, 0)
+                self._redo(entry, 0, entry.old, 0)
                 self._finish(entry)
             elif entry.outcome is None:
                 raise Retry("it has not been carried out yet")
@@ -263,7 +263,7 @@ class Owner:
         """Carry out what was interrupted, and end it if nobody else has a say."""
         with _Busy(entry):
             if entry.state == State.UNDO:
-                self._redo(entry.home, 0, entry.old, entry.replicas, 0)
+                self._redo(entry, 0, entry.old, 0)
                 self._finish(entry)
                 return
             self._carry_out(entry)
@@ -294,7 +294,7 @@ class Owner:
         self.lease.check()
         self._lock_pages(home, xid, [change.page for change in changes])
         try:
-            based, old = [], []
+            based, old, degree = [], [], replicas
             for change in changes:
                 version = home.version(change.page)
                 if change.expected not in (-1, version):
@@ -303,12 +303,13 @@ class Owner:
                 based.append(replace(change, expected=version))
                 if change.pieces:
                     copy = home.read(change.page)  # whether it can be: later would be too late to refuse
+                    degree = max(degree, copy.degree)
                     if state == State.DONE:
                         pieces = [(piece, copy.data[piece.offset : piece.offset + piece.length])
                                   for piece, _ in change.pieces]  # fmt: skip
                         old.append(Change(change.page, version + 1, pieces))
             self.replicas.plan(home, [change.page for change in changes if change.pieces], replicas)
-            return self._logged(home, header, state, based, old)
+            return self._logged(home, {**header, "degree": degree}, state, based, old)
         except BaseException:
             self._let_go(home, xid, [change.page for change in changes])
             raise
@@ -317,11 +318,11 @@ class Owner:
         xid = header["xid"]
         pages, payload = encode(based)
         before, more = encode(old)
-        kept = {name: header[name] for name in ("replicas", "origin", "everywhere")}
+        kept = {name: header[name] for name in ("replicas", "degree", "origin", "everywhere")}
         body = {**kept, "dataset": home.record.id, "part": home.part, "pages": pages, "old": before,
                 "size": len(payload)}  # fmt: skip
         place = self.log.append(xid, state, pack(body, payload + more))
-        entry = Entry(home, xid, state, based, old, place, header["replicas"], Origin(*header["origin"]),
+        entry = Entry(home, xid, state, based, old, place, header["replicas"], header["degree"], Origin(*header["origin"]),
                       _everywhere(header), time.monotonic())  # fmt: skip
         if state != State.PREPARED:
             entry.busy.acquire()  # for who has begun it, before anybody else sees it
@@ -336,7 +337,7 @@ class Owner:
         """What is logged as committed. InDoubt, Isolated: part of it may be done; it will be tried again."""
         if entry.outcome is None:
             try:
-                entry.outcome = self._redo(entry.home, entry.xid, entry.changes, entry.replicas, writer)
+                entry.outcome = self._redo(entry, entry.xid, entry.changes, writer)
             except HotpotError as failure:
                 raise InDoubt(f"the owner of pages of {entry.home.record.name} waits: {failure.message}") from failure
             except Exception as failure:
@@ -344,10 +345,11 @@ class Owner:
                 raise InDoubt(f"the owner of pages of {entry.home.record.name} failed: {failure}") from failure
         return entry.outcome
 
-    def _redo(self, home: Home, xid: int, changes: Sequence[Change], replicas: int, writer: int) -> Message:
+    def _redo(self, entry: Entry, xid: int, changes: Sequence[Change], writer: int) -> Message:
+        home, replicas, degree = entry.home, entry.replicas, entry.degree
         written = [change for change in changes if change.pieces]
-        fresh: dict[int, Copy] = {change.page: home.after(change, xid, replicas) for change in written}
-        copies = self.replicas.replicate(home, xid, written, fresh, replicas) if fresh else replicas
+        fresh: dict[int, Copy] = {change.page: home.after(change, xid, degree) for change in written}
+        copies = self.replicas.replicate(home, xid, written, fresh, replicas, degree) if fresh else replicas
         self.lease.check()
         home.write(fresh)
         self.replicas.tell(home, fresh, writer)

@@ -93,14 +93,16 @@ class Replicas:
         except HotpotError as failure:
             raise Isolated(f"the dispatcher does not answer: {failure.message}") from None
 
-    def replicate(self, home: Home, xid: int, changes: Sequence[Change], fresh: dict[int, Copy], replicas: int) -> int:
+    def replicate(
+        self, home: Home, xid: int, changes: Sequence[Change], fresh: dict[int, Copy], replicas: int, degree: int
+    ) -> int:
         """A commit to all copies of its pages; how many there are then of each, the home included. Isolated,
         NotOwner: not known which have it."""
         lost: set[int] = set()
         nodes: set[int] = set().union(*(home.copies[page] for page in fresh))
         body, payload = encode(changes)
         header = {"dataset": home.record.id, "part": home.part, "epoch": home.record.epoch(home.part), "xid": xid,
-                  "degree": replicas, "pages": body}  # fmt: skip
+                  "degree": degree, "pages": body}  # fmt: skip
         for _ in range(_ROUNDS):
             if len(nodes) + 1 < replicas:
                 others = self._links.living() - {self._links.node.node_id} - lost - nodes
