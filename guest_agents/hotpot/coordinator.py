@@ -18,7 +18,7 @@ import secrets
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -94,9 +94,13 @@ class Coordinator:
     """Commits of this node. Thread-safe.
 
     media -- the number of this node's media
+    ended -- told of the end of a commit that went on without anybody: until then its pages are nobody else's (MRSW)
     """
 
-    def __init__(self, lease: Lease, atlas: Atlas, intents: Log, media: str) -> None:
+    def __init__(
+        self, lease: Lease, atlas: Atlas, intents: Log, media: str, ended: Callable[[Record, int], None]
+    ) -> None:
+        self._ended = ended
         self._lease = lease
         self._links = lease.links
         self._atlas = atlas
@@ -304,8 +308,10 @@ class Coordinator:
             self._intents.drop(attempt.intent)
             attempt.intent = None
         with self._lock:
-            self._late.pop(attempt.xid, None)
+            late = self._late.pop(attempt.xid, None)
             self._active.pop(attempt.xid, None)
+        if late is not None:
+            self._ended(attempt.record, attempt.xid)
         return True
 
     def resume(self) -> None:
@@ -328,6 +334,11 @@ class Coordinator:
                     not isinstance(failure, (*_FOR_A_WHILE, TooFewNodes)) for failure in failures.values()
                 ):
                     self._give_up(attempt)
+
+    def goes_on(self, xid: int) -> bool:
+        """Whether a commit goes on without anybody."""
+        with self._lock:
+            return xid in self._late
 
     @property
     def unfinished(self) -> int:

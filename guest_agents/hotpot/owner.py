@@ -130,8 +130,8 @@ class Owner:
         size = header["size"]
         changes = decode(header["pages"], payload[:size])
         old = decode(header["old"], payload[size:])
-        entry = Entry(home, xid, state, changes, old, place, header["replicas"], header["degree"], Origin(*header["origin"]),
-                      _everywhere(header), time.monotonic())  # fmt: skip
+        entry = Entry(home, xid, state, changes, old, place, header["replicas"], header["degree"],
+                      Origin(*header["origin"]), _everywhere(header), time.monotonic())  # fmt: skip
         if state != State.ENDED:
             home.locks |= dict.fromkeys(entry.pages, xid)
         with self._lock:
@@ -322,8 +322,8 @@ class Owner:
         body = {**kept, "dataset": home.record.id, "part": home.part, "pages": pages, "old": before,
                 "size": len(payload)}  # fmt: skip
         place = self.log.append(xid, state, pack(body, payload + more))
-        entry = Entry(home, xid, state, based, old, place, header["replicas"], header["degree"], Origin(*header["origin"]),
-                      _everywhere(header), time.monotonic())  # fmt: skip
+        entry = Entry(home, xid, state, based, old, place, header["replicas"], header["degree"],
+                      Origin(*header["origin"]), _everywhere(header), time.monotonic())  # fmt: skip
         if state != State.PREPARED:
             entry.busy.acquire()  # for who has begun it, before anybody else sees it
         with self._lock:

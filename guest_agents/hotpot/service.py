@@ -87,7 +87,7 @@ class Service:
         self.owner = Owner(self.lease, media, self._log)
         self.copies = DataNode(media, copies_log, self._updated, self._save)
         self._media: str = (self._book.document or {}).get("media") or secrets.token_hex(8)
-        self.coordinator = Coordinator(self.lease, self.atlas, self._intents, self._media)
+        self.coordinator = Coordinator(self.lease, self.atlas, self._intents, self._media, self._let_go)
         self._fetcher = Fetcher(self.lease, self.atlas, self.owner, self.copies)
         self._opened: dict[int, Opened] = {}
         self._opening = threading.Lock()
@@ -375,7 +375,7 @@ class Service:
             self._writing[xid] = record.id, [*held, *pages]
 
     def _let_go(self, record: Record, xid: int) -> None:
-        if record.mode == "mrsw":
+        if record.mode == "mrsw" and not self.coordinator.goes_on(xid):
             with self._opening:
                 self._writing.pop(xid, None)
             with suppress(NodeLost):
