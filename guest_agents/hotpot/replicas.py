@@ -68,8 +68,8 @@ class Replicas:
         left = nodes - failed
         solo = set() if left else {page // home.record.chunk_pages for page in pages}
         if new or not solo <= home.solo:
-            self._tell_dispatcher(home, add=left, solo=solo)
-            home.synced |= left
+            self._tell_dispatcher(home, add=new, solo=solo)  # not those it may have struck off since
+            home.synced |= new
             home.solo |= solo
         return failed
 
@@ -137,7 +137,7 @@ class Replicas:
                 lost |= failed
                 nodes -= failed
             elif not again:
-                if len(nodes) + 1 < replicas:
+                if len(nodes) + 1 < degree:
                     home.short |= set(fresh)
                 return len(nodes) + 1
         raise HotpotError(f"copies of {home.record.name} do not come to an end")
