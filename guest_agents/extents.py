@@ -31,6 +31,10 @@ class Extents:
                 return offset
         return None
 
+    def taken(self) -> list[int]:
+        """Offsets of the pieces that were given out."""
+        return list(self._taken)
+
     def free(self, offset: int) -> None:
         """Give a piece back; KeyError if there is none at `offset`."""
         length = self._taken.pop(offset)

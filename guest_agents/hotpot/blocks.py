@@ -1,4 +1,4 @@
-"""How a page lies in memory that others read, and on media: with its version and a checksum.
+"""How a page lies in memory that others read, and on media: with its version, who wrote it, and a checksum.
 
 Owners change pages while others read them by RDMA, which no lock can prevent. A reader notices by the checksum that it
 got parts of two versions and reads again; so fetching a page is one read. The same checksum finds corrupt media.
@@ -13,11 +13,14 @@ from typing import NamedTuple
 from guest_agents.hotpot.errors import Corrupt
 
 PAGE = 4096
-_TRAILER = struct.Struct("<QI")
+_TRAILER = struct.Struct("<QQII")
+_NUMBERS = struct.Struct("<QQI")
 STRIDE = PAGE + 64
 """Bytes from one page to the next: a page and a cache line of which the trailer is part."""
 _BLOCK = PAGE + _TRAILER.size
 ZERO = bytes(PAGE)
+LOST = (1 << 64) - 1
+"""Version of a page of which no copy was left."""
 
 
 class Copy(NamedTuple):
@@ -25,29 +28,34 @@ class Copy(NamedTuple):
 
     version: int
     data: bytes
+    xid: int = 0
+    """The transaction that made this version: a recovery can tell by it that the transaction was carried out."""
+    degree: int = 0
+    """Copies that commits have asked for, the home included: that many are made again when a node dies."""
 
 
-def _checksum(version: int, page: bytes | memoryview) -> int:
-    return zlib.crc32(page, zlib.crc32(version.to_bytes(8, "little"))) ^ _OF_ZERO
+def _checksum(version: int, xid: int, degree: int, page: bytes | memoryview) -> int:
+    return zlib.crc32(page, zlib.crc32(_NUMBERS.pack(version, xid, degree))) ^ _OF_ZERO
 
 
 _OF_ZERO = 0
-_OF_ZERO = _checksum(0, ZERO)  # so that memory which is all zero is a valid page 0 of version 0
+_OF_ZERO = _checksum(0, 0, 0, ZERO)  # so that memory which is all zero is a valid page 0 of version 0
 
 
 def seal(copy: Copy) -> bytes:
     """The page with its trailer, STRIDE bytes."""
-    trailer = _TRAILER.pack(copy.version, _checksum(*copy))
-    return copy.data + trailer + bytes(STRIDE - _BLOCK)
+    version, data, xid, degree = copy
+    trailer = _TRAILER.pack(version, xid, degree, _checksum(version, xid, degree, data))
+    return data + trailer + bytes(STRIDE - _BLOCK)
 
 
 def unseal(block: bytes) -> Copy:
     """The page of a block. Corrupt: the checksum is not that of page and version."""
     page = block[:PAGE]
-    version, checksum = _TRAILER.unpack_from(block, PAGE)
-    if checksum != _checksum(version, page):
+    version, xid, degree, checksum = _TRAILER.unpack_from(block, PAGE)
+    if checksum != _checksum(version, xid, degree, page):
         raise Corrupt
-    return Copy(version, page)
+    return Copy(version, page, xid, degree)
 
 
 def version_of(trailer: bytes) -> int:

@@ -181,6 +181,17 @@ class Cache:
                 os.pwrite(self.file, copy.data, page * PAGE)
                 state.seen = copy.version
 
+    def refreshed(self, page: int, copy: Copy) -> None:
+        """A page as it is at its home, after this node or the home was away. What is newer here is of a commit that did
+        not survive its owner: forget it."""
+        with self._changed:
+            state = self._pages.get(page)
+            ahead = state is not None and state.version > copy.version and not (state.arriving or state.committing)
+            if ahead:
+                self._forget(page)
+        if not ahead:
+            self.updated(page, copy)
+
     # Transactions
 
     def acquire(self, pages: Iterable[int], transaction: int) -> None:

@@ -1,90 +1,247 @@
-"""The central dispatcher on the manager blade (the paper's CD): names of datasets, and which node owns which chunk.
+"""The central dispatcher on the manager blade (the paper's CD): names of datasets, which node is the home of which
+part, and which nodes have copies that can be trusted.
 
-It is asked when a dataset is made, opened, closed or deleted, and never when data are read or committed.
+It is asked when a dataset is made, opened, closed or deleted, when nodes come or go, and never when data are read; when
+they are committed only if copies go to other nodes than before.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import secrets
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from guest_agents.hotpot.blocks import PAGE
+from guest_agents.hotpot.book import Book
 from guest_agents.hotpot.errors import (
     BadArgument,
-    Corrupt,
     DatasetBusy,
     DatasetExists,
     HotpotError,
     NoSpace,
     NoSuchDataset,
+    NotOwner,
     VersionMismatch,
 )
-from guest_agents.hotpot.messages import LEAF, MAX_REPLY, Handler, Links, Message
+from guest_agents.hotpot.lease import Timing
+from guest_agents.hotpot.media import Media
+from guest_agents.hotpot.messages import LEAF, MAX_REPLY, Call, Handler, Links, Message
 from guest_agents.hotpot.records import ALIGN, MAX_NAME, MODES, REGION, REGION_BYTES, SETTINGS, Record
 
-_BOOK = "datasets.json"
+Hold = Callable[[int, Iterable[tuple[int, int, list[int]]]], None]
+
+
+@dataclass
+class Listed:
+    """A dataset in the book."""
+
+    record: Record
+    synced: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+    """By part: nodes that have all that was acknowledged of the pages of which they have copies."""
+    solo: set[int] = field(default_factory=set)
+    """Chunks with pages that may have no copy."""
+
+    def to_json(self) -> Message:
+        """For the book."""
+        return {"record": self.record.to_json(), "solo": sorted(self.solo),
+                "synced": {str(part): sorted(nodes) for part, nodes in self.synced.items()}}  # fmt: skip
+
+    @classmethod
+    def from_json(cls, fields: Message) -> Listed:
+        """Back from `to_json`."""
+        listed = cls(Record.from_json(fields["record"]), solo=set(fields["solo"]))
+        listed.synced |= {int(part): set(nodes) for part, nodes in fields["synced"].items()}
+        return listed
+
+    def doubt(self, part: int) -> None:
+        """Copies are gone: every page of the part may have been left without."""
+        self.solo |= set(range(part, self.record.chunks, len(self.record.homes)))
 
 
 class Dispatcher:
-    """All datasets of the rack; the book of them is a file in `folder`.
+    """All datasets of the rack. Thread-safe.
 
     gather -- called before a dataset is made, with the nodes that have registered: let the others do it too
     """
 
-    def __init__(self, links: Links, folder: Path, gather: Callable[[set[int]], None]) -> None:
+    def __init__(self, links: Links, book: Book, gather: Callable[[set[int]], None], timing: Timing) -> None:
         self._gather = gather
-        self._links = links
-        self._book = folder / _BOOK
-        self._datasets: dict[str, Record] = {}
-        self._nodes: set[int] = set()
-        self._open: dict[int, set[int]] = defaultdict(set)
+        self.links = links
+        self.timing = timing
+        self._book = book
+        self.fresh = book.document is None
+        """There was no book."""
+        self.listed: dict[int, Listed] = {}
+        self._media: dict[int, str] = {}
         self._next = 1
-        self._lock = threading.Lock()
-        self._joining = threading.Lock()
+        self._number = 0
+        self.heard: dict[int, float] = {}
+        """When nodes have last called."""
+        self._registered: set[int] = set()
+        self.lost: set[tuple[int, int]] = set()
+        """Dataset and part: their node has come back without them."""
+        self.moving: set[tuple[int, int]] = set()
+        """Parts that are getting another home just now."""
+        self.life = secrets.token_hex(4)
+        self._open: dict[int, set[int]] = defaultdict(set)
+        self.lock = threading.RLock()
+        self._take(book.document)
+
+    def _take(self, document: Message | None) -> None:
+        if document is not None:
+            self.listed = {one.record.id: one for one in map(Listed.from_json, document["datasets"])}
+            self._media = {int(node): media for node, media in document["nodes"].items()}
+            self._next, self._number = document["next"], document["number"]
+            self.lost = {(number, part) for number, part in document["lost"]}
+            self.heard = dict.fromkeys(self._media, time.monotonic())
+
+    def restore(self) -> None:
+        """If the book was lost, take the latest that another node has a copy of."""
+        if self.fresh:
+            others = sorted(self.links.living() - {self.links.node.node_id})
+            calls: list[Call] = [(node, "mirrored", {}, b"") for node in others]
+            replies = [reply for reply in self.links.call_all(calls, LEAF) if not isinstance(reply, HotpotError)]
+            books = [reply["document"] for reply in replies if reply["document"] is not None]
+            if books:
+                self._take(max(books, key=lambda document: document["number"]))
+                self.save()
 
     def handlers(self) -> dict[str, Handler]:
         """What nodes may ask, on PORT."""
         return {"create": self._create, "delete": self._delete, "list": self._list, "open": self._open_asked,
                 "close": self._close}  # fmt: skip
 
-    def leaf_handlers(self) -> dict[str, Handler]:
-        """What nodes may ask, on LEAF: somebody's `create` may be waiting for it."""
-        return {"register": self._register}
+    def leaf_handlers(self, hold: Hold) -> dict[str, Handler]:
+        """What nodes may ask, on LEAF: somebody's `create` may be waiting for it. `hold` is told what a node that
+        registers says of its MRSW transactions."""
+
+        def register(source: int, header: Message, payload: memoryview) -> Message:
+            reply = self._register(source, header, payload)
+            hold(source, header.get("writing", ()))
+            return reply
+
+        return {"register": register, "beat": self._beat, "find": self._find_asked, "confirm": self._confirm,
+                "synced": self._synced}  # fmt: skip
+
+    # Nodes
 
     def _register(self, source: int, header: Message, _payload: memoryview) -> Message:
-        """A node can own chunks from now on."""
+        """A node can own parts from now on. VersionMismatch."""
         if header["settings"] != SETTINGS:
             raise VersionMismatch(f"node {source} has {header['settings']}, the manager {SETTINGS}")
-        with self._joining:
-            self._nodes.add(source)
-        return {}
+        with self.lock:
+            media = header.get("media", "")
+            changed = self._media.get(source) != media
+            if source in self._media and changed:
+                self._lose(source)
+            self._media[source] = media
+            self._registered.add(source)
+            self.heard[source] = time.monotonic()
+            for dataset in header.get("open", ()):
+                self._open[dataset].add(source)
+            if changed:
+                self.save()
+        return {"life": self.life}
+
+    def _lose(self, node: int) -> None:
+        """A node has come back without what it had."""
+        for listed in self.listed.values():
+            for part, home in enumerate(listed.record.homes):
+                if home == node:
+                    self.lost.add((listed.record.id, part))
+                if node in listed.synced[part]:
+                    listed.synced[part].discard(node)
+                    listed.doubt(part)
+
+    def _beat(self, source: int, header: Message, _payload: memoryview) -> Message:
+        """A node is alive; what it should know of its homes and of its copies."""
+        with self.lock:
+            if source not in self._registered or self._media[source] != header["media"]:
+                return {"unknown": True}
+            self.heard[source] = time.monotonic()
+            mine, trusted = [], []
+            for number, listed in self.listed.items():
+                for part, home in enumerate(listed.record.homes):
+                    if home == source:
+                        mine.append([number, part, listed.record.epoch(part), sorted(listed.synced[part])])
+                    if source in listed.synced[part]:
+                        trusted.append([number, part])
+            return {"life": self.life, "homes": mine, "trusted": trusted}
 
     def nodes(self) -> set[int]:
         """Those that have registered."""
-        with self._joining:
-            return set(self._nodes)
+        with self.lock:
+            return set(self._registered)
+
+    def silent(self, node: int, seconds: float) -> bool:
+        """Whether a node has not called for so long."""
+        return time.monotonic() - self.heard.get(node, 0.0) > seconds
+
+    # Parts
+
+    def _find_asked(self, _source: int, header: Message, _payload: memoryview) -> Message:
+        with self.lock:
+            return {"record": self._by_number(header["dataset"]).record.to_json()}
+
+    def _confirm(self, source: int, header: Message, _payload: memoryview) -> Message:
+        """Whether a node is the home of a part (not when there is no such dataset); and what is known of its copies.
+
+        refused -- a data node obeys a later home: there was one that the book does not know, and this one is later now
+        """
+        number, part = header["dataset"], header["part"]
+        with self.lock:
+            listed = self.listed.get(number)
+            key = (number, part)
+            if listed is None or listed.record.homes[part] != source or key in self.lost:
+                return {"mine": False}
+            if key in self.moving:
+                raise NotOwner(f"part {part} of {listed.record.name} is getting another home")
+            if header.get("refused"):
+                listed.record = listed.record.moved(part, source)
+                self.save()
+            return {"mine": True, "record": listed.record.to_json(), "synced": sorted(listed.synced[part]),
+                    "solo": sorted(listed.solo)}  # fmt: skip
+
+    def _synced(self, source: int, header: Message, _payload: memoryview) -> Message:
+        """A home tells which nodes get its copies, or do not any more. NotOwner."""
+        number, part = header["dataset"], header["part"]
+        with self.lock:
+            listed = self._by_number(number)
+            wrong = listed.record.homes[part] != source or listed.record.epoch(part) != header["epoch"]
+            if wrong or (number, part) in self.moving | self.lost:
+                raise NotOwner(f"node {source} is not the home of part {part} of {listed.record.name}")
+            listed.synced[part] = (listed.synced[part] | set(header["add"])) - set(header["remove"])
+            if "solo_is" in header:
+                listed.solo -= set(range(part, listed.record.chunks, len(listed.record.homes)))
+                listed.solo |= set(header["solo_is"])
+            listed.solo |= set(header["solo"])
+            self.save()
+        return {}
+
+    # Datasets
 
     def _create(self, _source: int, header: Message, _payload: memoryview) -> Message:
         """Make a dataset and its homes. DatasetExists, NoSpace, BadArgument, NodeLost."""
         self._gather(self.nodes())
-        with self._lock:
+        with self.lock:
             record = self._plan(header)
             made: list[int] = []
+            self.listed[record.id] = Listed(record)
+            self._next += 1
             try:
-                for owner in sorted(set(record.owners)):
-                    self._links.call(owner, "home_create", {"record": record.to_json()}, port=LEAF)
+                self.save()
+                for part, owner in enumerate(record.homes):
+                    named = {"record": record.to_json(), "part": part}
+                    self.links.call(owner, "home_create", named, port=LEAF)
                     made.append(owner)
-                self._datasets[record.name] = record
-                self._next += 1
-                self._save()
             except BaseException:
-                self._datasets.pop(record.name, None)
+                del self.listed[record.id]
+                self.save()
                 self._drop(record, "home_drop", made)
                 raise
             return {"record": record.to_json()}
@@ -93,7 +250,7 @@ class Dispatcher:
         name, size, mode, chunk = header["name"], header["size"], header["mode"], header["chunk"]
         if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable() or "/" in name:
             raise BadArgument(f"a name has 1 to {MAX_NAME} printable characters and no slash, not {name!r:.40}")
-        if name in self._datasets:
+        if any(listed.record.name == name for listed in self.listed.values()):
             raise DatasetExists(f"there is already a dataset {name!r}")
         if mode not in MODES:
             raise BadArgument(f"mode {mode!r}; there are {' and '.join(MODES)}")
@@ -105,20 +262,19 @@ class Dispatcher:
         chunks = -(-size // chunk)
         if chunks * 24 > MAX_REPLY:
             raise BadArgument(f"{chunks} chunks of {chunk} bytes", hint="make the chunks larger")
-        living = self._links.living()
+        living = self.links.living()
         able = self.nodes()
         nodes = [node for node in header.get("owners") or sorted(able) if node in living]
         if unknown := set(nodes) - able:
             raise BadArgument(f"no Hotpot on nodes {sorted(unknown)}")
         if not nodes:
             raise NoSpace("no node can own chunks")
-        owners = tuple(nodes[number % len(nodes)] for number in range(chunks))
-        return Record(self._next, name, size, mode, chunk, self._place(size), owners)
+        return Record(self._next, name, size, mode, chunk, self._place(size), tuple(nodes[:chunks]))
 
     def _place(self, size: int) -> int:
         """Where programs map it: the first gap among the others."""
         address = REGION
-        for other in sorted(self._datasets.values(), key=lambda record: record.address):
+        for other in sorted((listed.record for listed in self.listed.values()), key=lambda record: record.address):
             if address + size <= other.address:
                 break
             address = -(-(other.address + other.size) // ALIGN) * ALIGN
@@ -127,69 +283,79 @@ class Dispatcher:
         return address
 
     def _delete(self, _source: int, header: Message, _payload: memoryview) -> Message:
-        """NoSuchDataset, DatasetBusy. What nodes cannot be reached now keep their part; nothing uses it again."""
-        with self._lock:
-            record = self._find(header["name"])
-            if self._open[record.id] & self._links.living():
+        """NoSuchDataset, DatasetBusy. Nodes that cannot be reached now drop their part when they come back."""
+        with self.lock:
+            record = self._find(header["name"]).record
+            if self._open[record.id] & self.links.living():
                 raise DatasetBusy(f"{record.name!r} is open on nodes {sorted(self._open[record.id])}")
-            del self._datasets[record.name]
-            self._save()
-            self._drop(record, "home_drop", sorted(set(record.owners)))
+            del self.listed[record.id]
+            self.save()
+            self._drop(record, "home_drop", sorted(set(record.homes)))
             self._drop(record, "replicas_drop", sorted(self.nodes()))
         return {}
 
     def _drop(self, record: Record, op: str, nodes: list[int]) -> None:
         for node in nodes:
             with suppress(HotpotError):
-                self._links.call(node, op, {"dataset": record.id}, port=LEAF)
+                self.links.call(node, op, {"dataset": record.id}, port=LEAF)
 
     def datasets(self) -> list[dict[str, Any]]:
         """All of them: the fields of their records, owners once each, and the nodes that have them open."""
-        with self._lock:
+        with self.lock:
+            records = [listed.record for listed in self.listed.values()]
             return [{**record.to_json(), "owners": sorted(set(record.owners)), "open": sorted(self._open[record.id])}
-                    for record in self._datasets.values()]  # fmt: skip
+                    for record in records]  # fmt: skip
 
     def _list(self, _source: int, _header: Message, _payload: memoryview) -> Message:
         return {"datasets": self.datasets()}
 
     def _open_asked(self, source: int, header: Message, _payload: memoryview) -> Message:
-        with self._lock:
-            record = self._find(header["name"])
+        with self.lock:
+            record = self._find(header["name"]).record
             self._open[record.id].add(source)
             return {"record": record.to_json()}
 
     def _close(self, source: int, header: Message, _payload: memoryview) -> Message:
-        with self._lock:
+        with self.lock:
             self._open[header["dataset"]].discard(source)
         return {}
 
-    def _find(self, name: str) -> Record:
+    def _find(self, name: str) -> Listed:
+        for listed in self.listed.values():
+            if listed.record.name == name:
+                return listed
+        raise NoSuchDataset(f"there is no dataset {name!r}")
+
+    def _by_number(self, number: int) -> Listed:
         try:
-            return self._datasets[name]
+            return self.listed[number]
         except KeyError:
-            raise NoSuchDataset(f"there is no dataset {name!r}") from None
+            raise NoSuchDataset(f"there is no dataset {number}") from None
 
-    def _save(self) -> None:
-        """The book is replaced as a whole, so that there is always one."""
-        text = json.dumps({"next": self._next, "datasets": [r.to_json() for r in self._datasets.values()]})
-        beside = self._book.with_suffix(".new")
-        with beside.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self._book)
-        folder = os.open(self._book.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    def save(self) -> None:
+        """To media, and to those of all nodes that can be reached. NoSpace."""
+        self._number += 1
+        document = {"number": self._number, "next": self._next, "lost": sorted(self.lost),
+                    "nodes": {str(node): media for node, media in self._media.items()},
+                    "datasets": [listed.to_json() for listed in self.listed.values()]}  # fmt: skip
+        self._book.save(document)
+        others = self._registered - {self.links.node.node_id}
+        near = [node for node in sorted(others) if not self.silent(node, self.timing.lease)]
+        self.links.call_all([(node, "mirror", {"document": document}, b"") for node in near], LEAF)
 
 
-def datasets_in(folder: Path) -> list[Record]:
-    """What the book of an earlier dispatcher has. Corrupt."""
-    try:
-        return [Record.from_json(fields) for fields in json.loads((folder / _BOOK).read_text())["datasets"]]
-    except FileNotFoundError:
-        return []
-    except (ValueError, KeyError, TypeError):
-        raise Corrupt(f"{folder / _BOOK} is not a book of datasets") from None
+def mirror(media: Media) -> dict[str, Handler]:
+    """What a node does to keep the dispatcher's book, should the manager lose its own; on LEAF."""
+    book = Book(media)
+    lock = threading.Lock()
+
+    def take(_source: int, header: Message, _payload: memoryview) -> Message:
+        with lock:
+            book.save(header["document"])
+        return {}
+
+    def give(_source: int, _header: Message, _payload: memoryview) -> Message:
+        with lock:
+            return {"document": book.document}
+
+    return {"mirror": take, "mirrored": give}

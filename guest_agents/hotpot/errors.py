@@ -109,7 +109,7 @@ class InDoubt(HotpotError):
     """A node was lost while a commit was under way: it was decided, but not everybody has confirmed it."""
 
     meaning = "a node was lost during the commit: part of it may not be there yet"
-    default_hint = "recovery would settle it, and is not built yet; read the ranges again"
+    default_hint = "it will be there as a whole or not at all; read the ranges again"
 
 
 class NodeLost(HotpotError):
@@ -132,10 +132,30 @@ class Corrupt(HotpotError):
 
 
 class OldMedia(HotpotError):
-    """The node's media hold datasets of an earlier life, and recovery is not built yet."""
+    """The node's media are not what a service of this version leaves there."""
 
-    meaning = "the media hold datasets of an earlier life, which cannot be recovered yet"
+    meaning = "there are files that are not of this service"
     default_hint = "they were left as they are; give the service an empty folder"
+
+
+class Isolated(HotpotError):
+    """This node, or the owner of a page, has lost touch with the dispatcher: the others may go on without it."""
+
+    meaning = "the node has lost touch with the dispatcher, and commits nothing until it is back"
+    default_hint = "nothing was committed; try again when the network is whole"
+
+
+class NotOwner(HotpotError):
+    """Another node has become the home of these pages."""
+
+    meaning = "another node has become the home of these pages"
+
+
+class PagesLost(HotpotError):
+    """A node was lost with its media, and there was no other copy of these pages."""
+
+    meaning = "there is no copy left of a page"
+    default_hint = "it was committed with one copy only (replicas=1), or more nodes were lost than it had copies"
 
 
 class NotJoined(HotpotError):

@@ -1,7 +1,8 @@
 """Hotpot in the agent of a blade: the service starts when it is first needed, there or on another blade.
 
 Most racks never use it, and it costs connections of LITE to all blades. The first program that connects on a blade
-starts the service there and on the manager; the first dataset that is made starts it on all.
+starts the service there and on the manager; the first dataset that is made starts it on all. Where an earlier life of
+the agent has left something, it starts by itself: others may wait for what is there.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from guest_agents import lite
 from guest_agents.control import ControlError, Handler, Message
 from guest_agents.hotpot.errors import HotpotError, NotJoined
 from guest_agents.hotpot.programs import Programs
-from guest_agents.hotpot.service import Service
+from guest_agents.hotpot.service import BOOK, Service
 from guest_agents.lite.tier import Tier
 from guest_agents.membership import Life
 
 FOLDER = Path("/var/lib/rackless/hotpot")
 SOCKET = Path("/run/rackless/hotpot.sock")
 _START_SECONDS = 120.0
+_AGAIN_SECONDS = 1.0
 
 log = logging.getLogger("rackless.hotpot")
 
@@ -38,6 +40,7 @@ class Gate:
         self._folder = folder
         self._service: Service | None = None
         self._starting = threading.Lock()
+        self._closed = threading.Event()
         self._programs = Programs(self.service, socket)
 
     def handlers(self) -> dict[str, Handler]:
@@ -45,11 +48,26 @@ class Gate:
         return {"hotpot.start": self._start, "hotpot.stat": self._stat}
 
     def start(self) -> None:
-        """Let programs connect."""
+        """Let programs connect; take over what an earlier life has left."""
         self._programs.start()
+        if (self._folder / BOOK).exists():
+            threading.Thread(target=self._come_back, name="hotpot recovery", daemon=True).start()
+
+    def _come_back(self) -> None:
+        while not self._closed.wait(_AGAIN_SECONDS):
+            try:
+                self.service()
+            except (HotpotError, lite.LiteError) as failure:
+                log.info("Hotpot does not start yet: %s", failure)
+            except Exception:
+                log.exception("Hotpot does not start, and what it had here is not in reach")
+                return
+            else:
+                return
 
     def close(self) -> None:
         """End it."""
+        self._closed.set()
         self._programs.close()
         if self._service is not None:
             self._service.close()

@@ -1,4 +1,4 @@
-"""The owner of chunks (the paper's ON): keeps the home of each page, orders its commits, and has copies made.
+"""The owner of pages (the paper's ON): keeps their homes, orders their commits, and has copies made.
 
 A home page lies twice: in registered memory (an LMR of LITE), which others read by RDMA, and on media. A commit writes
 a redo record first, then the copies at data nodes, then the home, then tells nodes that have the page cached.
@@ -9,144 +9,70 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 from guest_agents import lite
-from guest_agents.hotpot import blocks
-from guest_agents.hotpot.blocks import PAGE, STRIDE, Copy
+from guest_agents.hotpot.blocks import Copy
+from guest_agents.hotpot.changes import Change, decode, encode
 from guest_agents.hotpot.errors import (
     BadArgument,
-    Corrupt,
     HotpotError,
     InDoubt,
-    NoSpace,
-    NoSuchDataset,
     NoSuchTransaction,
+    NotOwner,
     Retry,
-    TooFewNodes,
 )
+from guest_agents.hotpot.home import Entry, Home, Key, Origin, open_home
+from guest_agents.hotpot.lease import Lease
 from guest_agents.hotpot.log import Log, State
-from guest_agents.hotpot.media import Media
-from guest_agents.hotpot.messages import LEAF, Handler, Links, Message, pack
-from guest_agents.hotpot.records import Piece, Record, patched
+from guest_agents.hotpot.media import Folder
+from guest_agents.hotpot.messages import Handler, Message, pack, unpack
+from guest_agents.hotpot.records import Record
+from guest_agents.hotpot.replicas import Replicas
 
 log = logging.getLogger("rackless.hotpot")
-_BATCH = 128
-"""Pages in one message or one scattered write."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """What a transaction wants of one page."""
-
-    page: int
-    expected: int
-    """Version that must be the present one; -1: any."""
-    pieces: Sequence[tuple[Piece, bytes | memoryview]]
-    """Empty: the page was only read."""
-
-
-def encode(changes: Iterable[Change]) -> tuple[list[Any], bytes]:
-    """For a message: what goes in its header, and its bytes."""
-    listed = list(changes)
-    header = [[c.page, c.expected, [list(piece) for piece, _ in c.pieces]] for c in listed]
-    return header, b"".join(data for c in listed for _, data in c.pieces)
-
-
-def decode(header: list[Any], payload: memoryview) -> list[Change]:
-    """Back from `encode`. BadArgument."""
-    changes, at = [], 0
-    for page, expected, pieces in header:
-        taken = []
-        for offset, length in pieces:
-            if not 0 <= offset <= offset + length <= PAGE:
-                raise BadArgument(f"{length} bytes at {offset} of a page")
-            taken.append((Piece(offset, length), payload[at : at + length]))
-            at += length
-        changes.append(Change(page, expected, taken))
-    if at != len(payload):
-        raise BadArgument("the bytes do not fit the ranges")
-    return changes
-
-
-@dataclass
-class Home:
-    """The chunks of a dataset that this node owns."""
-
-    record: Record
-    media: Media
-    memory: lite.Lmr
-    locks: dict[int, int] = field(default_factory=dict)
-    """Pages that a transaction has locked."""
-    copies: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
-    """Nodes that keep a page's copy on their media, and get all of its versions."""
-    caching: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
-    """By chunk: nodes that may have pages of it in their caches."""
-
-    def read(self, page: int) -> Copy:
-        """A page as media have it. Corrupt."""
-        block = self.media.read(self.record.slot(page) * STRIDE, STRIDE)
-        try:
-            return blocks.unseal(block)
-        except Corrupt:
-            raise Corrupt(f"page {page} of {self.record.name} does not have its checksum on {self.media.path.name}",
-                          hint="other nodes may have copies; it was not used") from None  # fmt: skip
-
-    def version(self, page: int) -> int:
-        """Present version of a page."""
-        return blocks.version_of(self.media.read(self.record.slot(page) * STRIDE + PAGE, STRIDE - PAGE))
-
-    def write(self, pages: dict[int, Copy]) -> None:
-        """Make these the present versions, on media and for readers."""
-        sealed = [(self.record.slot(page) * STRIDE, blocks.seal(copy)) for page, copy in pages.items()]
-        for place, block in sealed:
-            self.media.write(place, block)
-        self.media.persist_all((place, STRIDE) for place, _ in sealed)
-        for start in range(0, len(sealed), _BATCH):
-            self.memory.scatter(sealed[start : start + _BATCH])
-
-
-@dataclass
-class _Prepared:
-    home: Home
-    changes: list[Change]
-    place: int
-    replicas: int
-    writer: int
-    busy: bool = False
+_REFUSED = 10_000
+"""Transactions that were given up, of which messages may still come."""
+EntryKey = tuple[int, int, int]
+"""Transaction, dataset, part."""
 
 
 class Owner:
-    """All homes of this node."""
+    """All homes of this node. Thread-safe."""
 
-    def __init__(self, links: Links, folder: Path, log: Log) -> None:
-        self._links = links
+    def __init__(self, lease: Lease, folder: Folder, log: Log) -> None:
+        self.lease = lease
+        self._links = lease.links
         self._folder = folder
-        self._log = log
-        self._homes: dict[int, Home] = {}
-        self._prepared: dict[int, _Prepared] = {}
+        self.log = log
+        self._homes: dict[Key, Home] = {}
+        self._entries: dict[EntryKey, Entry] = {}
+        self._refused: dict[EntryKey, None] = {}
         self._lock = threading.Lock()
         self.counts: dict[str, int] = defaultdict(int)
+        self.replicas = Replicas(lease, self.counts)
 
     def handlers(self) -> dict[str, Handler]:
         """What others may ask, on PORT."""
-        return {"prepare": self._prepare_asked, "commit": self._commit_asked, "release": self._release_asked,
-                "commit_now": self._commit_now_asked}  # fmt: skip
+        return {"prepare": self._prepare, "commit": self._commit, "release": self._release,
+                "commit_now": self._commit_now, "rejoin": self._rejoin}  # fmt: skip
 
     def leaf_handlers(self) -> dict[str, Handler]:
         """What others may ask, on LEAF."""
-        return {"home_create": self._create, "home_drop": self._drop, "caching": self._caching}
+        return {"caching": self._caching, "owner_claims": self._claims}
 
-    def home(self, dataset: int) -> Home:
-        """This node's part of a dataset. NoSuchDataset."""
+    # Homes
+
+    def home(self, dataset: int, part: int) -> Home:
+        """A part of a dataset. NotOwner."""
         with self._lock:
-            found = self._homes.get(dataset)
+            found = self._homes.get((dataset, part))
         if found is None:
-            raise NoSuchDataset(f"this node owns nothing of dataset {dataset}")
+            raise NotOwner(f"node {self._links.node.node_id} is not the home of part {part} of dataset {dataset}")
         return found
 
     def homes(self) -> list[Home]:
@@ -154,220 +80,382 @@ class Owner:
         with self._lock:
             return list(self._homes.values())
 
+    def open(self, record: Record, part: int, *, new: bool = False) -> Home:
+        """Make a home, or (unless it shall be `new`) take over the one that is on media. NoSpace."""
+        if new:
+            self._folder.remove(f"home-{record.id}-{part}")
+        home = open_home(self._links.node, self._folder, record, part)
+        with self._lock:
+            self._homes[home.key] = home
+        return home
+
+    def drop(self, home: Home) -> None:
+        """It is not this node's any more: forget it, and all that was going on in it."""
+        with self._lock:
+            self._homes.pop(home.key, None)
+            gone = [key for key, entry in self._entries.items() if entry.home is home]
+            entries = [self._entries.pop(key) for key in gone]
+        home.ready = False
+        for entry in entries:
+            self.log.drop(entry.place)
+        with suppress(lite.LiteError):
+            home.memory.free()
+        home.media.remove()
+
+    # What has been logged and not ended
+
+    def entries(self) -> list[Entry]:
+        """All of them."""
+        with self._lock:
+            return list(self._entries.values())
+
+    def entry(self, xid: int, home: Home) -> Entry | None:
+        """One of them."""
+        with self._lock:
+            return self._entries.get((xid, *home.key))
+
+    def refuse(self, xid: int, home: Home) -> bool:
+        """Promise that a transaction which is not known here will never be; False: it is known now."""
+        with self._lock:
+            if (xid, *home.key) in self._entries:
+                return False
+            self._refused[xid, *home.key] = None
+            while len(self._refused) > _REFUSED:
+                del self._refused[next(iter(self._refused))]
+            return True
+
+    def reload(self, home: Home, place: int, xid: int, state: State, body: bytes) -> None:
+        """An entry of an earlier life: its pages are locked again."""
+        header, payload = unpack(body)
+        size = header["size"]
+        changes = decode(header["pages"], payload[:size])
+        old = decode(header["old"], payload[size:])
+        entry = Entry(home, xid, state, changes, old, place, header["replicas"], header["degree"],
+                      Origin(*header["origin"]), _everywhere(header), time.monotonic())  # fmt: skip
+        if state != State.ENDED:
+            home.locks |= dict.fromkeys(entry.pages, xid)
+        with self._lock:
+            self._entries[xid, *home.key] = entry
+
+    def _claims(self, _source: int, header: Message, _payload: memoryview) -> Message:
+        """Commits of which other parts are here, and of which it is not known here whether they have come to a part."""
+        return {"claims": [
+            {"xid": entry.xid, "origin": list(entry.origin), "parts": entry.parts,
+             "pages": entry.everywhere[header["part"]]}
+            for entry in self.entries()
+            if entry.home.record.id == header["dataset"] and entry.home.part != header["part"]
+            and header["part"] in entry.everywhere and entry.state != State.ENDED
+        ]}  # fmt: skip
+
     # Phase 1
 
-    def prepare(self, dataset: int, xid: int, changes: list[Change], replicas: int, writer: int) -> None:
+    def _prepare(self, _source: int, header: Message, payload: memoryview) -> Message:
         """Lock the pages and log what is to become of them. Retry, TooFewNodes, TooLarge, Corrupt: as if not asked."""
-        home = self.home(dataset)
-        place = self._begin(home, xid, changes, replicas, State.PREPARED)
-        with self._lock:
-            self._prepared[xid] = _Prepared(home, changes, place, replicas, writer)
+        self._begin(header, payload, State.PREPARED)
+        return {}
 
     # Phase 2
 
-    def commit(self, xid: int) -> Message:
+    def _commit(self, _source: int, header: Message, _payload: memoryview) -> Message:
         """It is decided. Returns when the pages have their copies and are what others read: their versions, copies."""
-        with self._lock:
-            prepared = self._prepared.get(xid)
-            if prepared is None or prepared.busy:
-                raise NoSuchTransaction(f"transaction {xid:x} is not prepared here")
-            prepared.busy = True
-        self._log.set_state(prepared.place, State.COMMITTED)
-        return self._carry_out(prepared.home, prepared.changes, prepared.replicas, prepared.writer)
+        entry = self._known(header)
+        if entry.frozen and entry.state == State.PREPARED:
+            raise Retry("the owners settle it themselves")
+        return self.decide(entry, 0 if header.get("late") else entry.origin.node)
+
+    def decide(self, entry: Entry, writer: int = 0) -> Message:
+        """Commit what is prepared; `writer` knows what he has written. Retry, InDoubt, Isolated: it will be done."""
+        with _Busy(entry):
+            if entry.state == State.ENDED:
+                return {"versions": [[change.page, change.expected + 1] for change in entry.changes if change.pieces],
+                        "copies": entry.replicas}  # fmt: skip
+            if entry.state == State.PREPARED:
+                self.set_state(entry, State.COMMITTED)
+            return self._carry_out(entry, writer)
 
     # Phase 3
 
-    def release(self, xid: int) -> None:
-        """Drop the record and unlock; before the commit this is the abort. Those not known are released already."""
+    def _release(self, _source: int, header: Message, _payload: memoryview) -> Message:
+        """Drop the record and unlock. Before the commit this is the abort; with `abort` also after a part of it (MRSW).
+        Those not known are released already."""
         with self._lock:
-            prepared = self._prepared.pop(xid, None)
-        if prepared is not None:
-            self._end(prepared.home, xid, prepared.changes, prepared.place)
+            home = self._homes.get((header["dataset"], header["part"]))
+        if home is None:
+            return {}
+        if header.get("abort"):
+            self.refuse(header["xid"], home)
+        entry = self.entry(header["xid"], home)
+        if entry is not None:
+            if entry.frozen:
+                raise Retry("the owners settle it themselves")
+            self.end(entry, abort=bool(header.get("abort")))
+        return {}
+
+    def end(self, entry: Entry, *, abort: bool, keep: bool = False) -> None:
+        """What is left of an entry when it is known whether it is committed. Retry: it has not been carried out.
+
+        keep -- other owners may still ask
+        """
+        with _Busy(entry):
+            if entry.state == State.PREPARED:
+                self._finish(entry)
+            elif entry.state == State.ENDED:
+                return
+            elif abort and entry.state in (State.DONE, State.UNDO):
+                self._carry_out(entry)
+                if entry.state == State.DONE:
+                    self.set_state(entry, State.UNDO)
+                self._redo(entry, 0, entry.old, 0)
+                self._finish(entry)
+            elif entry.outcome is None:
+                raise Retry("it has not been carried out yet")
+            elif entry.state == State.DONE or keep:
+                self.set_state(entry, State.ENDED)
+                self._unlock(entry.home, entry)
+            else:
+                self._finish(entry)
 
     # All at once: there is no other owner whose vote counts, or the pages are the writer's alone (MRSW)
 
-    def commit_now(self, dataset: int, xid: int, changes: list[Change], replicas: int, writer: int) -> Message:
+    def _commit_now(self, source: int, header: Message, payload: memoryview) -> Message:
         """Log, copy, write home, unlock. What `prepare` raises; InDoubt: locks and log stay."""
-        home = self.home(dataset)
-        place = self._begin(home, xid, changes, replicas, State.COMMITTED)
-        outcome = self._carry_out(home, changes, replicas, writer)
-        self._end(home, xid, changes, place)
+        home, xid = self.home(header["dataset"], header["part"]), header["xid"]
+        alone = len(header["parts"]) == 1 or header.get("moved", False)
+        entry = self.entry(xid, home)
+        if entry is None:
+            if header.get("again") or not alone:
+                changes = decode(header["pages"], payload)
+                done = self._done_already(home, xid, changes)
+                if done is not None:
+                    return done
+                if header.get("again") and not header.get("moved"):
+                    self._must_be_untouched(home, xid, changes)
+            entry = self._begin(header, payload, State.NOW if alone else State.DONE)
+            with _Busy(entry, mine=True):
+                return self._all_at_once(entry, source if not header.get("again") else 0)
+        if entry.state == State.PREPARED:
+            raise BadArgument(f"transaction {xid:x} was prepared")
+        with _Busy(entry):
+            return self._all_at_once(entry, 0)
+
+    def _all_at_once(self, entry: Entry, writer: int) -> Message:
+        outcome = self._carry_out(entry, writer)
+        if entry.state == State.NOW:
+            self._finish(entry)
         return outcome
+
+    def _done_already(self, home: Home, xid: int, changes: list[Change]) -> Message | None:
+        """The outcome of a commit that was carried out, if that can still be seen; it is seen as long as nobody else
+        has written all of its pages."""
+        copies = {change.page: home.read(change.page) for change in changes if change.pieces}
+        if xid not in home.xids and not any(copy.xid == xid for copy in copies.values()):
+            return None
+        least = min(len(home.copies[page]) + 1 for page in copies)
+        return {"versions": [[page, copy.version] for page, copy in copies.items()], "copies": least}
+
+    def _must_be_untouched(self, home: Home, xid: int, changes: list[Change]) -> None:
+        """NoSuchTransaction: others have changed the pages since it was sent for the first time, or it cannot be said;
+        it may have been carried out before them, or given up."""
+        if any(change.expected != home.version(change.page) for change in changes):
+            raise NoSuchTransaction(f"it is not known what became of transaction {xid:x}")
+
+    def finish_now(self, entry: Entry) -> None:
+        """Carry out what was interrupted, and end it if nobody else has a say."""
+        with _Busy(entry):
+            if entry.state == State.UNDO:
+                self._redo(entry, 0, entry.old, 0)
+                self._finish(entry)
+                return
+            self._carry_out(entry)
+            if entry.state == State.NOW:
+                self._finish(entry)
 
     # Inside
 
-    def _begin(self, home: Home, xid: int, changes: list[Change], replicas: int, state: State) -> int:
-        me, record = self._links.node.node_id, home.record
-        pages = [change.page for change in changes]
+    def _known(self, header: Message) -> Entry:
+        entry = self.entry(header["xid"], self.home(header["dataset"], header["part"]))
+        if entry is None:
+            raise NoSuchTransaction(f"transaction {header['xid']:x} is not prepared here")
+        return entry
+
+    def set_state(self, entry: Entry, state: State) -> None:
+        """On media, too."""
+        self.log.set_state(entry.place, state)
+        entry.state = state
+
+    def _begin(self, header: Message, payload: memoryview, state: State) -> Entry:
+        home, xid, replicas = self.home(header["dataset"], header["part"]), header["xid"], header["replicas"]
+        changes = decode(header["pages"], payload)
         for change in changes:
-            if not 0 <= change.page < record.pages or record.owner(change.page) != me:
-                raise BadArgument(f"page {change.page} of {record.name} is not this node's")
-        with self._lock:
-            if any(home.locks.get(change.page, xid) != xid for change in changes):
-                self.counts["owner_conflicts"] += 1
-                raise Retry("a page is in another commit")
-            home.locks |= {change.page: xid for change in changes}
+            if not 0 <= change.page < home.record.pages or home.record.part(change.page) != home.part:
+                raise BadArgument(f"page {change.page} of {home.record.name} is not of part {home.part}")
+        if not home.ready:
+            raise Retry(f"the home of pages of {home.record.name} is being recovered")
+        self.lease.check()
+        self._lock_pages(home, xid, [change.page for change in changes])
         try:
-            based = []
+            based, old, degree = [], [], replicas
             for change in changes:
-                based.append(replace(change, expected=home.version(change.page)))
-                if change.expected not in (-1, based[-1].expected):
+                version = home.version(change.page)
+                if change.expected not in (-1, version):
                     self.counts["owner_conflicts"] += 1
                     raise Retry("somebody committed a page since it was acquired")
+                based.append(replace(change, expected=version))
                 if change.pieces:
-                    home.read(change.page)  # whether it can be: later would be too late to refuse
-            if _short(home, pages, replicas) and len(self._links.living()) < replicas:
-                raise TooFewNodes(f"{replicas} copies asked for")
-            header, payload = encode(based)
-            return self._log.append(xid, state, pack({"dataset": record.id, "pages": header}, payload))
+                    copy = home.read(change.page)  # whether it can be: later would be too late to refuse
+                    degree = max(degree, copy.degree)
+                    if state == State.DONE:
+                        pieces = [(piece, copy.data[piece.offset : piece.offset + piece.length])
+                                  for piece, _ in change.pieces]  # fmt: skip
+                        old.append(Change(change.page, version + 1, pieces))
+            self.replicas.plan(home, [change.page for change in changes if change.pieces], replicas)
+            return self._logged(home, {**header, "degree": degree}, state, based, old)
         except BaseException:
-            self._unlock(home, changes)
+            self._let_go(home, xid, [change.page for change in changes])
             raise
 
-    def _carry_out(self, home: Home, changes: list[Change], replicas: int, writer: int) -> Message:
-        """What is logged as committed. InDoubt: part of it may be done."""
-        try:
-            return self._redo(home, changes, replicas, writer)
-        except Exception as failure:
-            log.exception("a commit to %s", home.record.name)
-            raise InDoubt(f"the owner of pages of {home.record.name} failed: {failure}") from failure
+    def _logged(self, home: Home, header: Message, state: State, based: list[Change], old: list[Change]) -> Entry:
+        xid = header["xid"]
+        pages, payload = encode(based)
+        before, more = encode(old)
+        kept = {name: header[name] for name in ("replicas", "degree", "origin", "everywhere")}
+        body = {**kept, "dataset": home.record.id, "part": home.part, "pages": pages, "old": before,
+                "size": len(payload)}  # fmt: skip
+        place = self.log.append(xid, state, pack(body, payload + more))
+        entry = Entry(home, xid, state, based, old, place, header["replicas"], header["degree"],
+                      Origin(*header["origin"]), _everywhere(header), time.monotonic())  # fmt: skip
+        if state != State.PREPARED:
+            entry.busy.acquire()  # for who has begun it, before anybody else sees it
+        with self._lock:
+            if (xid, *home.key) not in self._refused:
+                self._entries[xid, *home.key] = entry
+                return entry
+        self.log.drop(place)
+        raise NoSuchTransaction(f"transaction {xid:x} was given up")
 
-    def _redo(self, home: Home, changes: list[Change], replicas: int, writer: int) -> Message:
-        fresh: dict[int, Copy] = {}
-        for change in changes:
-            if change.pieces:
-                old = home.read(change.page)
-                fresh[change.page] = Copy(old.version + 1, patched(old.data, change.pieces))
-        copies = self._replicate(home, fresh, replicas)
+    def _carry_out(self, entry: Entry, writer: int = 0) -> Message:
+        """What is logged as committed. InDoubt, Isolated: part of it may be done; it will be tried again."""
+        if entry.outcome is None:
+            try:
+                entry.outcome = self._redo(entry, entry.xid, entry.changes, writer)
+            except HotpotError as failure:
+                raise InDoubt(f"the owner of pages of {entry.home.record.name} waits: {failure.message}") from failure
+            except Exception as failure:
+                log.exception("a commit to %s", entry.home.record.name)
+                raise InDoubt(f"the owner of pages of {entry.home.record.name} failed: {failure}") from failure
+        return entry.outcome
+
+    def _redo(self, entry: Entry, xid: int, changes: Sequence[Change], writer: int) -> Message:
+        home, replicas, degree = entry.home, entry.replicas, entry.degree
+        written = [change for change in changes if change.pieces]
+        fresh: dict[int, Copy] = {change.page: home.after(change, xid, degree) for change in written}
+        copies = self.replicas.replicate(home, xid, written, fresh, replicas, degree) if fresh else replicas
+        self.lease.check()
         home.write(fresh)
-        self._tell(home, fresh, writer)
+        self.replicas.tell(home, fresh, writer)
         self.counts["owner_commits"] += 1
         return {"versions": [[page, copy.version] for page, copy in fresh.items()], "copies": copies}
 
-    def _end(self, home: Home, xid: int, changes: list[Change], place: int) -> None:
-        self._log.drop(place)
-        self._unlock(home, changes)
-
-    def _unlock(self, home: Home, changes: list[Change]) -> None:
+    def _finish(self, entry: Entry) -> None:
+        """It is over: nothing of it is kept."""
+        entry.over = True
         with self._lock:
-            for change in changes:
-                home.locks.pop(change.page, None)
+            self._entries.pop((entry.xid, *entry.home.key), None)
+            entry.home.claims.pop(entry.xid, None)
+        self.log.drop(entry.place)
+        self._unlock(entry.home, entry)
 
-    def _replicate(self, home: Home, fresh: dict[int, Copy], replicas: int) -> int:
-        """Copies on other nodes' media: where there are some already, and on more until there are enough. How many
-        copies the page with the fewest has then, the home included."""
-        wanted = {page: set(home.copies[page]) for page in fresh}
-        lost: set[int] = set()
-        while True:
-            if _short(home, fresh, replicas):
-                others = self._links.living() - {self._links.node.node_id} - lost
-                wanted = {page: nodes | self._more(home, page, replicas, others) for page, nodes in wanted.items()}
-            by_node: dict[int, dict[int, Copy]] = defaultdict(dict)
-            for page, nodes in wanted.items():
-                for node in nodes:
-                    by_node[node][page] = fresh[page]
-            lost_now = self._send(home, "replica", by_node)
-            for page, nodes in wanted.items():
-                home.copies[page] = (home.copies[page] | nodes) - lost_now
-            self.counts["copies_sent"] += sum(len(pages) for node, pages in by_node.items() if node not in lost_now)
-            if not lost_now:
-                return min((len(home.copies[page]) + 1 for page in fresh), default=replicas)
-            lost |= lost_now
-            wanted = {page: set() for page in fresh}
+    def forget(self, entry: Entry) -> None:
+        """Nobody will ask any more whether it was committed."""
+        with _Busy(entry):
+            self._finish(entry)
 
-    def _more(self, home: Home, page: int, replicas: int, others: set[int]) -> set[int]:
-        """Nodes for copies of a page that are still missing: those that cache its chunk first, then the next ones."""
-        have, me = home.copies[page], self._links.node.node_id
-        missing = max(0, replicas - 1 - len(have))
-        caching = home.caching.get(page // home.record.chunk_pages, set())
-        return set(sorted(others - have, key=lambda node: (node not in caching, node < me, node))[:missing])
-
-    def _tell(self, home: Home, fresh: dict[int, Copy], writer: int) -> None:
-        """Nodes that may have cached a page, and do not keep a copy, get its new version; the writer has it."""
-        by_node: dict[int, dict[int, Copy]] = defaultdict(dict)
-        for page, copy in fresh.items():
-            with self._lock:
-                nodes = home.caching.get(page // home.record.chunk_pages, set()) - home.copies[page] - {writer}
-            for node in nodes:
-                by_node[node][page] = copy
-        lost = self._send(home, "update", by_node)
+    def _lock_pages(self, home: Home, xid: int, pages: Sequence[int]) -> None:
         with self._lock:
-            for nodes in home.caching.values():
-                nodes -= lost
+            if any(home.locks.get(page, xid) != xid for page in pages):
+                self.counts["owner_conflicts"] += 1
+                raise Retry("a page is in another commit")
+            home.locks |= dict.fromkeys(pages, xid)
 
-    def _send(self, home: Home, op: str, by_node: dict[int, dict[int, Copy]]) -> set[int]:
-        """The nodes that did not take what was sent to them."""
-        calls = []
-        for node, pages in by_node.items():
-            listed = list(pages.items())
-            for start in range(0, len(listed), _BATCH):
-                part = listed[start : start + _BATCH]
-                header = {
-                    "dataset": home.record.id,
-                    "total": home.record.pages,
-                    "pages": [[page, copy.version] for page, copy in part],
-                }
-                calls.append((node, op, header, b"".join(copy.data for _, copy in part)))
-        replies = self._links.call_all(calls, LEAF)
-        return {call[0] for call, reply in zip(calls, replies, strict=True) if isinstance(reply, HotpotError)}
-
-    # What others ask
-
-    def _prepare_asked(self, source: int, header: Message, payload: memoryview) -> Message:
-        changes = decode(header["pages"], payload)
-        self.prepare(header["dataset"], header["xid"], changes, header["replicas"], source)
-        return {}
-
-    def _commit_asked(self, _source: int, header: Message, _payload: memoryview) -> Message:
-        return self.commit(header["xid"])
-
-    def _release_asked(self, _source: int, header: Message, _payload: memoryview) -> Message:
-        self.release(header["xid"])
-        return {}
-
-    def _commit_now_asked(self, source: int, header: Message, payload: memoryview) -> Message:
-        changes = decode(header["pages"], payload)
-        return self.commit_now(header["dataset"], header["xid"], changes, header["replicas"], source)
-
-    def _create(self, _source: int, header: Message, _payload: memoryview) -> Message:
-        record = Record.from_json(header["record"])
-        size = record.slots(self._links.node.node_id) * STRIDE
-        media = Media(self._folder / f"home-{record.id}", size)
-        try:
-            memory = self._links.node.malloc(size, name=memory_name(record, self._links.node.node_id),
-                                             permissions=lite.Permission.READ | lite.Permission.SHARE)  # fmt: skip
-        except lite.LiteError as failure:
-            media.remove()
-            raise NoSpace(f"{size} bytes on {self._links.node.name}: {failure}") from None
+    def _let_go(self, home: Home, xid: int, pages: Sequence[int]) -> None:
         with self._lock:
-            self._homes[record.id] = Home(record, media, memory)
-        return {}
+            for page in pages:
+                if home.locks.get(page) == xid:
+                    del home.locks[page]
 
-    def _drop(self, _source: int, header: Message, _payload: memoryview) -> Message:
+    def _unlock(self, home: Home, entry: Entry) -> None:
+        self._let_go(home, entry.xid, list(entry.pages))
+
+    def disclaim(self, home: Home, xid: int) -> None:
+        """A commit that was to come when this became the home does not come."""
         with self._lock:
-            home = self._homes.pop(header["dataset"], None)
-        if home is not None:
-            home.memory.free()
-            home.media.remove()
-        return {}
+            home.claims.pop(xid, None)
+            for page in [page for page, holder in home.locks.items() if holder == xid]:
+                if (xid, *home.key) not in self._entries:
+                    del home.locks[page]
+
+    def held_still(self, home: Home, pages: Sequence[int], xid: int) -> list[int]:
+        """Lock those of these pages that nobody else has locked; which."""
+        with self._lock:
+            free = [page for page in pages if page not in home.locks]
+            home.locks |= dict.fromkeys(free, xid)
+            return free
+
+    def let_go(self, home: Home, pages: Sequence[int], xid: int) -> None:
+        """Unlock them again."""
+        self._let_go(home, xid, pages)
+
+    def _rejoin(self, source: int, header: Message, _payload: memoryview) -> Message:
+        """A data node asks what of its copies is still good. Retry."""
+        home = self.home(header["dataset"], header["part"])
+        if not home.ready:
+            raise Retry("the home is being recovered")
+        pages = dict(header["pages"])
+        with self._lock:
+            if any(page in home.locks for page in pages):
+                return {"again": True}
+            stale = [page for page, version in pages.items() if home.version(page) != version]
+            if stale:
+                return {"stale": stale}
+            for page in pages:
+                home.copies[page].add(source)
+        self.replicas.register(home, {source}, pages, cleared=True)
+        return {"stale": []}
 
     def _caching(self, source: int, header: Message, _payload: memoryview) -> Message:
         """A node is about to cache pages of a chunk, or has closed the dataset (no chunk)."""
-        home = self.home(header["dataset"])
+        home = self.home(header["dataset"], header["part"])
+        if not home.ready:
+            raise Retry("the home is being recovered")
         with self._lock:
             if header.get("chunk") is not None:
                 home.caching[header["chunk"]].add(source)
             else:
                 for nodes in home.caching.values():
                     nodes.discard(source)
-        return {}
+        return {"memory": home.name, "epoch": home.record.epoch(home.part)}
 
 
-def _short(home: Home, pages: Iterable[int], replicas: int) -> bool:
-    """Whether a page has fewer copies than it shall have."""
-    return any(len(home.copies[page]) + 1 < replicas for page in pages)
+def _everywhere(header: Message) -> dict[int, list[int]]:
+    return dict(header["everywhere"])
 
 
-def memory_name(record: Record, node: int) -> str:
-    """Under which others map the memory where an owner's pages are."""
-    return f"hotpot.{record.id}.{node}"
+class _Busy:
+    """One thread at a time works on an entry; others are told to come again.
+
+    mine -- this thread is that one since it has begun the entry
+    """
+
+    def __init__(self, entry: Entry, *, mine: bool = False) -> None:
+        self._entry = entry
+        self._mine = mine
+
+    def __enter__(self) -> None:
+        if not self._mine and not self._entry.busy.acquire(blocking=False):
+            raise Retry("it is being carried out")
+        if self._entry.over:
+            self._entry.busy.release()
+            raise Retry("it has just ended")
+
+    def __exit__(self, *_: object) -> None:
+        self._entry.busy.release()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 from guest_agents.hotpot.blocks import PAGE, STRIDE
@@ -17,7 +17,7 @@ REGION_BYTES = 1 << 40
 ALIGN = 1 << 30
 CHUNK = 4 << 20
 """Default size of a chunk (the paper's data region)."""
-SETTINGS = {"protocol": 1, "page": PAGE, "stride": STRIDE}
+SETTINGS = {"protocol": 2, "page": PAGE, "stride": STRIDE}
 """What must be the same in all parts of Hotpot of a rack."""
 MODES = ("mrmw", "mrsw")
 MAX_NAME = 128
@@ -37,8 +37,10 @@ class Record:
     """mrmw: many writers at a time, who find out at the commit; mrsw: one writer per page at a time."""
     chunk: int
     address: int
-    owners: tuple[int, ...]
-    """Node id of the owner of each chunk."""
+    homes: tuple[int, ...]
+    """Node id of the home of each part. Chunk n is of part n modulo the number of parts."""
+    moves: tuple[int, ...] = ()
+    """How often each part has got another home."""
 
     @property
     def pages(self) -> int:
@@ -50,18 +52,47 @@ class Record:
         """Pages of a chunk; the last chunk may have fewer."""
         return self.chunk // PAGE
 
+    @property
+    def chunks(self) -> int:
+        """Chunks it has."""
+        return -(-self.size // self.chunk)
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """Node id of the owner of each chunk."""
+        return tuple(self.homes[chunk % len(self.homes)] for chunk in range(self.chunks))
+
+    def epoch(self, part: int) -> int:
+        """How often a part has got another home."""
+        return self.moves[part] if self.moves else 0
+
+    def part(self, page: int) -> int:
+        """The part to which a page belongs: pages that have their home together."""
+        return page // self.chunk_pages % len(self.homes)
+
     def owner(self, page: int) -> int:
         """Node id of a page's owner."""
-        return self.owners[page // self.chunk_pages]
+        return self.homes[self.part(page)]
 
     def slot(self, page: int) -> int:
-        """Where the page lies among those of its owner, who keeps its chunks one after the other."""
+        """Where the page lies among those of its part, whose chunks lie one after the other."""
         chunk, rest = divmod(page, self.chunk_pages)
-        return self.owners[:chunk].count(self.owners[chunk]) * self.chunk_pages + rest
+        return chunk // len(self.homes) * self.chunk_pages + rest
 
-    def slots(self, node: int) -> int:
-        """Pages for which an owner has room."""
-        return self.owners.count(node) * self.chunk_pages
+    def slots(self, part: int) -> int:
+        """Pages for which the home of a part has room."""
+        return len(range(part, self.chunks, len(self.homes))) * self.chunk_pages
+
+    def pages_of(self, part: int) -> Iterator[int]:
+        """The pages of a part."""
+        for chunk in range(part, self.chunks, len(self.homes)):
+            yield from range(chunk * self.chunk_pages, min((chunk + 1) * self.chunk_pages, self.pages))
+
+    def moved(self, part: int, node: int) -> Record:
+        """The same with another home for a part."""
+        homes, moves = list(self.homes), list(self.moves or [0] * len(self.homes))
+        homes[part], moves[part] = node, moves[part] + 1
+        return replace(self, homes=tuple(homes), moves=tuple(moves))
 
     def to_json(self) -> dict[str, Any]:
         """For messages."""
@@ -70,7 +101,7 @@ class Record:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Record:
         """Back from `to_json`."""
-        return cls(**{**fields, "owners": tuple(fields["owners"])})
+        return cls(**{**fields, "homes": tuple(fields["homes"]), "moves": tuple(fields["moves"])})
 
 
 class Piece(NamedTuple):

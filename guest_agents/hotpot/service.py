@@ -6,9 +6,9 @@ It is a program of LITE like any other, and has its programs on a Unix socket (p
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,48 +16,36 @@ from pathlib import Path
 from typing import Any
 
 from guest_agents import lite
-from guest_agents.hotpot import blocks
-from guest_agents.hotpot.blocks import STRIDE, Copy
+from guest_agents.hotpot.atlas import Atlas
+from guest_agents.hotpot.blocks import Copy
+from guest_agents.hotpot.book import Book
 from guest_agents.hotpot.cache import Cache
+from guest_agents.hotpot.changes import Change
 from guest_agents.hotpot.coordinator import Coordinator, new_xid
 from guest_agents.hotpot.datanode import DataNode
-from guest_agents.hotpot.dispatcher import Dispatcher, datasets_in
-from guest_agents.hotpot.errors import (
-    Corrupt,
-    FewerCopies,
-    HotpotError,
-    InDoubt,
-    NodeLost,
-    NoSuchDataset,
-    OldMedia,
-)
+from guest_agents.hotpot.dispatcher import Dispatcher, mirror
+from guest_agents.hotpot.errors import FewerCopies, HotpotError, InDoubt, NodeLost, NoSuchDataset, OldMedia
+from guest_agents.hotpot.keeper import Keeper
+from guest_agents.hotpot.lease import Lease, Timing
 from guest_agents.hotpot.log import Log
 from guest_agents.hotpot.master import Master
-from guest_agents.hotpot.messages import LEAF, PORT, Links, Message
-from guest_agents.hotpot.owner import Change, Owner, memory_name
-from guest_agents.hotpot.records import SETTINGS, Area, Record, by_page, check_areas
+from guest_agents.hotpot.media import Folder
+from guest_agents.hotpot.messages import LEAF, PORT, Links, Message, unpack
+from guest_agents.hotpot.opened import Fetcher, Opened
+from guest_agents.hotpot.owner import Owner
+from guest_agents.hotpot.promotion import Promotion
+from guest_agents.hotpot.records import Area, Record, by_page, check_areas
+from guest_agents.hotpot.resolver import Resolver
 
 LOG_BYTES = 4 << 20
-_TORN_SECONDS = 10.0
-_GATHERED = 64
-"""Pages in one read."""
+USUAL = Timing()
+BOOK_BYTES = 1 << 20
+BOOK = "node"
+"""Name of the media that say what else there is."""
 _REGISTER_SECONDS = 60.0
 _REGISTER_EVERY = 0.1
 
 log = logging.getLogger("rackless.hotpot")
-
-
-@dataclass
-class Opened:
-    """A dataset that programs of this node have open."""
-
-    cache: Cache
-    programs: int = 0
-    memories: dict[int, lite.Lmr] = field(default_factory=dict)
-    """Of the owners it was fetched from."""
-    told: set[int] = field(default_factory=set)
-    """Chunks of which the owner knows that they may be cached here."""
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass
@@ -72,52 +60,131 @@ class Transaction:
 class Service:
     """The service of one node. Use as a context manager, or close().
 
-    folder -- where its media are; OldMedia if an earlier life has left anything there
+    folder -- where its media are; what an earlier life has left there is taken over. OldMedia, Corrupt: it cannot be
     manager -- node id of the blade that has the dispatcher
     gather -- on the manager: lets nodes that have not registered do so (dispatcher.py)
+    log_bytes -- size of each of its logs
     """
 
     def __init__(
-        self, node: lite.Node, folder: Path, manager: int, gather: Callable[[set[int]], None] = lambda _known: None
-    ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        self, node: lite.Node, folder: Path | Folder, manager: int,
+        gather: Callable[[set[int]], None] = lambda _known: None,
+        timing: Timing = USUAL, log_bytes: int = LOG_BYTES,
+    ) -> None:  # fmt: skip
         self.node = node
         self.manager = manager
         self.links = Links(node)
-        self._log = Log(folder / "log", LOG_BYTES)
-        self._intents = Log(folder / "intents", LOG_BYTES)
-        _refuse_old(folder, self._log, self._intents)
-        self.owner = Owner(self.links, folder, self._log)
-        self.copies = DataNode(folder, self._updated)
-        self.coordinator = Coordinator(self.links, self._intents)
+        self.lease = Lease(self.links, manager, timing)
+        media = folder if isinstance(folder, Folder) else Folder(folder)
+        old = [name for name in media.names() if name.startswith(("home-", "copies-"))]
+        self._book = Book(media.open(BOOK, BOOK_BYTES))
+        if self._book.document is None and old:
+            self._book.close()
+            raise OldMedia(f"{media.path} has {', '.join(old[:4])}{' ...' if old[4:] else ''}, and no book of them")
+        self._log, self._intents, copies_log = (Log(media.open(name, log_bytes)) for name in
+                                                ("log", "intents", "log-copies"))  # fmt: skip
+        self.atlas = Atlas(self.lease)
+        self.owner = Owner(self.lease, media, self._log)
+        self.copies = DataNode(media, copies_log, self._updated, self._save)
+        self._media: str = (self._book.document or {}).get("media") or secrets.token_hex(8)
+        self.coordinator = Coordinator(self.lease, self.atlas, self._intents, self._media, self._let_go)
+        self._fetcher = Fetcher(self.lease, self.atlas, self.owner, self.copies)
         self._opened: dict[int, Opened] = {}
         self._opening = threading.Lock()
+        self._saving = threading.Lock()
+        self._writing: dict[int, tuple[int, list[int]]] = {}
         self.counts = {"commits": 0, "retries": 0, "aborts": 0}
+        resolver = Resolver(self.links, self.owner, self.atlas)
         self._dispatcher: Dispatcher | None = None
-        ours, leaf = self.owner.handlers(), {**self.owner.leaf_handlers(), **self.copies.handlers()}
+        ours = {**self.owner.handlers(), **resolver.handlers(),
+                **Promotion(self.links, self.owner, self.copies, self._save).handlers()}  # fmt: skip
+        leaf = {**self.owner.leaf_handlers(), **self.copies.handlers(), **self.coordinator.handlers(),
+                **mirror(media.open("mirror", BOOK_BYTES)),
+                "home_create": self._home_create, "home_drop": self._home_drop, "attend": self._attend}  # fmt: skip
         if node.node_id == manager:
-            self._dispatcher = Dispatcher(self.links, folder, gather)
+            self._dispatcher = Dispatcher(self.links, Book(media.open("datasets", BOOK_BYTES)), gather, timing)
             ours |= self._dispatcher.handlers()
-            leaf |= {**self._dispatcher.leaf_handlers(), **Master().handlers()}
+            master = Master(self.links.living, 0.0 if self._dispatcher.fresh else timing.lease)
+            leaf |= {**self._dispatcher.leaf_handlers(master.hold), **master.handlers()}
         ours["stat"] = lambda _source, _header, _payload: self.stat()
         self.links.handlers = {PORT: ours, LEAF: leaf}
+        self.keeper = Keeper(self.lease, self.owner, self.copies, self.coordinator, resolver, self._dispatcher,
+                             self._media, self._revalidate, self._suspect, self._about)  # fmt: skip
+        self._recover(media)
 
-    def start(self) -> Service:
-        """Serve other nodes, and let the dispatcher know. NodeLost when it does not answer for a minute."""
+    def _recover(self, media: Folder) -> None:
+        """Take over what an earlier life has left."""
+        document = self._book.document or {"homes": [], "copies": []}
+        said = [f"{media.path.name}: {text}" for text in (*self._log.corrupt, *self._intents.corrupt)]
+        for fields, part, xids in document["homes"]:
+            home = self.owner.open(self.atlas.learn(Record.from_json(fields)), part)
+            home.xids = set(xids)
+            home.load()
+            if home.wrong:
+                said.append(f"{len(home.wrong)} pages of {home.record.name} do not have their checksum")
+        homes = {home.key: home for home in self.owner.homes()}
+        for found in self._log.found:
+            header, _payload = unpack(found.body)
+            owned = homes.get((header["dataset"], header["part"]))
+            if owned is None:
+                self._log.drop(found.place)
+            else:
+                self.owner.reload(owned, *found)
+        for found in self._intents.found:
+            self.coordinator.reload(found)
+        for fields in document["copies"]:
+            self.copies.open(Record.from_json(fields))
+        said += self.copies.reload()
+        known = {home.media.path.name for home in homes.values()}
+        known |= {f"copies-{record.id}" for record in self.copies.records()}
+        for name in media.names():
+            if name.startswith(("home-", "copies-")) and name not in known:
+                media.remove(name)  # they were being made, or dropped, when it crashed
+        self.keeper.note(said)
+        self._save()
+
+    def _save(self) -> None:
+        """What this node is the home of, and has copies of, to media."""
+        with self._saving:
+            self._book.save({
+                "media": self._media,
+                "homes": [[home.record.to_json(), home.part, sorted(home.xids)] for home in self.owner.homes()],
+                "copies": [record.to_json() for record in self.copies.records()],
+            })  # fmt: skip
+
+    def _about(self) -> Message:
+        """For a dispatcher that does not know this node."""
+        homes = [[home.record.to_json(), home.part, sorted(home.synced) if home.ready else None, sorted(home.solo)]
+                 for home in self.owner.homes()]  # fmt: skip
+        with self._opening:
+            return {"homes": homes, "open": list(self._opened),
+                    "writing": [[xid, *held] for xid, held in self._writing.items()]}  # fmt: skip
+
+    def start(self, *, keep: bool = True) -> Service:
+        """Serve other nodes, and let the dispatcher know. NodeLost when it does not answer for a minute.
+
+        keep -- look after everything from then on, in a thread
+        """
+        if self._dispatcher is not None:
+            self._dispatcher.restore()
         self.links.start()
         deadline = time.monotonic() + _REGISTER_SECONDS
-        while True:
+        while keep:
             try:
-                self.links.call(self.manager, "register", {"settings": SETTINGS}, port=LEAF)
+                self.keeper.register()
+                self.keeper.turn()
             except NodeLost:  # its service may be about to start
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_REGISTER_EVERY)
             else:
-                return self
+                self.keeper.start()
+                break
+        return self
 
     def close(self) -> None:
         """Stop serving."""
+        self.keeper.close()
         self.links.close()
 
     def dispatcher(self, op: str, **fields: Any) -> Message:
@@ -129,7 +196,7 @@ class Service:
     def open(self, name: str) -> Cache:
         """The cache of a dataset, for one program more. NoSuchDataset, NodeLost."""
         with self._opening:
-            record = Record.from_json(self.dispatcher("open", name=name)["record"])
+            record = self.atlas.learn(Record.from_json(self.dispatcher("open", name=name)["record"]))
             opened = self._opened.get(record.id)
             if opened is None:
                 opened = self._opened[record.id] = Opened(Cache(record, self._fetch))
@@ -144,12 +211,11 @@ class Service:
             if opened.programs:
                 return
             del self._opened[dataset]
-            for node in {opened.cache.record.owners[chunk] for chunk in opened.told}:
+            record = self.atlas.latest(opened.cache.record)
+            for part in {chunk % len(record.homes) for chunk in opened.told}:
                 with suppress(HotpotError):
-                    self.links.call(node, "caching", {"dataset": dataset}, port=LEAF)
-            for memory in opened.memories.values():
-                with suppress(lite.LiteError):
-                    memory.unmap()
+                    self.links.call(record.homes[part], "caching", {"dataset": dataset, "part": part}, port=LEAF)
+                opened.forget(part)
             with suppress(NodeLost):
                 self.dispatcher("close", dataset=dataset)
             opened.cache.close()
@@ -161,53 +227,66 @@ class Service:
             raise NoSuchDataset(f"dataset {dataset} is not open on this node")
         return found
 
+    def _home_create(self, _source: int, header: Message, _payload: memoryview) -> Message:
+        """This node becomes the home of a part of a new dataset. NoSpace."""
+        home = self.owner.open(Record.from_json(header["record"]), header["part"], new=True)
+        home.ready = True
+        try:
+            self._save()
+        except HotpotError:
+            self.owner.drop(home)
+            raise
+        return {}
+
+    def _home_drop(self, _source: int, header: Message, _payload: memoryview) -> Message:
+        """The dataset was deleted."""
+        for home in self.owner.homes():
+            if home.record.id == header["dataset"]:
+                self.owner.drop(home)
+        self.atlas.forget(header["dataset"])
+        self._save()
+        return {}
+
     # Pages
 
     def _fetch(self, record: Record, pages: list[int]) -> list[Copy]:
-        """The present versions of pages: from the home if that is here, from a copy here, or from their owner by
-        one-sided reads. Corrupt, NodeLost."""
-        opened = self._find(record.id)
-        for chunk in {page // record.chunk_pages for page in pages} - opened.told:
-            # Before the first read, so that no version between is missed.
-            fields = {"dataset": record.id, "chunk": chunk}
-            self.links.call(record.owners[chunk], "caching", fields, port=LEAF)
-            opened.told.add(chunk)
-        found: dict[int, Copy] = {}
-        distant: dict[int, list[int]] = defaultdict(list)
-        for page in pages:
-            copy = self._here(record, page)
-            if copy is None:
-                distant[record.owner(page)].append(page)
-            else:
-                found[page] = copy
-        for owner, wanted in distant.items():
-            try:
-                memory = self._memory(opened, record, owner)
-                for start in range(0, len(wanted), _GATHERED):
-                    found |= _read(record, memory, wanted[start : start + _GATHERED])
-            except lite.LiteError as failure:
-                raise NodeLost(f"pages of {record.name} cannot be fetched from node {owner}: {failure}") from None
-        return [found[page] for page in pages]
-
-    def _here(self, record: Record, page: int) -> Copy | None:
-        if record.owner(page) == self.node.node_id:
-            return self.owner.home(record.id).read(page)
-        try:
-            return self.copies.read(record.id, page)
-        except Corrupt:
-            log.error("the copy of page %d of %s on this node is corrupt; its home is used", page, record.name)
-            return None
-
-    def _memory(self, opened: Opened, record: Record, owner: int) -> lite.Lmr:
-        with opened.lock:
-            if owner not in opened.memories:
-                opened.memories[owner] = self.node.map(memory_name(record, owner), lite.Permission.READ)
-            return opened.memories[owner]
+        return self._fetcher.fetch(self._find(record.id), pages)
 
     def _updated(self, dataset: int, page: int, copy: Copy) -> None:
         opened = self._opened.get(dataset)
         if opened is not None:
             opened.cache.updated(page, copy)
+
+    def _attend(self, _source: int, header: Message, _payload: memoryview) -> Message:
+        """A home is in use from now on: the chunks of its part that may be cached here."""
+        record, part = self.atlas.learn(Record.from_json(header["record"])), header["part"]
+        self.copies.learn(record)
+        opened = self._opened.get(record.id)
+        if opened is None:
+            return {"chunks": []}
+        opened.cache.record = record
+        opened.forget(part)
+        opened.suspect.add(part)
+        return {"chunks": [chunk for chunk in list(opened.told) if chunk % len(record.homes) == part]}
+
+    def _suspect(self, dataset: int, part: int) -> None:
+        opened = self._opened.get(dataset)
+        if opened is not None:
+            opened.suspect.add(part)
+
+    def _revalidate(self, *, cut_off: bool) -> None:
+        """What is cached here may be old, if this node was cut off, or a home was away."""
+        with self._opening:
+            every = list(self._opened.values())
+        for opened in every:
+            if cut_off:
+                opened.suspect |= set(range(len(opened.cache.record.homes)))
+            if opened.suspect:
+                try:
+                    self._fetcher.revalidate(opened)
+                except HotpotError:
+                    with suppress(HotpotError):
+                        self.atlas.refresh(opened.cache.record.id)
 
     # Transactions
 
@@ -267,6 +346,7 @@ class Service:
     def _commit(self, cache: Cache, xid: int, areas: list[Area], replicas: int, *, in_transaction: bool) -> int:
         """How many copies there are of what was committed."""
         pages = by_page(areas)
+        self.lease.check()
         try:
             with cache.frozen(pages, xid if in_transaction else 0) as frozen:
                 changes = [
@@ -290,9 +370,14 @@ class Service:
 
     def _lock(self, xid: int, record: Record, pages: list[int]) -> None:
         self.links.call(self.manager, "acquire", {"xid": xid, "dataset": record.id, "pages": pages}, port=LEAF)
+        with self._opening:
+            held = self._writing.get(xid, (record.id, []))[1]
+            self._writing[xid] = record.id, [*held, *pages]
 
     def _let_go(self, record: Record, xid: int) -> None:
-        if record.mode == "mrsw":
+        if record.mode == "mrsw" and not self.coordinator.goes_on(xid):
+            with self._opening:
+                self._writing.pop(xid, None)
             with suppress(NodeLost):
                 self.links.call(self.manager, "let_go", {"xid": xid}, port=LEAF)
 
@@ -301,13 +386,13 @@ class Service:
     def stat(self) -> Message:
         """What this node has and does: by dataset the pages it owns, caches and keeps copies of; counts since start.
         On the manager also `all_datasets`."""
-        homes = {home.record.id: home for home in self.owner.homes()}
+        homes: dict[int, Record] = {home.record.id: home.record for home in self.owner.homes()}
         datasets = {}
         with self._opening:
             opened = dict(self._opened)
         for number in homes.keys() | opened.keys():
             cache = opened[number].cache if number in opened else None
-            record = homes[number].record if cache is None else cache.record
+            record = homes[number] if cache is None else cache.record
             states = {"dirty": set(), "committed": set()} if cache is None else cache.states()
             cached = states["dirty"] | states["committed"]
             datasets[record.name] = {
@@ -320,34 +405,9 @@ class Service:
             }
         mine = {} if self._dispatcher is None else {"all_datasets": self._dispatcher.datasets()}
         return {"node": self.node.name, "node_id": self.node.node_id, "datasets": datasets, **mine,
-                "counts": {**self.counts, **self.owner.counts},
+                "counts": {**self.counts, **self.owner.counts}, "recovered": self.keeper.said,
+                "unfinished": self.coordinator.unfinished,
                 "log_used": self._log.used, "intents_used": self._intents.used}  # fmt: skip
-
-
-def _read(record: Record, memory: lite.Lmr, pages: list[int]) -> dict[int, Copy]:
-    """Pages of one owner, again as long as they are being changed. Corrupt after a while."""
-    found: dict[int, Copy] = {}
-    missing, deadline = pages, time.monotonic() + _TORN_SECONDS
-    while missing:
-        parts = memory.gather((record.slot(page) * STRIDE, STRIDE) for page in missing)
-        for page, block in zip(missing, parts, strict=True):
-            with suppress(Corrupt):
-                found[page] = blocks.unseal(block)
-        missing = [page for page in missing if page not in found]
-        if missing and time.monotonic() > deadline:
-            raise Corrupt(f"page {missing[0]} of {record.name} does not have its checksum in its owner's memory")
-    return found
-
-
-def _refuse_old(folder: Path, *logs: Log) -> None:
-    found = [path.name for pattern in ("home-*", "copies-*") for path in sorted(folder.glob(pattern))]
-    found += [f"{len(log.records())} open log records" for log in logs if log.records()]
-    if datasets := datasets_in(folder):
-        found.append(f"{len(datasets)} datasets")
-    if found:
-        for log in logs:
-            log.close()
-        raise OldMedia(f"{folder} has {', '.join(found[:4])}{' ...' if found[4:] else ''}")
 
 
 def _enough(copies: int, replicas: int) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from guest_agents.hotpot.changes import Change, encode
 from guest_agents.hotpot.errors import Retry
-from guest_agents.hotpot.owner import Change
 from guest_agents.hotpot.records import Piece
 from tests.unit import lite_pair
 from tests.unit.hotpot_rack import Blade, Shell, output, rack, shells
@@ -178,12 +178,20 @@ def test_an_owner_refuses_what_is_based_on_an_old_version(programs: Programs, bl
     programs[0].do("d.memory[0] = 1\nd.commit((0, 1))\nd.memory[0] = 2\nd.commit((0, 1))")
     owner = blades["gm0"].service.owner
     number = max(home.record.id for home in owner.homes())
+    ask = owner.handlers()
+
+    def prepare(expected: int) -> None:
+        pages, payload = encode([Change(0, expected, [(Piece(0, 1), b"\3")])])
+        header = {"dataset": number, "part": 0, "xid": 99, "pages": pages, "replicas": 1, "origin": [2, "its media"],
+                  "parts": [0, 1], "everywhere": [[0, [0]], [1, [1]]]}  # fmt: skip
+        ask["prepare"](2, header, memoryview(payload))
+
     for expected in (0, 1, 3):
         with pytest.raises(Retry):
-            owner.prepare(number, 99, [Change(0, expected, [(Piece(0, 1), b"\3")])], 1, 2)
-    owner.prepare(number, 99, [Change(0, 2, [(Piece(0, 1), b"\3")])], 1, 2)
+            prepare(expected)
+    prepare(2)
     assert programs[1].refused("d.memory[0] = 4\nd.commit((0, 1))").startswith("Retry")
-    owner.release(99)
+    ask["release"](2, {"dataset": number, "part": 0, "xid": 99}, memoryview(b""))
     programs[1].do("d.commit((0, 1))")
     assert programs[2].do("d.memory[0]") == 4
 

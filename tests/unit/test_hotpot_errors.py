@@ -13,12 +13,12 @@ import pytest
 from guest_agents import lite
 from guest_agents.hotpot import blocks
 from guest_agents.hotpot.blocks import STRIDE, Copy
+from guest_agents.hotpot.book import Book
 from guest_agents.hotpot.errors import BadArgument, Corrupt, NoSpace, OldMedia, Retry, TooLarge
 from guest_agents.hotpot.log import Log, State
 from guest_agents.hotpot.media import Media
 from guest_agents.hotpot.messages import pack, unpack
-from guest_agents.hotpot.records import REGION, Record
-from guest_agents.hotpot.service import LOG_BYTES, Service
+from guest_agents.hotpot.service import Service
 from tests.unit import lite_pair
 from tests.unit.hotpot_rack import Blade, Shell, rack, shells
 
@@ -174,31 +174,55 @@ def test_the_process_of_the_service_cannot_map(blades: Rack) -> None:
 
 
 @needs_lite
-def test_old_media_are_refused_and_left_alone(blades: Rack, tmp_path: Path) -> None:
+def test_media_of_somebody_else_are_refused_and_left_alone(blades: Rack, tmp_path: Path) -> None:
     (tmp_path / "home-1").write_bytes(b"precious")
     with pytest.raises(OldMedia):
         Service(blades["mb0"].service.node, tmp_path, 1)
     assert (tmp_path / "home-1").read_bytes() == b"precious"
 
 
-@needs_lite
-def test_media_on_which_nothing_was_left_are_used_again(blades: Rack, tmp_path: Path) -> None:
-    node, book = blades["mb0"].service.node, tmp_path / "datasets.json"
-    Service(node, tmp_path, 1)
-    log = Log(tmp_path / "intents", LOG_BYTES)
-    place = log.append(1, State.PREPARED, b"")
-    with pytest.raises(OldMedia, match="1 open log record"):
-        Service(node, tmp_path, 1)
-    log.drop(place)
-    book.write_text('{"next": 5, "datasets": []}')
-    Service(node, tmp_path, 1)
-    record = Record(1, "set", PAGE, "mrmw", PAGE, REGION, (1,))
-    book.write_text(json.dumps({"next": 5, "datasets": [record.to_json()]}))
-    with pytest.raises(OldMedia, match="1 dataset"):
-        Service(node, tmp_path, 1)
-    book.write_text(book.read_text()[:-5])
+def test_a_corrupt_log_record_is_found_and_not_used(tmp_path: Path) -> None:
+    media = Media(tmp_path / "log", 65536)
+    log = Log(media)
+    decided, torn, whole = (log.append(xid, State.PREPARED, bytes([xid]) * 5000) for xid in (7, 8, 9))
+    log.set_state(decided, State.COMMITTED)
+    for place in (decided, torn):
+        media.write(place + 4500, b"?")
+    again = Log(media)
+    assert [kept.xid for kept in again.found] == [9]
+    assert [kept.place for kept in again.found] == [whole]
+    assert again.corrupt == ["log: the record of transaction 7 is corrupt"], "the other's writing was interrupted"
+    assert again.append(10, State.NOW, b"z" * 5000) == decided
+    media.write(0, b"?")
+    with pytest.raises(Corrupt, match="log"):
+        Log(media)
+
+
+def test_what_a_program_commits_is_never_taken_for_a_log_record(tmp_path: Path) -> None:
+    media = Media(tmp_path / "log", 65536)
+    log = Log(media)
+    log.drop(log.append(1, State.COMMITTED, b""))
+    forged = media.read(4096, 4096)[:8] + bytes([State.COMMITTED]) + media.read(4096, 4096)[9:]
+    outer = log.append(2, State.NOW, bytes(4064) + forged)
+    log.drop(outer)
+    assert Log(media).found == []
+
+
+def test_a_book_has_always_a_whole_page(tmp_path: Path) -> None:
+    media = Media(tmp_path / "book", 8192)
+    assert Book(media).document is None
+    book = Book(media)
+    book.save({"a": 1})
+    book.save({"a": 2})
+    with pytest.raises(NoSpace):
+        book.save({"a": "x" * 8192})
+    assert Book(media).document == {"a": 2}
+    media.write(28, b"?")
+    assert Book(media).document == {"a": 1}
+    assert Book(media).damaged
+    media.write(4096 + 28, b"?")
     with pytest.raises(Corrupt, match="book"):
-        Service(node, tmp_path, 1)
+        Book(media)
 
 
 @needs_lite
@@ -227,7 +251,8 @@ def test_a_page_is_only_what_has_its_checksum() -> None:
 
 
 def test_log_records_live_until_they_are_dropped(tmp_path: Path) -> None:
-    log = Log(tmp_path / "log", 16384)
+    media = Media(tmp_path / "log", 4096 + 16384)
+    log = Log(media)
     first = log.append(1, State.PREPARED, b"a" * 5000)
     second = log.append(2, State.COMMITTED, b"b")
     log.set_state(first, State.COMMITTED)
@@ -239,6 +264,10 @@ def test_log_records_live_until_they_are_dropped(tmp_path: Path) -> None:
     log.drop(first)
     third = log.append(3, State.PREPARED, b"c" * 5000)
     assert sorted(log.records()) == [(2, State.COMMITTED), (3, State.PREPARED)]
+    again = Log(media)
+    assert [(kept.xid, kept.state, kept.body) for kept in sorted(again.found, key=lambda kept: kept.xid)] == [
+        (2, State.COMMITTED, b"b"), (3, State.PREPARED, b"c" * 5000)]  # fmt: skip
+    assert (again.used, again.corrupt) == (log.used, [])
     log.drop(second)
     log.drop(third)
     assert (log.records(), log.used) == ([], 0)

@@ -18,7 +18,7 @@ from orchestrator import agents
 from orchestrator.cli import hotpot as cli
 from tests.unit import lite_pair
 from tests.unit.hotpot_rack import Place, shells
-from tests.unit.lite_blades import SECRET, Rack
+from tests.unit.lite_blades import SECRET, Rack, eventually
 from tests.unit.lite_stack import whole
 
 pytestmark = pytest.mark.skipif(lite_pair.missing() is not None, reason=str(lite_pair.missing()))
@@ -72,6 +72,21 @@ def test_where_media_are_old_it_says_so_to_programs(gates: Gates, tmp_path: Path
     with shells(Place(tmp_path / "mb1.hotpot")) as [shell]:
         shell.do("d = session.create('set', 3 * 4096, chunk=4096)")
         assert shell.do("session.datasets()[0]['owners']") == [1, 3]
+        shell.do("d.close()")
+
+
+def test_an_agent_that_restarts_has_its_datasets_again(rack: Rack, gates: Gates, tmp_path: Path) -> None:
+    """Without anybody on that blade asking."""
+    with shells(Place(tmp_path / "mb0.hotpot")) as [shell]:
+        shell.do("d = session.create('set', 3 * 4096, chunk=4096)")
+        shell.do("d.memory[8192] = 7\nd.commit((8192, 1))")  # of the third blade
+        gates["mb1"].close()
+        again = gates["mb1"] = Gate(rack["mb1"].tier, tmp_path / "media-mb1", tmp_path / "mb1.hotpot")
+        again.start()
+        eventually(lambda: again._service is not None and all(home.ready for home in again._service.owner.homes()))
+        shell.do("d.memory[8193] = 8\nd.commit((8193, 1))")
+        with shells(Place(tmp_path / "mb1.hotpot")) as [other]:
+            assert other.do("bytes(session.open('set').memory[8192:8194])") == b"\7\10"
         shell.do("d.close()")
 
 

@@ -1,0 +1,187 @@
+"""What a service does all the time: it keeps touch with the dispatcher, and mends what crashes have left undone."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+from guest_agents.hotpot import promotion
+from guest_agents.hotpot.coordinator import Coordinator
+from guest_agents.hotpot.datanode import DataNode
+from guest_agents.hotpot.dispatcher import Dispatcher
+from guest_agents.hotpot.errors import HotpotError, NodeLost, NotOwner, VersionMismatch
+from guest_agents.hotpot.lease import Lease
+from guest_agents.hotpot.messages import PORT, Message
+from guest_agents.hotpot.owner import Owner
+from guest_agents.hotpot.records import SETTINGS, Record
+from guest_agents.hotpot.resolver import Resolver
+
+log = logging.getLogger("rackless.hotpot")
+_REPAIRED = 64
+"""Pages for which copies are made at a time."""
+_LOOKED = 512
+_REPAIR = (1 << 63) + 1
+"""Whose the pages are meanwhile; no transaction has this number."""
+_LISTED = 40_000
+"""Copies of one part that are looked at after a crash: what goes in a message. Others are made again."""
+
+
+class Keeper:
+    """Of one service.
+
+    revalidate -- gets again what is cached and may be old; whether the node was cut off
+    suspect -- told of a dataset and a part of which what is cached may be old, as copies here were
+    about -- what the dispatcher is told when this node registers
+    """
+
+    def __init__(
+        self, lease: Lease, owner: Owner, copies: DataNode, coordinator: Coordinator, resolver: Resolver,
+        dispatcher: Dispatcher | None, media: str, revalidate: Callable[..., None],
+        suspect: Callable[[int, int], None], about: Callable[[], Message],
+    ) -> None:  # fmt: skip
+        self._lease = lease
+        self._links = lease.links
+        self._owner = owner
+        self._copies = copies
+        self._coordinator = coordinator
+        self._resolver = resolver
+        self._dispatcher = dispatcher
+        self._media = media
+        self._revalidate = revalidate
+        self._suspect = suspect
+        self._about = about
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._cut_off = False
+        self.registered = False
+        """The dispatcher knows this node."""
+        self.said: list[str] = []
+        """What a recovery has found that was lost, or mended."""
+
+    def start(self) -> None:
+        """Do it all the time, in a thread."""
+        self._thread = threading.Thread(target=self._run, name="hotpot keeper", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._lease.timing.beat):
+            try:
+                self.turn()
+            except Exception:
+                log.exception("Hotpot's keeper")
+
+    def note(self, texts: list[str]) -> None:
+        """Report what a recovery has found."""
+        for text in texts:
+            log.warning("recovery: %s", text)
+        self.said = [*self.said, *texts][-100:]
+
+    def register(self) -> None:
+        """Tell the dispatcher of this node. NodeLost, VersionMismatch."""
+        self._lease.ask("register", {"settings": SETTINGS, "media": self._media, **self._about()})
+        self.registered = True
+
+    def turn(self) -> None:
+        """Everything once."""
+        was_cut_off = not self._lease.valid
+        answer = self._lease.renew({"media": self._media})
+        if answer is not None and "unknown" in answer:
+            try:
+                self.register()
+            except (NodeLost, VersionMismatch) as failure:
+                log.warning("the dispatcher: %s", failure)
+                return
+            answer = self._lease.renew({"media": self._media})
+        if answer is None or "unknown" in answer:
+            return
+        self.reunite()
+        self._heed(answer)
+        self._revalidate(cut_off=was_cut_off)
+        self._rejoin()
+        self._resolver.look()
+        self._coordinator.resume()
+        self._repair()
+        if self._dispatcher is not None:
+            promotion.watch(self._dispatcher)
+
+    def reunite(self) -> None:
+        """Homes that are not in use yet get there."""
+        for home in self._owner.homes():
+            if not home.ready:
+                try:
+                    self.note(promotion.reunite(self._links, self._owner, home))
+                except HotpotError as failure:
+                    log.info("a home of %s is not in use yet: %s", home.record.name, failure)
+                else:
+                    if home.ready:
+                        self._copies.let_go(*home.key)
+
+    def _heed(self, answer: Message) -> None:
+        """What the dispatcher knows of copies."""
+        for number, part, epoch, synced in answer["homes"]:
+            with suppress(HotpotError):
+                home = self._owner.home(number, part)
+                gone = home.synced - set(synced)
+                if home.ready and gone and home.record.epoch(part) == epoch:
+                    self._owner.replicas.bereaved(home, gone)
+        known = {(number, part) for number, part, _epoch, _synced in answer["homes"]}
+        for home in self._owner.homes():
+            if home.key not in known:
+                home.ready = False
+        trusted = {tuple(pair) for pair in answer["trusted"]}
+        for record in self._copies.records():
+            for part in range(len(record.homes)):
+                if (record.id, part) not in trusted and self._copies.distrust(record.id, part):
+                    self._suspect(record.id, part)
+
+    def _rejoin(self) -> None:
+        """Ask homes what of the copies here is still good."""
+        for record in self._copies.records():
+            for part in range(len(record.homes)):
+                doubtful = self._copies.doubtful(record.id, part)
+                if doubtful:
+                    with suppress(HotpotError):
+                        self._ask_home(record, part, doubtful)
+
+    def _ask_home(self, record: Record, part: int, doubtful: dict[int, int]) -> None:
+        node = record.homes[part]
+        if node == self._links.node.node_id:
+            if self._owner.home(record.id, part).ready:
+                self._copies.settle(record.id, doubtful, set(doubtful))
+            return
+        asked = dict(sorted(doubtful.items())[:_LISTED])
+        about = {"dataset": record.id, "part": part, "pages": [list(pair) for pair in asked.items()]}
+        try:
+            reply = self._links.call(node, "rejoin", about, port=PORT)
+        except (NotOwner, NodeLost):
+            self._copies.learn_of(self._lease.ask("find", {"dataset": record.id}))
+            return
+        over = doubtful.keys() - asked.keys()
+        stale = set(reply.get("stale", ()))
+        gone = {page: doubtful[page] for page in stale | over}
+        self._copies.settle(record.id, gone, set(gone))
+        if not stale and "again" not in reply:
+            self._copies.settle(record.id, asked, set())
+
+    def _repair(self) -> None:
+        """Make copies of pages that have too few, and reach nodes that missed news."""
+        for home in self._owner.homes():
+            if home.ready and home.missed:
+                promotion.attended(self._links, home, home.missed & self._links.living())
+            if not home.ready or not home.short:
+                continue
+            lacking = home.lacking(_LOOKED)[:_REPAIRED]
+            free = self._owner.held_still(home, lacking, _REPAIR)
+            try:
+                with suppress(HotpotError):
+                    self._owner.replicas.repair(home, free)
+            finally:
+                self._owner.let_go(home, free, _REPAIR)

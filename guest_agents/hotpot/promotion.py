@@ -1,0 +1,235 @@
+"""Another home for parts whose node is gone: the dispatcher chooses a node that has copies, which makes a home of them.
+
+Every commit that was acknowledged is on all nodes of which the dispatcher knows that they have copies of the part
+(`synced`), as far as they have copies of its pages. The first thing that is asked of them is to obey the old home no
+more, so it can acknowledge nothing from then on, even if it lives on in another part of the network.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+from collections import defaultdict
+from collections.abc import Callable
+
+from guest_agents.hotpot import blocks
+from guest_agents.hotpot.blocks import PAGE, Copy
+from guest_agents.hotpot.datanode import DataNode
+from guest_agents.hotpot.dispatcher import Dispatcher, Listed
+from guest_agents.hotpot.errors import HotpotError, NodeLost
+from guest_agents.hotpot.home import Claim, Home, Origin
+from guest_agents.hotpot.messages import LEAF, PORT, Handler, Links, Message
+from guest_agents.hotpot.owner import Owner
+from guest_agents.hotpot.records import Record
+
+log = logging.getLogger("rackless.hotpot")
+_GIVEN = 32
+"""Pages in one reply, which is text."""
+
+
+def watch(dispatcher: Dispatcher) -> None:
+    """Find parts whose nodes are gone, and give them other homes where that is possible. On the manager."""
+    with dispatcher.lock:
+        wanted = [(listed, part) for listed in dispatcher.listed.values() for part in range(len(listed.record.homes))
+                  if _is_gone(dispatcher, listed, part)]  # fmt: skip
+    for listed, part in wanted:
+        candidates = _candidates(dispatcher, listed, part)
+        if candidates:
+            _move(dispatcher, listed, part, candidates)
+
+
+def _is_gone(dispatcher: Dispatcher, listed: Listed, part: int) -> bool:
+    key = (listed.record.id, part)
+    return key in dispatcher.lost or dispatcher.silent(listed.record.homes[part], dispatcher.timing.promote)
+
+
+def _candidates(dispatcher: Dispatcher, listed: Listed, part: int) -> list[int]:
+    """Nodes that can be the home of a part, the best first; none if it is better to wait for nodes to come back."""
+    record, synced = listed.record, listed.synced[part]
+    able = {node for node in dispatcher.nodes() if not dispatcher.silent(node, dispatcher.timing.lease)}
+    if not synced <= able:
+        return []  # what those have that are away may be all there is of some pages
+    if (record.id, part) not in dispatcher.lost:
+        chunks = set(range(part, record.chunks, len(record.homes)))
+        if chunks & listed.solo:
+            return []  # only its node has some of its pages; without copies and without these nothing was committed
+    return sorted(synced or able, key=lambda node: (record.homes.count(node), node))
+
+
+def _move(dispatcher: Dispatcher, listed: Listed, part: int, candidates: list[int]) -> None:
+    number = listed.record.id
+    key = (number, part)
+    with dispatcher.lock:
+        if key in dispatcher.moving or number not in dispatcher.listed or not _is_gone(dispatcher, listed, part):
+            return
+        dispatcher.moving.add(key)
+        new, synced = listed.record.moved(part, candidates[0]), sorted(listed.synced[part])
+    try:
+        about = {"record": new.to_json(), "part": part, "synced": synced, "solo": sorted(listed.solo),
+                 "claims": _claims(dispatcher, number, part)}  # fmt: skip
+        reply = dispatcher.links.call(new.homes[part], "promote", about, port=PORT)
+    except HotpotError as failure:
+        log.warning("part %d of %s gets no other home yet: %s", part, new.name, failure)
+        with dispatcher.lock:
+            dispatcher.moving.discard(key)
+        return
+    with dispatcher.lock:
+        listed.record = listed.record.moved(part, new.homes[part])
+        listed.synced[part] = set(reply["synced"])
+        dispatcher.lost.discard(key)
+        dispatcher.moving.discard(key)
+        dispatcher.save()
+    log.warning("node %d is the home of part %d of %s now; %d pages are lost", new.homes[part], part, new.name,
+                reply["lost"])  # fmt: skip
+
+
+def _claims(dispatcher: Dispatcher, number: int, part: int) -> list[Message]:
+    """Commits that may still change pages of a part, as those who commit and their other owners say. NodeLost."""
+    able = [node for node in dispatcher.nodes() if not dispatcher.silent(node, dispatcher.timing.lease)]
+    about = {"dataset": number, "part": part}
+    calls = [(node, op, about, b"") for node in able for op in ("claims", "owner_claims")]
+    claims: dict[int, Message] = {}
+    for reply in dispatcher.links.call_all(calls, LEAF):
+        if isinstance(reply, HotpotError):
+            raise reply
+        claims |= {claim["xid"]: claim for claim in reply["claims"]}
+    return list(claims.values())
+
+
+class Promotion:
+    """The part of a node that becomes a home.
+
+    changed -- told when this node has another home
+    """
+
+    def __init__(self, links: Links, owner: Owner, copies: DataNode, changed: Callable[[], None]) -> None:
+        self._links = links
+        self._owner = owner
+        self._copies = copies
+        self._changed = changed
+
+    def handlers(self) -> dict[str, Handler]:
+        """What the dispatcher may ask, on PORT."""
+        return {"promote": self._promote}
+
+    def _promote(self, _source: int, header: Message, _payload: memoryview) -> Message:
+        """Make a home of the copies there are. NodeLost: one cannot be read now; NoSpace."""
+        record, part = Record.from_json(header["record"]), header["part"]
+        have = [(node, versions_at(self._links, node, record, part)) for node in header["synced"]]
+        best: dict[int, tuple[int, int]] = {}
+        for node, versions in have:
+            for page, version in versions.items():
+                if version > best.get(page, (0, 0))[0]:
+                    best[page] = version, node
+        fresh = given(self._links, record, {page: node for page, (_version, node) in best.items()})
+        solo = set(header["solo"])
+        lost = [page for page in record.pages_of(part) if page not in fresh and page // record.chunk_pages in solo]
+        for old in [home for home in self._owner.homes() if home.key == (record.id, part)]:
+            self._owner.drop(old)
+        home = self._owner.open(record, part, new=True)
+        home.write({**fresh, **{page: Copy(blocks.LOST, bytes(PAGE)) for page in lost}})
+        home.xids = {copy.xid for copy in fresh.values()}
+        for claim in header["claims"]:
+            if claim["xid"] not in home.xids:
+                home.claims[claim["xid"]] = Claim(Origin(*claim["origin"]), claim["parts"])
+                home.locks |= dict.fromkeys(claim["pages"], claim["xid"])
+        self._changed()
+        return {"synced": [node for node in header["synced"] if node != self._links.node.node_id], "lost": len(lost)}
+
+
+def versions_at(links: Links, node: int, record: Record, part: int) -> dict[int, int]:
+    """Versions of the copies of a part on a node, which obeys this record from then on. NodeLost, NotOwner."""
+    versions: dict[int, int] = {}
+    start = 0
+    while True:
+        about = {"record": record.to_json(), "part": part, "start": start}
+        pages = links.call(node, "fence", about, port=LEAF)["pages"]
+        if not pages:
+            return versions
+        versions |= dict(pages)
+        start = pages[-1][0] + 1
+
+
+def given(links: Links, record: Record, where: dict[int, int]) -> dict[int, Copy]:
+    """Copies of pages from the nodes that have them. NodeLost."""
+    by_node: dict[int, list[int]] = defaultdict(list)
+    for page, node in where.items():
+        by_node[node].append(page)
+    found: dict[int, Copy] = {}
+    for node, pages in by_node.items():
+        for begin in range(0, len(pages), _GIVEN):
+            about = {"dataset": record.id, "pages": pages[begin : begin + _GIVEN]}
+            for page, version, text, xid, degree in links.call(node, "give", about, port=LEAF)["copies"]:
+                found[page] = Copy(version, base64.b64decode(text), xid, degree)
+    if missing := where.keys() - found.keys():
+        raise NodeLost(f"copies of {len(missing)} pages of {record.name} have gone")
+    return found
+
+
+def reunite(links: Links, owner: Owner, home: Home) -> list[str]:
+    """Before a home is used: let its dispatcher confirm it, and find its copies and who caches its pages. What could
+    not be mended. HotpotError: not now; when this node is not its home any more, it is dropped."""
+    number, part = home.key
+    about = {"dataset": number, "part": part, "refused": home.refused}
+    reply = owner.lease.ask("confirm", about)
+    if not reply["mine"]:
+        owner.drop(home)
+        return [f"part {part} of {home.record.name} has another home now; what was here was dropped"]
+    home.record = record = Record.from_json(reply["record"])
+    home.refused = False
+    home.synced, home.solo = set(reply["synced"]), set(reply["solo"])
+    home.copies.clear()
+    have: dict[int, dict[int, int]] = {}
+    away = set()
+    for node in home.synced:
+        try:
+            have[node] = versions_at(links, node, record, part)
+        except NodeLost:
+            away.add(node)
+    wrong = _mend(links, owner, home, have)
+    redone = _redone(owner, home)
+    for node, versions in have.items():
+        if any(version != home.version(page) and page not in redone for page, version in versions.items()):
+            away.add(node)  # it has to ask which of its copies are good
+    for node in have.keys() - away:
+        for page in have[node]:
+            home.copies[page].add(node)
+    if away:
+        owner.replicas.exclude(home, away)
+    home.short = {page for page in record.pages_of(part) if home.version(page)}
+    attended(links, home, links.living() | {links.node.node_id})
+    home.ready = True
+    return wrong
+
+
+def attended(links: Links, home: Home, nodes: set[int]) -> None:
+    """Ask nodes what they may have cached of a home, and let them look at it again."""
+    calls = [(node, "attend", {"record": home.record.to_json(), "part": home.part}, b"") for node in sorted(nodes)]
+    for call, answer in zip(calls, links.call_all(calls, LEAF), strict=True):
+        if not isinstance(answer, HotpotError):
+            home.missed.discard(call[0])
+            for chunk in answer["chunks"]:
+                home.caching[chunk].add(call[0])
+
+
+def _redone(owner: Owner, home: Home) -> set[int]:
+    """Pages that the log is still going to change; copies may be a version ahead."""
+    return {page for entry in owner.entries() if entry.home is home for page in entry.pages}
+
+
+def _mend(links: Links, owner: Owner, home: Home, have: dict[int, dict[int, int]]) -> list[str]:
+    """Pages that are corrupt on media are taken from a copy, if there is one, except those that a log will mend."""
+    redone = _redone(owner, home)
+    where = {}
+    for page in home.wrong:
+        holders = {node: versions[page] for node, versions in have.items() if page in versions}
+        if page not in redone and holders:
+            where[page] = max(holders, key=lambda node: holders[node])
+    home.write(given(links, home.record, where))
+    left = [page for page in home.wrong if page not in where and page not in redone]
+    home.wrong = []
+    told = [f"{len(where)} corrupt pages of {home.record.name} were mended from copies"] if where else []
+    if left:
+        shown = ", ".join(map(str, left[:8]))
+        told.append(f"{len(left)} pages of {home.record.name} are corrupt and have no copy: {shown}")
+    return told

@@ -1,0 +1,51 @@
+"""The crash matrix: every step of every protocol is where some machine loses its power (hotpot_crash.py)."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+
+import pytest
+
+from tests.unit.hotpot_crash import Case, run
+
+BOTH = [
+    *(f"{when} {op}" for op in ("commit_now", "release", "replica", "seed", "synced", "update", "beat", "caching")
+      for when in ("send", "serve", "served", "sent")),
+    *(f"persist {media}" for media in ("log", "log-copies", "intents", "home", "copies", "datasets", "node")),
+]  # fmt: skip
+OWN = {
+    "mrmw": [f"{when} {op}" for op in ("prepare", "commit") for when in ("send", "serve", "served", "sent")],
+    "mrsw": [f"{when} {op}" for op in ("acquire", "let_go") for when in ("send", "serve", "served", "sent")],
+}
+FATES = ("reboot", "lost", "gone", "partition")
+RUNS = int(os.environ.get("RACKLESS_CRASH_RUNS", "0"))
+"""More runs than those of the matrix, for a night."""
+
+
+def matrix() -> list[Case]:
+    """Every step with every fate, once; those of both modes in each mode by turns."""
+    modes = ("mrmw", "mrsw")
+    both = [(modes[sum(divmod(number, len(FATES))) % 2], step, fate)
+            for number, (step, fate) in enumerate(itertools.product(BOTH, FATES))]  # fmt: skip
+    own = [(mode, step, fate) for mode in modes for step, fate in itertools.product(OWN[mode], FATES)]
+    return [Case(mode, fate, step, 1 + number % 5, number) for number, (mode, step, fate) in enumerate(both + own)]
+
+
+def more(count: int) -> list[Case]:
+    """Others, by lot."""
+    rand = random.Random(0)
+    return [Case(mode := rand.choice(["mrmw", "mrsw"]), rand.choice(FATES), rand.choice([*BOTH, *OWN[mode]]),
+                 rand.randint(1, 12), 1000 + number) for number in range(count)]  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", range(8))
+def test_no_acknowledged_commit_is_lost_whoever_dies_at_whichever_step(part: int) -> None:
+    failures = []
+    for case in (matrix() + more(RUNS))[part::8]:
+        wrong, _run = run(case)
+        if wrong:
+            failures.append(f"python -m tests.unit.hotpot_crash {case.words}\n    " + "\n    ".join(wrong[:4]))
+    assert not failures, f"{len(failures)} runs went wrong; each again by:\n" + "\n".join(failures)
