@@ -3,22 +3,29 @@
 The working set is what a cgroup counts at most for the program when nothing limits it. Then the same program has 50
 and 25 % of that: as its ExCache, or as the limit of its cgroup with Linux swap to (`nbd`, `nvme_tcp`, `nvme_rdma`) a
 RAM disk of the same memory blade, `zram`, or (on a blade that is like the first, but has one) a disk. A slowdown is
-wall time over that of the unlimited run. Peers are limited by all memory of the program's cgroup; the ExCache is all
-of its anonymous memory.
+wall time over that of the unlimited run, starting and ending the program included. Peers are limited by all memory of
+the program's cgroup; the ExCache is all of its anonymous memory, and `peak_bytes` is what a cgroup counted around it,
+pager and all.
+
+`misses` (misses.py) and `files`, `nfs` (iops.py) are beside the programs: what one miss is made of, and file requests.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments import swap
+from experiments import iops, misses, swap
+from experiments.bed import Bed
 from experiments.blades import rack
 from orchestrator.bench import Sample
 from orchestrator.corpus import english
@@ -30,16 +37,24 @@ from orchestrator.ssh import client
 if TYPE_CHECKING:
     from fabric import Connection
 
-NAME = "bench-excache"
+NAME = "bench-excache"  # a rack of its own: one that runs is not touched
 MIB = 1 << 20
 SHARES = (50, 25)
 NETWORK = ("nbd", "nvme_tcp", "nvme_rdma")
 PEERS = (*NETWORK, "zram", "disk")
+COUNTED = ("misses", "prefetched", "flushes", "reads", "writes", "faults", "packed_hits", "buffer_hits", "piggybacks")
 TEXT = "/tmp/text"
+_STATS = "/tmp/stats"
 _GROUP = "/sys/fs/cgroup/bench"
-_RUN_SECONDS = 1200
+RUN_SECONDS = 400
+_TIMED_OUT, _KILLED = 124, 137
 PAPER_MISS_US, PAPER_FLUSH_US = 6.31, 6.11
-"""OSDI'18, what the released code prints of itself (its profile of pcache_miss and pcache_flush)."""
+"""OSDI'18: what the released code prints of itself (its profile of pcache_miss and pcache_flush)."""
+PAPER = {
+    "LegoOS, TensorFlow": {14: 2.13, 28: 1.68, 57: 1.41},
+    "LegoOS, word count": {15: 1.74, 30: 1.34, 60: 1.17},
+}
+"""OSDI'18: slowdown by the share of the working set that the ExCache is, in percent (0.9 and 1.7 GB)."""
 
 
 @dataclass(frozen=True)
@@ -52,23 +67,13 @@ class Program:
 
 _COUNT = "{ for (i = 1; i <= NF; i++) n[$i]++ } END { for (w in n) print w, n[w] }"
 PROGRAMS = {
-    "gawk": Program(f"gawk '{_COUNT}' {TEXT}", 3 * MIB),
-    "sort": Program(f"sort -S 64M --parallel=1 {TEXT}", 4 * MIB),
+    "gawk": Program(f"gawk '{_COUNT}' {TEXT}", MIB // 2),
+    "sort": Program(f"sort -S 64M --parallel=1 {TEXT}", 8 * MIB),
 }
 
 
-@dataclass
-class Bed:
-    """The blades, and what is known of the programs by now."""
-
-    near: Connection
-    far: Connection
-    disk: Connection
-    address: str
-    """Of the memory blade, on the fabric."""
-    working_set: dict[str, int] = field(default_factory=dict)
-    """Bytes."""
-    output: dict[str, str] = field(default_factory=dict)
+class _RunError(RacklessError):
+    """This run gave no figure; others may."""
 
 
 @contextmanager
@@ -78,79 +83,119 @@ def prepared(rack_file: Path, emit: Emit) -> Iterator[Bed]:
     with rack(rack_file, NAME, emit) as (paths, specs), ExitStack() as stack:
         near, far, disk = (stack.enter_context(client.connect(paths, blade, specs[blade].mgmt_address))
                            for blade in ("pb0", "mb0", "sb0"))  # fmt: skip
-        bed = Bed(near, far, disk, str(specs["mb0"].fabric_address))
+        bed = Bed(near, far, disk, str(specs["mb0"].fabric_address), str(specs["sb0"].fabric_address))
         for blade in (near, disk):
             client.run(blade, "mountpoint -q /sys/fs/cgroup || mount -t cgroup2 none /sys/fs/cgroup\n"
-                              "echo +memory > /sys/fs/cgroup/cgroup.subtree_control")  # fmt: skip
+                              "echo +memory > /sys/fs/cgroup/cgroup.subtree_control\n"
+                              f"echo {swap.PAGE_CLUSTER} > /proc/sys/vm/page-cluster")  # fmt: skip
             blade.put(str(text), "/tmp/english.txt")
         for name, program in PROGRAMS.items():
             _limited(bed, near, name, program, "max")  # reads its files into the page cache
-            bed.working_set[name] = _limited(bed, near, name, program, "max")[1]
+            bed.working_set[name] = int(_limited(bed, near, name, program, "max")["peak_bytes"])
             emit(Note(f"{name}: working set {bed.working_set[name] / MIB:.1f} MiB"))
+        misses.prepare(bed)
+        iops.prepare(bed)
         yield bed
 
 
 def sample(variant: str, bed: Bed, emit: Emit) -> Sample:
-    """Seconds, and what the kernel or the pager counted, of each program at each share."""
-    result: Sample = {}
+    """Seconds, and what the kernel or the pager counted, of each program at each share; or why there are none."""
+    special: dict[str, Callable[[Bed], Sample]] = {"misses": misses.sample, "files": iops.ours, "nfs": iops.nfs}
+    if variant in special:
+        return special[variant](bed)
     if variant == "local":
-        for name, program in PROGRAMS.items():
-            result[f"{name}_100"] = _limited(bed, bed.near, name, program, "max")[0]
-        return result
-    blade = bed.disk if variant == "disk" else bed.near
-    for name, program in PROGRAMS.items():
-        for share in SHARES:
-            limit = bed.working_set[name] * share // 100 // MIB * MIB
-            if variant == "excache":
-                result |= {f"{name}_{share}{key}": value for key, value in _excache(bed, name, program, limit).items()}
-                continue
-            with _swap(variant, bed):
-                seconds, _peak, swapped_in, swapped_out = _limited(bed, blade, name, program, str(limit))
-            result |= {f"{name}_{share}": seconds, f"{name}_{share}_swapped_in": swapped_in,
-                       f"{name}_{share}_swapped_out": swapped_out}  # fmt: skip
+        seen = {name: _limited(bed, bed.near, name, program, "max") for name, program in PROGRAMS.items()}
+        return {f"{name}_100{key}": value for name, one in seen.items() for key, value in _keyed(one).items()}
+    result: Sample = {}
+    try:
+        with _device(variant, bed):
+            for name, program in PROGRAMS.items():
+                for share in SHARES:
+                    result |= _share(variant, bed, name, program, share)
+    except RacklessError as error:  # no such peer here, or it went away: what there is by now counts
+        for name in PROGRAMS:
+            for share in SHARES:
+                result.setdefault(f"{name}_{share}", str(error))
     return result
+
+
+def _share(variant: str, bed: Bed, name: str, program: Program, share: int) -> Sample:
+    limit = bed.working_set[name] * share // 100 // MIB * MIB
+    blade = bed.disk if variant == "disk" else bed.near
+    run = partial(_excache, bed, name, program, limit) if variant == "excache" else partial(
+        _limited, bed, blade, name, program, str(limit))  # fmt: skip
+    try:
+        return {f"{name}_{share}{key}": value for key, value in _keyed(run()).items()}
+    except _RunError as error:
+        return {f"{name}_{share}": str(error)}
+
+
+def _keyed(seen: dict[str, float]) -> dict[str, float]:
+    return {"" if key == "seconds" else f"_{key}": value for key, value in seen.items()}
 
 
 def summary(medians: dict[str, dict[str, float]]) -> dict[str, object]:
     """Slowdowns by program and share, and ours over the best network swap's (1 or less is the target).
 
-    `modelled_slowdown` is no measurement: the pager's counts at the paper's microseconds, upon the local run.
+    What is null had no value: the result's `missing` says why. `modelled_slowdown` is no measurement: the pager's
+    counts of pages at the paper's microseconds, upon the local run.
     """
-    result: dict[str, object] = {}
-    for name in PROGRAMS:
-        local = medians["local"][f"{name}_100"]
-        shares: dict[str, object] = {}
-        for share in SHARES:
-            ours = medians["excache"]
-            slowdown = ours[f"{name}_{share}"] / local
-            peers = {peer: round(medians[peer][f"{name}_{share}"] / local, 2) for peer in PEERS}
-            best = min(peers[peer] for peer in NETWORK)
-            misses, flushes = ours[f"{name}_{share}_misses"], ours[f"{name}_{share}_flushes"]
-            extra = (misses * PAPER_MISS_US + flushes * PAPER_FLUSH_US) / 1e6
-            shares[str(share)] = {
-                "slowdown": round(slowdown, 2), "peers": peers,
-                "ratio_to_best_network_swap": round(slowdown / best, 2),
-                "ratio_to_disk": round(slowdown / peers["disk"], 2),
-                "misses": misses, "flushes": flushes, "modelled_slowdown": round(1 + extra / local, 4),
-            }  # fmt: skip
-        result[name] = shares
-    return result
+    programs = {name: {str(share): _row(medians, name, share) for share in SHARES} for name in PROGRAMS}
+    return {**programs, "one_miss": misses.summary(medians.get("misses", {})),
+            "storage": iops.summary(medians.get("files", {}), medians.get("nfs", {}))}  # fmt: skip
+
+
+def _row(medians: dict[str, dict[str, float]], name: str, share: int) -> dict[str, object]:
+    def slowdown(variant: str) -> float | None:
+        seconds = medians.get(variant, {}).get(f"{name}_{share}")
+        return None if seconds is None else round(seconds / medians["local"][f"{name}_100"], 2)
+
+    ours, peers = slowdown("excache"), {peer: slowdown(peer) for peer in PEERS}
+    network = [value for peer in NETWORK if (value := peers[peer]) is not None]
+    row: dict[str, object] = {
+        "slowdown": ours,
+        "peers": peers,
+        "ratio_to_best_network_swap": round(ours / min(network), 2) if ours and network else None,
+        "ratio_to_disk": round(ours / peers["disk"], 2) if ours and peers["disk"] else None,
+    }
+    if ours is None:
+        return row
+    counts = {key: medians["excache"][f"{name}_{share}_{key}"] for key in (*COUNTED, "peak_bytes")}
+    pages = counts["misses"] + counts["prefetched"]
+    network_seconds = (pages * PAPER_MISS_US + counts["flushes"] * PAPER_FLUSH_US) / 1e6
+    row["counts"] = counts
+    row["peers_counts"] = {
+        peer: {key: medians[peer][f"{name}_{share}_{key}"] for key in ("swapped_in", "swapped_out")}
+        for peer in PEERS if peers[peer] is not None
+    }  # fmt: skip
+    row["modelled_slowdown"] = round(1 + network_seconds / medians["local"][f"{name}_100"], 4)
+    return row
 
 
 def figure(medians: dict[str, dict[str, float]], samples: dict[str, list[Sample]]) -> Figure:
     """Slowdown against the share of the working set that is on the blade, a line for each way to have the rest."""
-    chart = Figure(figsize=(9, 4), layout="constrained")
+    chart = Figure(figsize=(10, 4.5), layout="constrained")
     for axes, name in zip(chart.subplots(1, len(PROGRAMS)), PROGRAMS, strict=True):
-        local = medians["local"][f"{name}_100"]
         for variant in ("excache", *PEERS):
-            values = [medians[variant][f"{name}_{share}"] / local for share in SHARES]
-            axes.plot(SHARES, values, "o-" if variant == "excache" else "s--", label=variant)
-        axes.set(title=name, xlabel="% of the working set", ylabel="slowdown", ylim=(0, None))
-        axes.legend()
+            _line(axes, name, variant, medians)
+        for label, points in PAPER.items():
+            axes.plot([*points], [*points.values()], "k:" if "word" in label else "k-.", label=f"{label} (OSDI'18)")
+        axes.set(title=name, xlabel="% of the working set on the blade", ylabel="slowdown, log scale", yscale="log")
+        axes.legend(fontsize="small")
     return chart
 
 
-def _swap(variant: str, bed: Bed) -> AbstractContextManager[None]:
+def _line(axes: Axes, name: str, variant: str, medians: dict[str, dict[str, float]]) -> None:
+    seconds = {share: medians.get(variant, {}).get(f"{name}_{share}") for share in SHARES}
+    local = medians["local"][f"{name}_100"]
+    points = {100: 1.0} | {share: value / local for share, value in seconds.items() if value is not None}
+    if len(points) > 1:
+        axes.plot([*points], [*points.values()], "o-" if variant == "excache" else "s--", label=variant)
+
+
+def _device(variant: str, bed: Bed) -> AbstractContextManager[None]:
+    if variant == "excache":
+        return ExitStack()
     if variant == "nbd":
         return swap.on_nbd(bed.near, bed.far, bed.address)
     if variant == "zram":
@@ -160,38 +205,36 @@ def _swap(variant: str, bed: Bed) -> AbstractContextManager[None]:
     return swap.on_nvme(bed.near, bed.far, bed.address, variant.removeprefix("nvme_"))
 
 
-def _limited(bed: Bed, blade: Connection, name: str, program: Program, limit: str) -> tuple[float, int, int, int]:
+def _limited(bed: Bed, blade: Connection, name: str, program: Program, limit: str) -> dict[str, float]:
     """Run it in a cgroup of `limit` bytes: seconds, peak bytes, pages swapped in and out."""
-    said = client.run(blade, f"""
-        head -c {program.text} /tmp/english.txt > {TEXT}
-        mkdir {_GROUP} && echo {limit} > {_GROUP}/memory.max
-        count() {{ awk '/^pswpin/ {{ i = $2 }} /^pswpout/ {{ o = $2 }} END {{ print i, o }}' /proc/vmstat; }}
-        before=$(count); start=$(date +%s.%N)
-        output=$( (echo 0 > {_GROUP}/cgroup.procs; exec {program.command}) 2>&1 | md5sum )
-        end=$(date +%s.%N)
-        echo $start $end $(cat {_GROUP}/memory.peak) $before $(count) $(grep -w oom_kill {_GROUP}/memory.events)
-        rmdir {_GROUP}; echo "$output" """, timeout=_RUN_SECONDS).stdout  # fmt: skip
-    head, _, output = said.partition("\n")
-    start, end, peak, in_before, out_before, in_after, out_after, _, killed = head.split()
-    if killed != "0":
-        raise RacklessError(f"{name} was killed for want of memory at a limit of {limit} bytes", hint="a larger text")
-    _check(bed, name, output)
-    return float(end) - float(start), int(peak), int(in_after) - int(in_before), int(out_after) - int(out_before)
+    return _timed(bed, blade, name, program, f"exec {program.command}", limit)
 
 
 def _excache(bed: Bed, name: str, program: Program, limit: int) -> dict[str, float]:
-    said = client.run(bed.near, f"""
-        head -c {program.text} /tmp/english.txt > {TEXT}; start=$(date +%s.%N)
-        output=$( split run --excache {limit} --stats /tmp/stats --cwd /tmp -- {program.command} 2>&1 | md5sum )
-        end=$(date +%s.%N); echo $start $end $(cat /tmp/stats); echo "$output" """,
-                      timeout=_RUN_SECONDS).stdout  # fmt: skip
-    head, _, output = said.partition("\n")
-    start, end, stats = head.split(maxsplit=2)
-    _check(bed, name, output)
-    counted = json.loads(stats)
-    return {"": float(end) - float(start), "_misses": counted["misses"], "_flushes": counted["flushes"]}
+    """Run it with an ExCache of `limit` bytes: seconds, peak bytes, and the pager's counters."""
+    command = f"exec split run --excache {limit} --stats {_STATS} --cwd /tmp -- {program.command}"
+    seen = _timed(bed, bed.near, name, program, command, "max")
+    counted = json.loads(client.run(bed.near, f"cat {_STATS}").stdout)
+    return seen | {key: counted[key] for key in COUNTED}
 
 
-def _check(bed: Bed, name: str, output: str) -> None:
+def _timed(bed: Bed, blade: Connection, name: str, program: Program, command: str, limit: str) -> dict[str, float]:
+    inside = shlex.quote(f"echo 0 > {_GROUP}/cgroup.procs; {command}")
+    said = client.run(blade, f"""
+        head -c {program.text} /tmp/english.txt > {TEXT}; rm -f {_STATS}
+        mkdir {_GROUP} && trap 'rmdir {_GROUP}' EXIT && echo {limit} > {_GROUP}/memory.max || exit
+        swapped() {{ awk '/^pswpin/ {{ i = $2 }} /^pswpout/ {{ o = $2 }} END {{ print i, o }}' /proc/vmstat; }}
+        before=$(swapped); start=$(date +%s.%N)
+        output=$( {{ timeout -k 5 {RUN_SECONDS} sh -c {inside} 2> /tmp/said; echo $? > /tmp/code; }} | md5sum )
+        end=$(date +%s.%N)
+        echo $start $end $(cat {_GROUP}/memory.peak) $before $(swapped) $(cat /tmp/code) $output; tail -n 1 /tmp/said
+        """, timeout=RUN_SECONDS + 60).stdout  # fmt: skip
+    head, _, complaint = said.partition("\n")
+    start, end, peak, in_before, out_before, in_after, out_after, code, output, _ = head.split()
+    if code != "0":
+        ends = {_TIMED_OUT: f"not done after {RUN_SECONDS} s", _KILLED: f"killed for want of memory at {limit} bytes"}
+        raise _RunError(ends.get(int(code), f"exit code {code}: {complaint.strip()}"))
     if bed.output.setdefault(name, output) != output:
-        raise RacklessError(f"{name} printed something else than it did unlimited")
+        raise _RunError("it printed something else than it did unlimited")
+    return {"seconds": float(end) - float(start), "peak_bytes": int(peak),
+            "swapped_in": int(in_after) - int(in_before), "swapped_out": int(out_after) - int(out_before)}  # fmt: skip

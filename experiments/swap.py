@@ -1,7 +1,6 @@
 """Linux swap on one device at a time, as context managers on blades: the memory of another blade, zram, a disk.
 
-The device is the same RAM disk (brd) of the memory blade for all network peers. Page clusters have Linux's default
-size (8 pages). All shell here runs as root in blades.
+The device is the same RAM disk (brd) of the memory blade for all network peers. All shell here runs as root in blades.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
     from fabric import Connection
 
 MIB = 1 << 20
+PAGE_CLUSTER = 3
+"""Linux's default: 8 pages come in together (a power of 2)."""
 _DISK_MIB = 160
 _NBD_PORT, _NVME_PORT = 10809, 4420
 _NQN = "swap-{transport}"  # one for each transport: with the same, the kernel would quietly use both paths

@@ -21,6 +21,8 @@
 enum {
     BUFFER_SHARE = 8,       /* the line buffer is an eighth of the ExCache */
     LANDING_PAGES = RUN_PAGES + 1,
+    LOOK_EVERY = 8,
+    CHANGES_MOST = 16,
 };
 
 static const char zeros[RUN_PAGES * PAGE_SIZE] __attribute__((aligned(PAGE_SIZE)));
@@ -137,6 +139,26 @@ static void zero_fill(struct lines *l, size_t page, bool write)
     l->count->zero_fills += run;
 }
 
+/* Flags for a page that comes back. One that was changed when it was last mapped may well be changed again: given as
+ * changed already, that costs no fault; but if it is not changed after all, a flush for nothing. Now and then (always,
+ * if that has mostly been for nothing) it is given as unchanged, to see; WRITTEN says then that this is such a look. */
+static unsigned expect(struct lines *l, size_t page, bool write)
+{
+    if (write || !(l->state[page] & WRITTEN))
+        return write ? DIRTY : 0;
+    bool look = l->changes < 0 || ++l->expected % LOOK_EVERY == 0;
+    return look ? WRITTEN : DIRTY;
+}
+
+void lines_learn(struct lines *l, size_t page, bool changed)
+{
+    if (!(l->state[page] & WRITTEN))
+        return;
+    if (changed ? l->changes < CHANGES_MOST : l->changes > -CHANGES_MOST)
+        l->changes += changed ? 1 : -1;
+    l->state[page] &= (uint8_t)~WRITTEN;
+}
+
 static void fetch(struct lines *l, size_t page, bool write)
 {
     size_t want = next_run(page, &l->next_fetch, &l->fetch_run, l->fetch_most), run = 1;
@@ -144,24 +166,30 @@ static void fetch(struct lines *l, size_t page, bool write)
         run++;
     l->next_fetch = page + run;
     uint32_t link = region_of(l, page)->at[0].link;
+    uint64_t posted = nanoseconds();
     wire_read(l, page, run, l->landing, ID_MISS, l->dirty_on[link] >= wire_fair_share(l, 2));
     l->count->misses++;
     l->count->prefetched += run - 1;
     evict_weigh_read(l, page);
     l->count->blade[link].misses++;
     evict_make_room(l, page, run); /* while the data is on its way */
+    while (!wire_answered(l, ID_MISS) && evict_ahead(l)) {
+    }
     uint64_t start = nanoseconds();
     wire_await(l, ID_MISS);
-    l->count->wait_nanoseconds += nanoseconds() - start;
-    write |= (l->state[page] & WRITTEN) != 0;
+    uint64_t answered = nanoseconds();
+    l->count->wait_nanoseconds += answered - start;
+    l->count->read_nanoseconds += answered - posted;
+    unsigned flags = expect(l, page, write);
     const char *data = l->landing;
-    int error = lines_install(l, l->uffd, page, data, 1, !write);
+    int error = lines_install(l, l->uffd, page, data, 1, !(flags & DIRTY));
     if (!error && run > 1)
         error = lines_install(l, l->uffd, page + 1, data + PAGE_SIZE, run - 1, true);
     if (error)
         lines_die("installing fetched memory failed: %s", strerror(error));
+    l->count->install_nanoseconds += nanoseconds() - answered;
     for (size_t i = 0; i < run; i++) {
-        map(l, page + i, STORED | (write && i == 0 ? DIRTY : 0));
+        map(l, page + i, STORED | (i == 0 ? flags : 0));
         l->on_arrival(l, page + i, data + (i << PAGE_SHIFT));
     }
 }
@@ -174,14 +202,14 @@ static void take_back(struct lines *l, size_t page, bool write)
         return;
     }
     size_t slot = l->where[page];
-    bool dirty = write || l->slots[slot].state == SLOT_DIRTY || (l->state[page] & WRITTEN);
-    int error = lines_install(l, l->uffd, page, slot_data(l, slot), 1, !dirty);
+    unsigned flags = expect(l, page, write || l->slots[slot].state == SLOT_DIRTY);
+    int error = lines_install(l, l->uffd, page, slot_data(l, slot), 1, !(flags & DIRTY));
     if (error)
         lines_die("installing buffered memory failed: %s", strerror(error));
     unsigned stored = l->state[page] & STORED;
     l->on_arrival(l, page, slot_data(l, slot));
     evict_release_slot(l, slot);
-    map(l, page, stored | (dirty ? DIRTY : 0));
+    map(l, page, stored | flags);
     l->count->buffer_hits++;
 }
 
@@ -256,9 +284,12 @@ static void miss(struct lines *l, size_t page, bool write)
 
 void lines_miss(struct lines *l, size_t page, bool write)
 {
-    uint64_t start = nanoseconds();
+    uint64_t start = nanoseconds(), misses = l->count->misses;
     miss(l, page, write);
-    l->count->busy_nanoseconds += nanoseconds() - start;
+    uint64_t taken = nanoseconds() - start;
+    l->count->busy_nanoseconds += taken;
+    if (l->count->misses != misses)
+        l->count->miss_nanoseconds += taken;
 }
 
 void lines_write(struct lines *l, size_t page)
@@ -268,6 +299,7 @@ void lines_write(struct lines *l, size_t page)
         return;
     }
     l->state[page] |= DIRTY;
+    lines_learn(l, page, true);
     l->count->write_faults++;
     if (l->sets.policy == POLICY_LRU)
         sets_renew(&l->sets, page);

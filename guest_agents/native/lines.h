@@ -28,7 +28,8 @@ enum {
     RUN_PAGES = 32,             /* most pages per READ, and per zero-fill */
     FLUSH_PAGES = 64,           /* most pages per flush of one blade */
     FLUSH_BATCHES = 8,          /* flushes in flight */
-    EVICT_PAGES = 32,           /* evicted at a time */
+    EVICT_PAGES = 32,           /* evicted at a time, when there is no line left, */
+    AHEAD_PAGES = 8,            /* and ahead of need */
 };
 
 enum page_state {
@@ -42,7 +43,7 @@ enum page_state {
     DIRTY = 8,                  /* differs from the copy at the memory blade */
     STORED = 16,                /* the memory blade has a copy (perhaps old) */
     PACKABLE = 64,              /* it could be packed when it was last evicted */
-    WRITTEN = 32,               /* was changed when it was last mapped: expect it to be changed again */
+    WRITTEN = 32,               /* was changed when it was last mapped; of a MAPPED page: ... and will it be this time? */
 };
 
 enum slot_state { SLOT_FREE, SLOT_CLEAN, SLOT_DIRTY, SLOT_FLUSHING };
@@ -93,7 +94,7 @@ struct lines {
     char *landing;              /* RUN_PAGES pages for misses, one to peek; registered like the buffer */
     char *buffer;
     struct slot *slots;
-    size_t nslots, hand, dirty_slots;
+    size_t nslots, hand, dirty_slots, flushing_slots;
     struct batch batch[FLUSH_BATCHES];
     unsigned free_batches;      /* bit set: batch is free */
     unsigned batches_on[COUNTERS_BLADES];   /* flushes a blade has yet to confirm */
@@ -107,6 +108,8 @@ struct lines {
     size_t regions;             /* that have a place */
     struct replica replica;
     struct request request[ID_BATCH];
+    int changes;                /* of pages that were to be changed again: more were (or, negative, were not) */
+    unsigned expected;
     size_t next_zero, zero_run; /* sequential zero-fills: next page expected, length of the last run */
     size_t next_fetch, fetch_run;
     size_t next_packed, packed_run;
@@ -130,6 +133,9 @@ void lines_adopt(struct lines *lines, int uffd);
 /* Answer a missing-page fault, or a write to a clean (write-protected) page. */
 void lines_miss(struct lines *lines, size_t page, bool write);
 void lines_write(struct lines *lines, size_t page);
+
+/* A page that was given back unchanged, to see whether it would be changed, was changed or not. */
+void lines_learn(struct lines *lines, size_t page, bool changed);
 
 /* Forget pages. Their memory is returned to the kernel. */
 void lines_drop(struct lines *lines, size_t page, size_t count);

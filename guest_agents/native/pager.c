@@ -29,7 +29,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { MESSAGES = 16, DRAIN_MOST = 16 /* faults answered before the pager looks at what else there is to do */ };
+enum {
+    MESSAGES = 16,
+    DRAIN_MOST = 16,            /* faults answered before the pager looks at what else there is to do */
+    IDLE_MS = 1,                /* without faults, until pages are evicted ahead of need */
+};
 
 static struct lines lines;
 static struct family family;
@@ -126,6 +130,18 @@ static int sooner(int a, int b)
     return a < 0 || (b >= 0 && b < a) ? b : a;
 }
 
+/* Evict while no fault is to be answered. Returns in how many milliseconds there is more of that; -1: when there were
+ * other faults. The only processor is the program's first. */
+static int evict_idly(bool idle)
+{
+    static int courtesy = -1;
+    if (courtesy < 0)
+        courtesy = sysconf(_SC_NPROCESSORS_ONLN) > 1 ? 0 : IDLE_MS;
+    if (!idle)
+        return courtesy;
+    return evict_ahead(&lines) ? 0 : -1;
+}
+
 static void *run(void *unused)
 {
     (void)unused;
@@ -134,20 +150,23 @@ static void *run(void *unused)
     pthread_mutex_lock(&lock);
     evict_make_room(&lines, 0, 0); /* what the program had filled before is now to be shared with the line buffer */
     pthread_mutex_unlock(&lock);
-    for (;;) {
+    for (bool idle = false;;) {
         struct pollfd watch[2 + 2 * FAMILY_CHILDREN];
         nfds_t n = 0;
         pthread_mutex_lock(&lock);
         family_bury(&family);
         int pause = sooner(replica_step(&lines), family_settle(&family));
+        pause = sooner(pause, evict_idly(idle));
         gauge();
         pause = trace_pause(pause);
         watch[n++] = (struct pollfd){.fd = lines.uffd, .events = POLLIN};
         watch[n++] = (struct pollfd){.fd = lines.monitor.news, .events = POLLIN};
         n += family_watch(&family, watch + n);
         pthread_mutex_unlock(&lock);
-        if (poll(watch, n, n_waiting ? 0 : pause) < 0 && errno != EINTR)
+        int events = poll(watch, n, n_waiting ? 0 : pause);
+        if (events < 0 && errno != EINTR)
             lines_die("the pager cannot wait for faults: %s", strerror(errno));
+        idle = events == 0 && !n_waiting;
         pthread_mutex_lock(&lock);
         trace_tick();
         replica_news(&lines);

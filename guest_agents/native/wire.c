@@ -59,6 +59,7 @@ static void settle(struct lines *l, unsigned index, uint32_t link)
     l->batches_on[link]--;
     if (batch->links)
         return;
+    l->flushing_slots -= batch->count;
     trace_done(TRACE_FLUSH, sent[index].begin, 0, batch->count, sent[index].blades, index);
     for (uint32_t i = 0; i < batch->count; i++) {
         struct slot *slot = &l->slots[batch->slot[i]];
@@ -224,6 +225,7 @@ static unsigned book_flush(struct lines *l, uint32_t link, const struct dirty *d
         l->batches_on[k] += batch->links >> k & 1;
     l->dirty_slots -= n;
     l->dirty_on[link] -= n;
+    l->flushing_slots += n;
     l->count->flushes += n;
     return index;
 }
@@ -289,6 +291,12 @@ void wire_read(struct lines *l, size_t page, size_t count, char *to, unsigned id
     l->count->bytes_in += (uint64_t)count << PAGE_SHIFT;
     l->count->blade[link].bytes_in += (uint64_t)count << PAGE_SHIFT;
     send_off(l, link, &read, flush);
+}
+
+bool wire_answered(struct lines *l, unsigned id)
+{
+    wire_reap(l, false);
+    return l->request[id].state == ANSWERED;
 }
 
 void wire_await(struct lines *l, unsigned id)

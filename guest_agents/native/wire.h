@@ -8,6 +8,9 @@
  * behind that, if `flush`, send up to FLUSH_PAGES dirty pages of that blade. */
 void wire_read(struct lines *l, size_t page, size_t count, char *to, unsigned id, bool flush);
 
+/* Whether READ `id` has been answered by now. */
+bool wire_answered(struct lines *l, unsigned id);
+
 /* Wait until READ `id` has been answered, by another blade if need be. */
 void wire_await(struct lines *l, unsigned id);
 
