@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from fabric import Connection
 
 NAME = "bench-excache"  # a rack of its own: one that runs is not touched
-MIB = 1 << 20
+PAGE, MIB = 4096, 1 << 20
 SHARES = (50, 25)
 NETWORK = ("nbd", "nvme_tcp", "nvme_rdma")
 PEERS = (*NETWORK, "zram", "disk")
@@ -46,7 +46,7 @@ COUNTED = ("misses", "prefetched", "flushes", "reads", "writes", "faults", "pack
 TEXT = "/tmp/text"
 _STATS = "/tmp/stats"
 _GROUP = "/sys/fs/cgroup/bench"
-RUN_SECONDS = 400
+RUN_SECONDS = 150
 _TIMED_OUT, _KILLED = 124, 137
 PAPER_MISS_US, PAPER_FLUSH_US = 6.31, 6.11
 """OSDI'18: what the released code prints of itself (its profile of pcache_miss and pcache_flush)."""
@@ -67,8 +67,8 @@ class Program:
 
 _COUNT = "{ for (i = 1; i <= NF; i++) n[$i]++ } END { for (w in n) print w, n[w] }"
 PROGRAMS = {
-    "gawk": Program(f"gawk '{_COUNT}' {TEXT}", MIB // 2),
-    "sort": Program(f"sort -S 64M --parallel=1 {TEXT}", 8 * MIB),
+    "gawk": Program(f"gawk '{_COUNT}' {TEXT}", 5 * MIB // 8),
+    "sort": Program(f"sort -S 64M --parallel=1 {TEXT}", 3 * MIB),
 }
 
 
@@ -111,7 +111,8 @@ def sample(variant: str, bed: Bed, emit: Emit) -> Sample:
         with _device(variant, bed):
             for name, program in PROGRAMS.items():
                 for share in SHARES:
-                    result |= _share(variant, bed, name, program, share)
+                    result |= (one := _share(variant, bed, name, program, share))
+                    emit(Note(f"{variant}: {name} at {share} %: {one}"))
     except RacklessError as error:  # no such peer here, or it went away: what there is by now counts
         for name in PROGRAMS:
             for share in SHARES:
@@ -120,7 +121,7 @@ def sample(variant: str, bed: Bed, emit: Emit) -> Sample:
 
 
 def _share(variant: str, bed: Bed, name: str, program: Program, share: int) -> Sample:
-    limit = bed.working_set[name] * share // 100 // MIB * MIB
+    limit = bed.working_set[name] * share // 100 // PAGE * PAGE
     blade = bed.disk if variant == "disk" else bed.near
     run = partial(_excache, bed, name, program, limit) if variant == "excache" else partial(
         _limited, bed, blade, name, program, str(limit))  # fmt: skip

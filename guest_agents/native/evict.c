@@ -17,7 +17,7 @@ enum {
     READ_POINTS = 30,           /* a READ costs about 15 unpackings; twice that served gawk and sqlite3 best */
     PLAIN_READ_POINTS = 15,     /* for sort, which the pool does not serve; more harmed what it does serve */
     SEGMENT_POINTS = 32,        /* so many move the pool's limit by a segment */
-    AHEAD_SLOTS = AHEAD_PAGES + 32, /* for these pages, and mostly for a segment that is spilled because of them */
+    AHEAD_SLOTS = 2 * AHEAD_PAGES, /* for these pages, and some of a segment that is spilled because of them */
     STAMP_EVICTIONS = 16,       /* stamps of packed pages count evictions, so many at a time */
 };
 
@@ -260,10 +260,10 @@ static size_t choose(struct lines *l, size_t set)
 /* LRU: let the oldest lines of a set doze. */
 static void sample(struct lines *l, size_t set)
 {
-    uint32_t dozing[EVICT_PAGES];
+    uint32_t dozing[RUN_PAGES];
     size_t page, n = 0;
     while (sets_next_to_doze(&l->sets, set, &page)) {
-        if (n == EVICT_PAGES) {
+        if (n == l->together) {
             withdraw(l, dozing, n, doze);
             n = 0;
         }
@@ -273,7 +273,7 @@ static void sample(struct lines *l, size_t set)
 }
 
 struct victims {
-    uint32_t page[EVICT_PAGES];
+    uint32_t page[RUN_PAGES];
     size_t n;
 };
 
@@ -298,7 +298,7 @@ static void evict(struct lines *l, size_t set, size_t lines, struct victims *vic
             continue;
         }
         evict_release_line(l, page);
-        if (victims->n == EVICT_PAGES)
+        if (victims->n == l->together)
             send_away(l, victims);
         victims->page[victims->n++] = (uint32_t)page;
     }
@@ -309,7 +309,7 @@ static void make_room_anywhere(struct lines *l, size_t count)
 {
     struct victims victims = {.n = 0};
     while (l->lined + pool_pages(&l->pool) + count > l->budget) {
-        evict(l, 0, EVICT_PAGES, &victims);
+        evict(l, 0, l->together, &victims);
         send_away(l, &victims);
         sample(l, 0);
     }

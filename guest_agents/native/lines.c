@@ -19,8 +19,11 @@
 #include <unistd.h>
 
 enum {
-    BUFFER_SHARE = 8,       /* the line buffer is an eighth of the ExCache */
-    LANDING_PAGES = RUN_PAGES + 1,
+    TOGETHER_SHARE = 64,    /* this part of the ExCache comes in or goes out together, */
+    TOGETHER_LEAST = 8,     /* but so many pages at least, and RUN_PAGES at most */
+    BUFFER_SHARE = 32,      /* the line buffer is this part of it: plain lines serve every program better, */
+    BUFFER_LEAST = 3,       /* but a flush should carry more than what goes out together */
+    UNPACK_PAGES = 8,       /* most pages that are unpacked together: the others would push more out than they spare */
     LOOK_EVERY = 8,
     CHANGES_MOST = 16,
 };
@@ -32,6 +35,11 @@ static uint64_t nanoseconds(void)
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static size_t at_most(size_t n, size_t most)
+{
+    return n < most ? n : most;
 }
 
 void lines_set_state(struct lines *l, size_t page, unsigned state)
@@ -115,28 +123,58 @@ static void wake(struct lines *l, size_t page)
 
 static void miss(struct lines *l, size_t page, bool write);
 
-static size_t next_run(size_t page, size_t *expected, size_t *run, size_t limit)
+/* Pages that come together because of a fault at one of them. */
+struct run {
+    size_t first, pages;
+};
+
+typedef bool alike(const struct lines *l, size_t page, size_t other);
+
+/* So many pages at most, as long as they are like the one at fault. */
+static struct run gather(const struct lines *l, size_t page, size_t most, bool down, alike *alike)
 {
-    *run = page == *expected ? *run * 2 : 1;
-    if (*run > limit)
-        *run = limit;
-    return *run;
+    size_t n = 1;
+    while (n < most && (down ? page >= n : page + n < l->arena->top) && alike(l, page, down ? page - n : page + n))
+        n++;
+    return (struct run){down ? page - n + 1 : page, n};
+}
+
+/* As many as the stream of faults asks for. */
+static struct run make_run(struct lines *l, struct streams *streams, size_t page, size_t most, alike *alike)
+{
+    bool down;
+    most = streams_fault(streams, page, most, &down);
+    struct run run = gather(l, page, most, down, alike);
+    streams_brought(streams, page, run.pages);
+    return run;
+}
+
+static bool both_untouched(const struct lines *l, size_t page, size_t other)
+{
+    (void)page;
+    return l->state[other] == UNTOUCHED && bit_test(l->arena->used, other) && !bit_test(l->arena->unreadable, other);
+}
+
+static bool both_remote(const struct lines *l, size_t page, size_t other)
+{
+    return (l->state[other] & STATE_MASK) == REMOTE && page / REGION_PAGES == other / REGION_PAGES;
+}
+
+static bool both_packed(const struct lines *l, size_t page, size_t other)
+{
+    return ((l->state[page] ^ l->state[other]) & (STATE_MASK | DIRTY)) == 0;
 }
 
 static void zero_fill(struct lines *l, size_t page, bool write)
 {
-    size_t want = next_run(page, &l->next_zero, &l->zero_run, l->run_most), run = 1;
-    while (run < want && page + run < l->arena->top && l->state[page + run] == UNTOUCHED &&
-           bit_test(l->arena->used, page + run) && !bit_test(l->arena->unreadable, page + run))
-        run++;
-    l->next_zero = page + run;
-    evict_make_room(l, page, run);
-    int error = lines_install(l, l->uffd, page, zeros, run, !write);
+    struct run run = make_run(l, &l->zero_fills, page, l->run_most, both_untouched);
+    evict_make_room(l, run.first, run.pages);
+    int error = lines_install(l, l->uffd, run.first, zeros, run.pages, !write);
     if (error)
         lines_die("filling memory failed: %s", strerror(error));
-    for (size_t i = 0; i < run; i++)
-        map(l, page + i, write ? DIRTY : 0);
-    l->count->zero_fills += run;
+    for (size_t i = 0; i < run.pages; i++)
+        map(l, run.first + i, write ? DIRTY : 0);
+    l->count->zero_fills += run.pages;
 }
 
 /* Flags for a page that comes back. One that was changed when it was last mapped may well be changed again: given as
@@ -161,18 +199,15 @@ void lines_learn(struct lines *l, size_t page, bool changed)
 
 static void fetch(struct lines *l, size_t page, bool write)
 {
-    size_t want = next_run(page, &l->next_fetch, &l->fetch_run, l->fetch_most), run = 1;
-    while (run < want && (page + run) % REGION_PAGES && (l->state[page + run] & STATE_MASK) == REMOTE)
-        run++;
-    l->next_fetch = page + run;
+    struct run run = make_run(l, &l->fetches, page, l->fetch_most, both_remote);
     uint32_t link = region_of(l, page)->at[0].link;
     uint64_t posted = nanoseconds();
-    wire_read(l, page, run, l->landing, ID_MISS, l->dirty_on[link] >= wire_fair_share(l, 2));
+    wire_read(l, run.first, run.pages, l->landing, ID_MISS, l->dirty_on[link] >= wire_fair_share(l, 2));
     l->count->misses++;
-    l->count->prefetched += run - 1;
+    l->count->prefetched += run.pages - 1;
     evict_weigh_read(l, page);
     l->count->blade[link].misses++;
-    evict_make_room(l, page, run); /* while the data is on its way */
+    evict_make_room(l, run.first, run.pages); /* while the data is on its way */
     while (!wire_answered(l, ID_MISS) && evict_ahead(l)) {
     }
     uint64_t start = nanoseconds();
@@ -180,17 +215,20 @@ static void fetch(struct lines *l, size_t page, bool write)
     uint64_t answered = nanoseconds();
     l->count->wait_nanoseconds += answered - start;
     l->count->read_nanoseconds += answered - posted;
-    unsigned flags = expect(l, page, write);
+    unsigned flags = expect(l, page, write), others = write ? DIRTY : 0; /* what is written in order goes on */
     const char *data = l->landing;
-    int error = lines_install(l, l->uffd, page, data, 1, !(flags & DIRTY));
-    if (!error && run > 1)
-        error = lines_install(l, l->uffd, page + 1, data + PAGE_SIZE, run - 1, true);
+    size_t before = page - run.first, after = run.pages - before - 1; /* one of these is 0 */
+    int error = lines_install(l, l->uffd, page, data + (before << PAGE_SHIFT), 1, !(flags & DIRTY));
+    if (!error && before)
+        error = lines_install(l, l->uffd, run.first, data, before, !write);
+    if (!error && after)
+        error = lines_install(l, l->uffd, page + 1, data + PAGE_SIZE, after, !write);
     if (error)
         lines_die("installing fetched memory failed: %s", strerror(error));
     l->count->install_nanoseconds += nanoseconds() - answered;
-    for (size_t i = 0; i < run; i++) {
-        map(l, page + i, STORED | (i == 0 ? flags : 0));
-        l->on_arrival(l, page + i, data + (i << PAGE_SHIFT));
+    for (size_t i = 0; i < run.pages; i++) {
+        map(l, run.first + i, STORED | (i == before ? flags : others));
+        l->on_arrival(l, run.first + i, data + (i << PAGE_SHIFT));
     }
 }
 
@@ -215,27 +253,25 @@ static void take_back(struct lines *l, size_t page, bool write)
 
 static void unpack(struct lines *l, size_t page, bool write)
 {
-    unsigned want = l->state[page] & (STATE_MASK | DIRTY);
-    size_t run = 1, limit = write && !(want & DIRTY) ? 1 : next_run(page, &l->next_packed, &l->packed_run, l->run_most);
-    evict_make_room(l, page, limit); /* may send some of the pages away */
+    bool changes = write && !(l->state[page] & DIRTY); /* this page alone */
+    struct run run = make_run(l, &l->unpackings, page, changes ? 1 : at_most(l->run_most, UNPACK_PAGES), both_packed);
+    evict_make_room(l, run.first, run.pages); /* may send some of the pages away */
     if ((l->state[page] & STATE_MASK) != PACKED) {
         miss(l, page, write);
         return;
     }
     evict_weigh_unpacking(l, page);
-    while (run < limit && page + run < l->arena->top && (l->state[page + run] & (STATE_MASK | DIRTY)) == want)
-        run++;
-    l->next_packed = page + run;
-    for (size_t i = 0; i < run; i++)
-        codec_unpack(pool_get(&l->pool, page + i), (uint64_t *)(l->landing + (i << PAGE_SHIFT)));
-    bool dirty = write || (want & DIRTY);
-    int error = lines_install(l, l->uffd, page, l->landing, run, !dirty);
+    run = gather(l, page, run.pages, run.first < page, both_packed);
+    for (size_t i = 0; i < run.pages; i++)
+        codec_unpack(pool_get(&l->pool, run.first + i), (uint64_t *)(l->landing + (i << PAGE_SHIFT)));
+    bool dirty = write || l->state[page] & DIRTY;
+    int error = lines_install(l, l->uffd, run.first, l->landing, run.pages, !dirty);
     if (error)
         lines_die("installing unpacked memory failed: %s", strerror(error));
-    for (size_t i = 0; i < run; i++) {
-        l->on_arrival(l, page + i, l->landing + (i << PAGE_SHIFT));
-        pool_remove(&l->pool, page + i);
-        map(l, page + i, (l->state[page + i] & STORED) | (dirty ? DIRTY : 0));
+    for (size_t i = 0; i < run.pages; i++) {
+        l->on_arrival(l, run.first + i, l->landing + (i << PAGE_SHIFT));
+        pool_remove(&l->pool, run.first + i);
+        map(l, run.first + i, (l->state[run.first + i] & STORED) | (dirty ? DIRTY : 0));
     }
     l->count->packed_hits++;
 }
@@ -323,25 +359,25 @@ void lines_drop(struct lines *l, size_t page, size_t count)
 
 /* ---- start ---- */
 
-static size_t at_most(size_t n, size_t most)
-{
-    return n < most ? n : most;
-}
-
 /* How many lines the ExCache has, in how many sets, and what goes in and out together. */
 static int organise(struct lines *l, size_t excache_pages, const struct organisation *o)
 {
     /* Victims are packed before they are unmapped, and compacting copies a segment. */
-    size_t passing = EVICT_PAGES + SEGMENT_PAGES, sets = 1, ways = excache_pages;
+    l->together = at_most(excache_pages / TOGETHER_SHARE, RUN_PAGES);
+    if (l->together < TOGETHER_LEAST)
+        l->together = TOGETHER_LEAST;
+    size_t passing = l->together + SEGMENT_PAGES, landing = l->together + 1, sets = 1, ways = excache_pages;
     l->nslots = o->victim ? at_most(o->victim, excache_pages / 2) : excache_pages / BUFFER_SHARE;
-    l->budget = excache_pages - l->nslots - LANDING_PAGES - passing;
-    l->run_most = at_most(l->budget / 8, RUN_PAGES);
+    if (!o->victim && l->nslots < BUFFER_LEAST * l->together)
+        l->nslots = BUFFER_LEAST * l->together;
+    l->budget = excache_pages - l->nslots - landing - passing;
+    l->run_most = at_most(l->budget / 8, l->together);
     l->unpacked = o->unpacked || o->ways;
     if (o->ways) {
         ways = at_most(o->ways, l->budget);
         sets = l->budget / ways;
         l->budget = sets * ways;
-        l->run_most = at_most(sets * (ways < 8 ? 1 : ways / 8), RUN_PAGES);
+        l->run_most = at_most(sets * (ways < 8 ? 1 : ways / 8), l->together);
     }
     l->fetch_most = o->prefetch ? at_most(o->prefetch, l->run_most) : l->run_most;
     l->count->sets = sets;
@@ -374,13 +410,12 @@ int lines_init(struct lines *l, struct arena *arena, size_t excache_pages, const
         return error;
     l->slots = raw_memory(l->nslots * sizeof *l->slots);
     l->free_batches = (1u << FLUSH_BATCHES) - 1;
-    l->next_zero = l->next_fetch = l->next_packed = NO_PAGE;
-    size_t bytes = (LANDING_PAGES + l->nslots) << PAGE_SHIFT;
+    size_t bytes = (l->together + 1 + l->nslots) << PAGE_SHIFT;
     l->landing = raw_memory(bytes);
     if (!l->slots || !l->landing)
         return -ENOMEM;
     madvise(l->landing, bytes, MADV_DONTFORK); /* pinned for RDMA: a forked child must not inherit it */
-    l->buffer = l->landing + ((size_t)LANDING_PAGES << PAGE_SHIFT);
+    l->buffer = l->landing + ((l->together + 1) << PAGE_SHIFT);
     for (size_t i = 0; i < l->nslots; i++)
         l->slots[i].page = NO_OWNER;
     evict_init(l);

@@ -22,14 +22,14 @@
 #include "organisation.h"
 #include "replica.h"
 #include "sets.h"
+#include "streams.h"
 
 enum {
     REGION_PAGES = 1024,        /* a vRegion: 4 MiB */
-    RUN_PAGES = 32,             /* most pages per READ, and per zero-fill */
+    RUN_PAGES = 32,             /* most pages that come in, or are evicted, together; less in a small ExCache */
     FLUSH_PAGES = 64,           /* most pages per flush of one blade */
     FLUSH_BATCHES = 8,          /* flushes in flight */
-    EVICT_PAGES = 32,           /* evicted at a time, when there is no line left, */
-    AHEAD_PAGES = 8,            /* and ahead of need */
+    AHEAD_PAGES = 8,            /* evicted at a time ahead of need */
 };
 
 enum page_state {
@@ -83,6 +83,7 @@ struct lines {
     size_t lined;               /* pages that have a line */
     size_t budget;              /* pages that may have a line or be held by the pool */
     size_t contents;            /* pages that are not UNTOUCHED */
+    size_t together;            /* pages that are evicted together when there is no line left, and the most that come in */
     size_t run_most, fetch_most;/* pages that are filled or taken together; and of a READ */
 
     bool unpacked;              /* no pool */
@@ -91,7 +92,7 @@ struct lines {
     int points;                 /* for (or, negative, against) a larger pool */
     uint32_t departures;        /* pages that could be packed, but had to go to their memory blades */
 
-    char *landing;              /* RUN_PAGES pages for misses, one to peek; registered like the buffer */
+    char *landing;              /* `together` pages for misses, one to peek; registered like the buffer */
     char *buffer;
     struct slot *slots;
     size_t nslots, hand, dirty_slots, flushing_slots;
@@ -110,9 +111,7 @@ struct lines {
     struct request request[ID_BATCH];
     int changes;                /* of pages that were to be changed again: more were (or, negative, were not) */
     unsigned expected;
-    size_t next_zero, zero_run; /* sequential zero-fills: next page expected, length of the last run */
-    size_t next_fetch, fetch_run;
-    size_t next_packed, packed_run;
+    struct streams zero_fills, fetches, unpackings;
     struct counters *count;
 
     /* Called with a page's contents when it comes in from afar, before the program can change it. */

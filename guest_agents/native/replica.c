@@ -182,7 +182,7 @@ static void copy_some(struct lines *l, size_t r)
     size_t at = region->copied, page[RUN_PAGES];
     uint64_t begin = trace_begin();
     uint32_t n = 0, blades = bit(region->at[0].link) | bit(region->at[1].link);
-    for (; at < REGION_PAGES && n < RUN_PAGES; at++)
+    for (; at < REGION_PAGES && n < l->together; at++)
         if (l->state[r * REGION_PAGES + at] & STORED)
             page[n++] = r * REGION_PAGES + at;
     if (n && !wire_copy(l, page, n))

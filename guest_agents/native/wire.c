@@ -359,7 +359,7 @@ const char *lines_peek(struct lines *l, size_t page)
         return slot_data(l, l->where[page]);
     if ((l->state[page] & STATE_MASK) == DOZING)
         return lines_frame(l, page);
-    char *to = l->landing + RUN_PAGES * PAGE_SIZE;
+    char *to = l->landing + (l->together << PAGE_SHIFT);
     if ((l->state[page] & STATE_MASK) == PACKED) {
         codec_unpack(pool_get(&l->pool, page), (uint64_t *)to);
         return to;
