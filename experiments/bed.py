@@ -25,5 +25,7 @@ class Bed:
     """Of `disk`, on the fabric."""
     working_set: dict[str, int] = field(default_factory=dict)
     """Bytes, by program."""
+    ours: dict[tuple[str, int], float] = field(default_factory=dict)
+    """Seconds with the ExCache, by program and share of its working set in percent."""
     output: dict[str, str] = field(default_factory=dict)
     """A checksum of what each program prints."""

@@ -13,6 +13,7 @@ pager and all.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -46,7 +47,9 @@ COUNTED = ("misses", "prefetched", "flushes", "reads", "writes", "faults", "pack
 TEXT = "/tmp/text"
 _STATS = "/tmp/stats"
 _GROUP = "/sys/fs/cgroup/bench"
-RUN_SECONDS = 150
+RUN_SECONDS = 400
+PATIENCE, LEAST_SECONDS = 1.6, 30
+"""A peer that takes so many times as long as ours (but so many seconds at least) is stopped: emulated swap is slow."""
 _TIMED_OUT, _KILLED = 124, 137
 PAPER_MISS_US, PAPER_FLUSH_US = 6.31, 6.11
 """OSDI'18: what the released code prints of itself (its profile of pcache_miss and pcache_flush)."""
@@ -65,15 +68,19 @@ class Program:
     text: int
 
 
-_COUNT = "{ for (i = 1; i <= NF; i++) n[$i]++ } END { for (w in n) print w, n[w] }"
+_COUNT_PAIRS = '{ for (i = 1; i < NF; i += 2) n[$i " " $(i + 1)]++ } END { for (w in n) print w, n[w] }'
 PROGRAMS = {
-    "gawk": Program(f"gawk '{_COUNT}' {TEXT}", 5 * MIB // 8),
-    "sort": Program(f"sort -S 64M --parallel=1 {TEXT}", 3 * MIB),
+    "gawk": Program(f"gawk '{_COUNT_PAIRS}' {TEXT}", 3 * MIB // 8),
+    "sort": Program(f"sort -S 64M --parallel=1 {TEXT}", 9 * MIB // 4),
 }
 
 
 class _RunError(RacklessError):
-    """This run gave no figure; others may."""
+    """This run gave no figure; others may. `least`: the seconds that it would have taken at least, if any."""
+
+    def __init__(self, message: str, least: float | None = None) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 @contextmanager
@@ -122,13 +129,18 @@ def sample(variant: str, bed: Bed, emit: Emit) -> Sample:
 
 def _share(variant: str, bed: Bed, name: str, program: Program, share: int) -> Sample:
     limit = bed.working_set[name] * share // 100 // PAGE * PAGE
+    seconds = min(max(LEAST_SECONDS, PATIENCE * bed.ours.get((name, share), math.inf)), RUN_SECONDS)
     blade = bed.disk if variant == "disk" else bed.near
     run = partial(_excache, bed, name, program, limit) if variant == "excache" else partial(
-        _limited, bed, blade, name, program, str(limit))  # fmt: skip
+        _limited, bed, blade, name, program, str(limit), round(seconds))  # fmt: skip
     try:
-        return {f"{name}_{share}{key}": value for key, value in _keyed(run()).items()}
+        seen = run()
     except _RunError as error:
-        return {f"{name}_{share}": str(error)}
+        least: Sample = {} if error.least is None else {f"{name}_{share}_at_least": error.least}
+        return {f"{name}_{share}": str(error), **least}
+    if variant == "excache":
+        bed.ours.setdefault((name, share), seen["seconds"])
+    return {f"{name}_{share}{key}": value for key, value in _keyed(seen).items()}
 
 
 def _keyed(seen: dict[str, float]) -> dict[str, float]:
@@ -147,18 +159,22 @@ def summary(medians: dict[str, dict[str, float]]) -> dict[str, object]:
 
 
 def _row(medians: dict[str, dict[str, float]], name: str, share: int) -> dict[str, object]:
-    def slowdown(variant: str) -> float | None:
-        seconds = medians.get(variant, {}).get(f"{name}_{share}")
+    def slowdown(variant: str, suffix: str = "") -> float | None:
+        seconds = medians.get(variant, {}).get(f"{name}_{share}{suffix}")
         return None if seconds is None else round(seconds / medians["local"][f"{name}_100"], 2)
 
     ours, peers = slowdown("excache"), {peer: slowdown(peer) for peer in PEERS}
-    network = [value for peer in NETWORK if (value := peers[peer]) is not None]
+    missing = [peer for peer in PEERS if peers[peer] is None]
+    least = {peer: value for peer in missing if (value := slowdown(peer, "_at_least")) is not None}
     row: dict[str, object] = {
         "slowdown": ours,
         "peers": peers,
-        "ratio_to_best_network_swap": round(ours / min(network), 2) if ours and network else None,
-        "ratio_to_disk": round(ours / peers["disk"], 2) if ours and peers["disk"] else None,
+        "peers_at_least": least,
+        "ratio_to_best_network_swap": _ratio(ours, [value for peer in NETWORK if (value := peers[peer]) is not None]),
+        "ratio_to_disk": _ratio(ours, [peers["disk"]] if peers["disk"] else []),
     }
+    if row["ratio_to_best_network_swap"] is None:  # none of them came to an end
+        row["ratio_to_best_network_swap_at_most"] = _ratio(ours, [least[peer] for peer in NETWORK if peer in least])
     if ours is None:
         return row
     counts = {key: medians["excache"][f"{name}_{share}_{key}"] for key in (*COUNTED, "peak_bytes")}
@@ -171,6 +187,10 @@ def _row(medians: dict[str, dict[str, float]], name: str, share: int) -> dict[st
     }  # fmt: skip
     row["modelled_slowdown"] = round(1 + network_seconds / medians["local"][f"{name}_100"], 4)
     return row
+
+
+def _ratio(ours: float | None, peers: list[float]) -> float | None:
+    return round(ours / min(peers), 2) if ours and peers else None
 
 
 def figure(medians: dict[str, dict[str, float]], samples: dict[str, list[Sample]]) -> Figure:
@@ -206,34 +226,40 @@ def _device(variant: str, bed: Bed) -> AbstractContextManager[None]:
     return swap.on_nvme(bed.near, bed.far, bed.address, variant.removeprefix("nvme_"))
 
 
-def _limited(bed: Bed, blade: Connection, name: str, program: Program, limit: str) -> dict[str, float]:
+def _limited(
+    bed: Bed, blade: Connection, name: str, program: Program, limit: str, seconds: int = RUN_SECONDS
+) -> dict[str, float]:
     """Run it in a cgroup of `limit` bytes: seconds, peak bytes, pages swapped in and out."""
-    return _timed(bed, blade, name, program, f"exec {program.command}", limit)
+    return _timed(bed, blade, name, program, f"exec {program.command}", limit, seconds)
 
 
 def _excache(bed: Bed, name: str, program: Program, limit: int) -> dict[str, float]:
     """Run it with an ExCache of `limit` bytes: seconds, peak bytes, and the pager's counters."""
     command = f"exec split run --excache {limit} --stats {_STATS} --cwd /tmp -- {program.command}"
-    seen = _timed(bed, bed.near, name, program, command, "max")
+    seen = _timed(bed, bed.near, name, program, command, "max", RUN_SECONDS)
     counted = json.loads(client.run(bed.near, f"cat {_STATS}").stdout)
     return seen | {key: counted[key] for key in COUNTED}
 
 
-def _timed(bed: Bed, blade: Connection, name: str, program: Program, command: str, limit: str) -> dict[str, float]:
+def _timed(
+    bed: Bed, blade: Connection, name: str, program: Program, command: str, limit: str, seconds: int
+) -> dict[str, float]:
     inside = shlex.quote(f"echo 0 > {_GROUP}/cgroup.procs; {command}")
     said = client.run(blade, f"""
         head -c {program.text} /tmp/english.txt > {TEXT}; rm -f {_STATS}
         mkdir {_GROUP} && trap 'rmdir {_GROUP}' EXIT && echo {limit} > {_GROUP}/memory.max || exit
         swapped() {{ awk '/^pswpin/ {{ i = $2 }} /^pswpout/ {{ o = $2 }} END {{ print i, o }}' /proc/vmstat; }}
         before=$(swapped); start=$(date +%s.%N)
-        output=$( {{ timeout -k 5 {RUN_SECONDS} sh -c {inside} 2> /tmp/said; echo $? > /tmp/code; }} | md5sum )
+        output=$( {{ timeout -k 5 {seconds} sh -c {inside} 2> /tmp/said; echo $? > /tmp/code; }} | md5sum )
         end=$(date +%s.%N)
         echo $start $end $(cat {_GROUP}/memory.peak) $before $(swapped) $(cat /tmp/code) $output; tail -n 1 /tmp/said
-        """, timeout=RUN_SECONDS + 60).stdout  # fmt: skip
+        """, timeout=seconds + 60).stdout  # fmt: skip
     head, _, complaint = said.partition("\n")
     start, end, peak, in_before, out_before, in_after, out_after, code, output, _ = head.split()
+    if code == str(_TIMED_OUT):
+        raise _RunError(f"not done after {seconds} s", least=float(end) - float(start))
     if code != "0":
-        ends = {_TIMED_OUT: f"not done after {RUN_SECONDS} s", _KILLED: f"killed for want of memory at {limit} bytes"}
+        ends = {_KILLED: f"killed for want of memory at {limit} bytes"}
         raise _RunError(ends.get(int(code), f"exit code {code}: {complaint.strip()}"))
     if bed.output.setdefault(name, output) != output:
         raise _RunError("it printed something else than it did unlimited")

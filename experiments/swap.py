@@ -30,7 +30,7 @@ _NVME_PORTS = "/sys/kernel/config/nvmet/ports"
 def on_nbd(near: Connection, far: Connection, address: str) -> Iterator[None]:
     """A network block device of `far` (its fabric address), over TCP."""
     _ram_disk(far)
-    with serving(far, f"nbd-server -d {address}:{_NBD_PORT} /dev/ram0", _NBD_PORT):
+    with serving(far, f"nbd-server -C /dev/null -d {address}:{_NBD_PORT} /dev/ram0", _NBD_PORT):
         client.run(near, f"modprobe nbd && nbd-client -swap -b 4096 {address} {_NBD_PORT} /dev/nbd0")
         try:
             with _swap(near, "/dev/nbd0"):
@@ -57,16 +57,12 @@ def on_nvme(near: Connection, far: Connection, address: str, transport: str) -> 
         wanted = f"transport={transport},traddr={address},trsvcid={_NVME_PORT},nqn={nqn}"
         device = client.run(near, f"""set -e; modprobe nvme-{transport}
             echo {wanted} > /dev/nvme-fabrics
-            for i in $(seq 100); do
-                for d in /sys/class/nvme/nvme*/nvme*n*; do [ -b /dev/${{d##*/}} ] && echo /dev/${{d##*/}} && exit; done
-                sleep 0.1
-            done; echo no namespace appeared >&2; exit 1""").stdout.strip()
-        try:
-            with _swap(near, device):
-                yield
-        finally:
-            client.run(near, "for c in /sys/class/nvme/nvme*; do echo 1 > $c/delete_controller; done")
+            for i in $(seq 100); do for d in /dev/nvme*n1; do [ -b $d ] && echo $d && exit; done; sleep 0.1; done
+            echo no namespace appeared >&2; exit 1""").stdout.strip()
+        with _swap(near, device):
+            yield
     finally:
+        client.run(near, "for c in /sys/class/nvme/nvme[0-9]*; do echo 1 > $c/delete_controller; done", check=False)
         client.run(far, f"""rm {port}/subsystems/{nqn}; rmdir {port}
             echo 0 > {subsystem}/namespaces/1/enable; rmdir {subsystem}/namespaces/1 {subsystem}""")
 

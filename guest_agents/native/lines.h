@@ -120,7 +120,7 @@ struct lines {
     void (*on_busy)(struct lines *lines);
 };
 
-enum { LINES_MIN_PAGES = 512 }; /* the smallest ExCache that makes sense: 2 MiB */
+enum { LINES_MIN_PAGES = 256 }; /* the smallest ExCache that makes sense: 1 MiB */
 
 /* Make the books and the registered buffer; what is too large in `o` for this ExCache is made smaller. 0, or a
  * negative errno. */
