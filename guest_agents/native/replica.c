@@ -187,7 +187,8 @@ static void copy_some(struct lines *l, size_t r)
             page[n++] = r * REGION_PAGES + at;
     if (n && !wire_copy(l, page, n))
         return; /* the second blade was lost in its turn */
-    trace_done(TRACE_COPY, begin, r * REGION_PAGES, n, blades, 0);
+    if (n)
+        trace_done(TRACE_COPY, begin, r * REGION_PAGES, n, blades, 0);
     l->count->rereplicated_bytes += (uint64_t)n << PAGE_SHIFT;
     region->copied = (uint32_t)at;
     if (at == REGION_PAGES)
