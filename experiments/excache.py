@@ -43,7 +43,8 @@ PAGE, MIB = 4096, 1 << 20
 SHARES = (50, 25)
 NETWORK = ("nbd", "nvme_tcp", "nvme_rdma")
 PEERS = (*NETWORK, "zram", "disk")
-COUNTED = ("misses", "prefetched", "flushes", "reads", "writes", "faults", "packed_hits", "buffer_hits", "piggybacks")
+COUNTED = ("misses", "prefetched", "flushes", "reads", "writes", "faults", "packed_hits", "buffer_hits", "piggybacks",
+           "evicted_ahead", "write_faults")  # fmt: skip
 TEXT = "/tmp/text"
 _STATS = "/tmp/stats"
 _GROUP = "/sys/fs/cgroup/bench"

@@ -56,6 +56,7 @@ struct counters {
     uint64_t dozes;             /* lines put out of sight, to see whether they are used (policy LRU) */
     uint64_t doze_hits;         /* ... and they were */
     uint64_t evicted_ahead;     /* of the evictions, those while nobody waited for a line */
+    uint64_t overlaps;          /* READs posted for one thread's fault while another's was waited for */
     uint64_t blades;
     struct blade_counters blade[COUNTERS_BLADES];
     char command[COUNTERS_COMMAND];

@@ -123,6 +123,37 @@ static void wake(struct lines *l, size_t page)
 
 static void miss(struct lines *l, size_t page, bool write);
 
+/* Which early READ is for this page; EARLY_READS: none. */
+static unsigned early_of(const struct lines *l, size_t page)
+{
+    unsigned i = 0;
+    while (i < EARLY_READS && l->early[i] != page)
+        i++;
+    return i;
+}
+
+static char *early_landing(const struct lines *l, unsigned i)
+{
+    return l->landing + ((l->together + 1 + i) << PAGE_SHIFT);
+}
+
+bool lines_may_start(const struct lines *l)
+{
+    return early_of(l, NO_PAGE) < EARLY_READS;
+}
+
+bool lines_start(struct lines *l, size_t page)
+{
+    unsigned i = early_of(l, NO_PAGE);
+    if (i == EARLY_READS || (l->state[page] & STATE_MASK) != REMOTE || early_of(l, page) < EARLY_READS ||
+        page - l->coming < l->coming_pages)
+        return false;
+    l->early[i] = page;
+    l->count->overlaps++;
+    wire_read(l, page, 1, early_landing(l, i), ID_EARLY + i, false);
+    return true;
+}
+
 /* Pages that come together because of a fault at one of them. */
 struct run {
     size_t first, pages;
@@ -157,7 +188,8 @@ static bool both_untouched(const struct lines *l, size_t page, size_t other)
 
 static bool both_remote(const struct lines *l, size_t page, size_t other)
 {
-    return (l->state[other] & STATE_MASK) == REMOTE && page / REGION_PAGES == other / REGION_PAGES;
+    return (l->state[other] & STATE_MASK) == REMOTE && page / REGION_PAGES == other / REGION_PAGES &&
+           early_of(l, other) == EARLY_READS;
 }
 
 static bool both_packed(const struct lines *l, size_t page, size_t other)
@@ -199,24 +231,37 @@ void lines_learn(struct lines *l, size_t page, bool changed)
 
 static void fetch(struct lines *l, size_t page, bool write)
 {
-    struct run run = make_run(l, &l->fetches, page, l->fetch_most, both_remote);
+    unsigned early = early_of(l, page), id = early < EARLY_READS ? ID_EARLY + early : ID_MISS;
+    struct run run = {page, 1};
+    const char *data = early < EARLY_READS ? early_landing(l, early) : l->landing;
     uint32_t link = region_of(l, page)->at[0].link;
     uint64_t posted = nanoseconds();
-    wire_read(l, run.first, run.pages, l->landing, ID_MISS, l->dirty_on[link] >= wire_fair_share(l, 2));
+    if (id == ID_MISS) {
+        run = make_run(l, &l->fetches, page, l->fetch_most, both_remote);
+        wire_read(l, run.first, run.pages, l->landing, ID_MISS, l->dirty_on[link] >= wire_fair_share(l, 2));
+    }
+    l->coming = run.first;
+    l->coming_pages = run.pages;
     l->count->misses++;
     l->count->prefetched += run.pages - 1;
     evict_weigh_read(l, page);
     l->count->blade[link].misses++;
     evict_make_room(l, run.first, run.pages); /* while the data is on its way */
-    while (!wire_answered(l, ID_MISS) && evict_ahead(l)) {
+    while (!wire_answered(l, id)) {
+        bool asked = l->on_wait(l);
+        if (asked || evict_ahead(l))
+            continue;
+        uint64_t start = nanoseconds();
+        wire_wait(l, id);
+        l->count->wait_nanoseconds += nanoseconds() - start;
     }
-    uint64_t start = nanoseconds();
-    wire_await(l, ID_MISS);
     uint64_t answered = nanoseconds();
-    l->count->wait_nanoseconds += answered - start;
     l->count->read_nanoseconds += answered - posted;
+    l->coming_pages = 0;
+    l->fabric.other[1] = -1;
+    if (early < EARLY_READS)
+        l->early[early] = NO_PAGE;
     unsigned flags = expect(l, page, write), others = write ? DIRTY : 0; /* what is written in order goes on */
-    const char *data = l->landing;
     size_t before = page - run.first, after = run.pages - before - 1; /* one of these is 0 */
     int error = lines_install(l, l->uffd, page, data + (before << PAGE_SHIFT), 1, !(flags & DIRTY));
     if (!error && before)
@@ -366,7 +411,7 @@ static int organise(struct lines *l, size_t excache_pages, const struct organisa
     l->together = at_most(excache_pages / TOGETHER_SHARE, RUN_PAGES);
     if (l->together < TOGETHER_LEAST)
         l->together = TOGETHER_LEAST;
-    size_t passing = l->together + SEGMENT_PAGES, landing = l->together + 1, sets = 1, ways = excache_pages;
+    size_t passing = l->together + SEGMENT_PAGES, landing = l->together + 1 + EARLY_READS, sets = 1, ways = excache_pages;
     l->nslots = o->victim ? at_most(o->victim, excache_pages / 2) : excache_pages / BUFFER_SHARE;
     if (!o->victim && l->nslots < BUFFER_LEAST * l->together)
         l->nslots = BUFFER_LEAST * l->together;
@@ -410,14 +455,16 @@ int lines_init(struct lines *l, struct arena *arena, size_t excache_pages, const
         return error;
     l->slots = raw_memory(l->nslots * sizeof *l->slots);
     l->free_batches = (1u << FLUSH_BATCHES) - 1;
-    size_t bytes = (l->together + 1 + l->nslots) << PAGE_SHIFT;
+    size_t landing = l->together + 1 + EARLY_READS, bytes = (landing + l->nslots) << PAGE_SHIFT;
     l->landing = raw_memory(bytes);
     if (!l->slots || !l->landing)
         return -ENOMEM;
     madvise(l->landing, bytes, MADV_DONTFORK); /* pinned for RDMA: a forked child must not inherit it */
-    l->buffer = l->landing + ((l->together + 1) << PAGE_SHIFT);
+    l->buffer = l->landing + (landing << PAGE_SHIFT);
     for (size_t i = 0; i < l->nslots; i++)
         l->slots[i].page = NO_OWNER;
+    for (unsigned i = 0; i < EARLY_READS; i++)
+        l->early[i] = NO_PAGE;
     evict_init(l);
     error = pool_init(&l->pool, l->budget / SEGMENT_PAGES, l->where);
     if (error)

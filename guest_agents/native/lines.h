@@ -62,7 +62,11 @@ struct batch {
 };
 
 /* Single requests somebody waits for, by number: wr_id and index of lines->request. */
-enum { ID_QUIET, ID_MISS, ID_PEEK, ID_COPY, ID_BATCH /* and more: flushes */ };
+enum {
+    EARLY_READS = 3,            /* for faults of other threads, while one is waited for */
+    ID_QUIET = 0, ID_MISS, ID_PEEK, ID_COPY, ID_EARLY,
+    ID_BATCH = ID_EARLY + EARLY_READS, /* and more: flushes */
+};
 
 struct request {
     enum { ANSWERED, UNDERWAY, FAILED } state;
@@ -92,7 +96,7 @@ struct lines {
     int points;                 /* for (or, negative, against) a larger pool */
     uint32_t departures;        /* pages that could be packed, but had to go to their memory blades */
 
-    char *landing;              /* `together` pages for misses, one to peek; registered like the buffer */
+    char *landing;              /* `together` pages for misses, one to peek, EARLY_READS; registered like the buffer */
     char *buffer;
     struct slot *slots;
     size_t nslots, hand, dirty_slots, flushing_slots;
@@ -109,6 +113,8 @@ struct lines {
     size_t regions;             /* that have a place */
     struct replica replica;
     struct request request[ID_BATCH];
+    size_t early[EARLY_READS];  /* the page that such a READ is for, or NO_PAGE; only while the pager's lock is held */
+    size_t coming, coming_pages;/* those that the READ under way brings */
     int changes;                /* of pages that were to be changed again: more were (or, negative, were not) */
     unsigned expected;
     struct streams zero_fills, fetches, unpackings;
@@ -116,6 +122,8 @@ struct lines {
 
     /* Called with a page's contents when it comes in from afar, before the program can change it. */
     void (*on_arrival)(struct lines *lines, size_t page, const char *data);
+    /* Called while a READ is under way: see to what else can be asked for. True if something was. */
+    bool (*on_wait)(struct lines *lines);
     /* Called when the kernel refuses because a fork is under way: read its event. */
     void (*on_busy)(struct lines *lines);
 };
@@ -135,6 +143,11 @@ void lines_write(struct lines *lines, size_t page);
 
 /* A page that was given back unchanged, to see whether it would be changed, was changed or not. */
 void lines_learn(struct lines *lines, size_t page, bool changed);
+
+/* Another thread has missed this page, and is to be answered next: ask for it already, if it is at its memory blade.
+ * To be called by on_wait; the fault must be answered before the lock is given up. */
+bool lines_start(struct lines *lines, size_t page);
+bool lines_may_start(const struct lines *lines);
 
 /* Forget pages. Their memory is returned to the kernel. */
 void lines_drop(struct lines *lines, size_t page, size_t count);

@@ -41,8 +41,9 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static const struct pager_config *config;
 
 /* Faults read while looking for something more urgent (a fork); answered next. */
-static struct { int uffd; struct uffd_msg message; } waiting[MESSAGES];
+static struct waiting { int uffd; struct uffd_msg message; } waiting[MESSAGES];
 static size_t n_waiting;
+static bool overlapping;        /* faults may be read ahead of their turn */
 
 static void miss(size_t page, bool write)
 {
@@ -96,6 +97,27 @@ static void on_busy(struct lines *l)
     sched_yield();
 }
 
+/* A READ is under way: other threads may have missed pages too. */
+static bool on_wait(struct lines *l)
+{
+    struct uffd_msg message;
+    bool room = overlapping && n_waiting < MESSAGES && lines_may_start(l), asked = false;
+    if (room && read(l->uffd, &message, sizeof message) == sizeof message) {
+        if (message.event == UFFD_EVENT_FORK) {
+            answer(l->uffd, &message);
+            return true;
+        }
+        waiting[n_waiting].uffd = l->uffd;
+        waiting[n_waiting++].message = message;
+        if (message.event == UFFD_EVENT_PAGEFAULT && !(message.arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP))
+            lines_start(l, arena_page(l->arena, (void *)(uintptr_t)message.arg.pagefault.address));
+        asked = true;
+        room = n_waiting < MESSAGES && lines_may_start(l);
+    }
+    l->fabric.other[1] = room ? l->uffd : -1;
+    return asked;
+}
+
 static void on_arrival(struct lines *l, size_t page, const char *data)
 {
     (void)l;
@@ -105,11 +127,15 @@ static void on_arrival(struct lines *l, size_t page, const char *data)
 static void drain(int uffd)
 {
     struct uffd_msg message;
-    for (int most = DRAIN_MOST; most; most--) {
+    for (int most = DRAIN_MOST;; most--) {
+        overlapping = most > 0; /* what has been started must be answered before the lock is given up */
         while (n_waiting) {
-            n_waiting--;
-            answer(waiting[n_waiting].uffd, &waiting[n_waiting].message);
+            struct waiting next = waiting[0];
+            memmove(waiting, waiting + 1, --n_waiting * sizeof *waiting);
+            answer(next.uffd, &next.message);
         }
+        if (most <= 0)
+            return;
         /* One at a time: answering may need to read a fork's event, and must find it in its order. */
         if (read(uffd, &message, sizeof message) != sizeof message)
             return;
@@ -292,6 +318,7 @@ static const char *start(struct arena *arena, size_t *excache_pages)
     if (lines.count)
         trace_open(config->job, lines.count);
     lines.on_busy = on_busy;
+    lines.on_wait = on_wait;
     lines.on_arrival = on_arrival;
     family.lines = &lines;
     lines_end = end;
@@ -304,7 +331,8 @@ static const char *start(struct arena *arena, size_t *excache_pages)
         snprintf(why, sizeof why, "no RDMA device: %s", strerror(-error));
         return why;
     }
-    lines.fabric.other = lines.monitor.news;
+    lines.fabric.other[0] = lines.monitor.news;
+    lines.fabric.other[1] = -1;
     lines.count->blades = lines.monitor.blades;
     uint32_t connected = 0;
     for (uint32_t i = 0; i < lines.monitor.blades; i++) {

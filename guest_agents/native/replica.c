@@ -125,7 +125,7 @@ void replica_news(struct lines *l)
         else if (!l->link[link].qp && l->replica.losses[link] < LOSSES_MOST)
             l->replica.back |= bit(link);
     }
-    l->fabric.other = l->monitor.news;
+    l->fabric.other[0] = l->monitor.news;
 }
 
 static void tell(struct lines *l, const char *why)

@@ -299,14 +299,18 @@ bool wire_answered(struct lines *l, unsigned id)
     return l->request[id].state == ANSWERED;
 }
 
-void wire_await(struct lines *l, unsigned id)
+void wire_wait(struct lines *l, unsigned id)
 {
     const struct request *request = &l->request[id];
-    while (request->state != ANSWERED) {
-        if (request->state == FAILED)
-            wire_read(l, request->page, request->count, request->to, id, false);
-        wire_reap(l, true);
-    }
+    if (request->state == FAILED)
+        wire_read(l, request->page, request->count, request->to, id, false);
+    wire_reap(l, true);
+}
+
+void wire_await(struct lines *l, unsigned id)
+{
+    while (l->request[id].state != ANSWERED)
+        wire_wait(l, id);
 }
 
 /* One leg of a copy: single pages between l->landing and one place, and wait. */

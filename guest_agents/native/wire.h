@@ -11,6 +11,9 @@ void wire_read(struct lines *l, size_t page, size_t count, char *to, unsigned id
 /* Whether READ `id` has been answered by now. */
 bool wire_answered(struct lines *l, unsigned id);
 
+/* Wait for READ `id`, or something else, to be answered, and ask another blade if it failed. */
+void wire_wait(struct lines *l, unsigned id);
+
 /* Wait until READ `id` has been answered, by another blade if need be. */
 void wire_await(struct lines *l, unsigned id);
 

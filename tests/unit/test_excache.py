@@ -104,6 +104,12 @@ def test_lines_are_free_before_they_are_needed(stage: Stage) -> None:
     assert counted["evicted_ahead"] == 0
 
 
+def test_threads_do_not_wait_for_each_others_misses(stage: Stage) -> None:
+    done = stage.run(stage.stress, "threads", "16", "1", replicas=1, organisation={"pool": "off"})
+    assert (done.code, done.stderr) == (0, "")
+    assert done.counted["misses"] == done.counted["reads"] > done.counted["overlaps"] > done.counted["misses"] // 20
+
+
 def test_pages_that_are_only_read_stop_being_sent(stage: Stage) -> None:
     """They were changed once, and so expected to be changed again; that is looked at now and then."""
     program = ("import random; data = bytearray(random.Random(1).randbytes(12 << 20))\n"

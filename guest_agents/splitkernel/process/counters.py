@@ -54,6 +54,7 @@ FIELDS = (
     "dozes",
     "doze_hits",
     "evicted_ahead",
+    "overlaps",
 )
 BLADE_FIELDS = ("misses", "flushes", "bytes_in", "bytes_out", "reads", "writes", "piggybacks", "replica_writes")
 BLADES = 16
