@@ -16,7 +16,7 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -217,7 +217,7 @@ def _line(axes: Axes, name: str, variant: str, medians: dict[str, dict[str, floa
 
 def _device(variant: str, bed: Bed) -> AbstractContextManager[None]:
     if variant == "excache":
-        return ExitStack()
+        return nullcontext()
     if variant == "nbd":
         return swap.on_nbd(bed.near, bed.far, bed.address)
     if variant == "zram":
