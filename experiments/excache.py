@@ -12,6 +12,7 @@ pager and all.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shlex
@@ -87,7 +88,8 @@ class _RunError(RacklessError):
 @contextmanager
 def prepared(rack_file: Path, emit: Emit) -> Iterator[Bed]:
     """A fresh rack with the text on the blades that run programs, and the programs' working sets."""
-    text = english(Settings.from_environment())
+    with english(Settings.from_environment()).open("rb") as file:
+        text = file.read(max(program.text for program in PROGRAMS.values()))
     with rack(rack_file, NAME, emit) as (paths, specs), ExitStack() as stack:
         near, far, disk = (stack.enter_context(client.connect(paths, blade, specs[blade].mgmt_address))
                            for blade in ("pb0", "mb0", "sb0"))  # fmt: skip
@@ -96,7 +98,7 @@ def prepared(rack_file: Path, emit: Emit) -> Iterator[Bed]:
             client.run(blade, "mountpoint -q /sys/fs/cgroup || mount -t cgroup2 none /sys/fs/cgroup\n"
                               "echo +memory > /sys/fs/cgroup/cgroup.subtree_control\n"
                               f"echo {swap.PAGE_CLUSTER} > /proc/sys/vm/page-cluster")  # fmt: skip
-            blade.put(str(text), "/tmp/english.txt")
+            blade.put(io.BytesIO(text), "/tmp/english.txt")
         for name, program in PROGRAMS.items():
             _limited(bed, near, name, program, "max")  # reads its files into the page cache
             bed.working_set[name] = int(_limited(bed, near, name, program, "max")["peak_bytes"])
