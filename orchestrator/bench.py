@@ -27,8 +27,8 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, Note, step
 
-Sample = dict[str, float | list[float]]
-"""Quantity -> its value in one round, or its values, one for each operation."""
+Sample = dict[str, float | list[float] | str]
+"""Quantity -> its value in one round, or its values, one for each operation; or, a text, why it has none."""
 
 PROJECT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = PROJECT / "experiments"
@@ -81,7 +81,7 @@ def run(name: str, quick: bool, out: Path, emit: Emit) -> dict[str, Any]:
     middle = {variant: medians(rows) for variant, rows in samples.items()}
     summary = module.summary(middle)
     result = {**summary, "summary": list(summary), "experiment": name, "title": experiment.title, "rounds": rounds,
-              "median": middle, "provenance": where}  # fmt: skip
+              "median": middle, "missing": missing(samples), "provenance": where}  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     module.figure(middle, samples).savefig(folder / "plot.svg", bbox_inches="tight")
     emit(Note(f"raw samples, result and plot: {folder}"))
@@ -93,8 +93,17 @@ def medians(rows: list[Sample]) -> dict[str, float]:
     pooled: dict[str, list[float]] = {}
     for row in rows:
         for quantity, value in row.items():
+            if isinstance(value, str):
+                continue
             pooled.setdefault(quantity, []).extend(value if isinstance(value, list) else [value])
     return {quantity: round(statistics.median(values), 3) for quantity, values in pooled.items()}
+
+
+def missing(samples: dict[str, list[Sample]]) -> dict[str, dict[str, str]]:
+    """Variant -> quantity -> why it had no value in some round."""
+    reasons = {variant: {quantity: value for row in rows for quantity, value in row.items() if isinstance(value, str)}
+               for variant, rows in samples.items()}  # fmt: skip
+    return {variant: said for variant, said in reasons.items() if said}
 
 
 def provenance() -> dict[str, Any]:

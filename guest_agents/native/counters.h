@@ -39,6 +39,9 @@ struct counters {
     uint64_t regions;           /* vRegions held */
     uint64_t wait_nanoseconds;  /* spent waiting for misses' READs */
     uint64_t busy_nanoseconds;  /* spent answering faults, waiting included */
+    uint64_t miss_nanoseconds;  /* of these, spent on misses: */
+    uint64_t read_nanoseconds;  /*     from posting a READ to its answer, whatever is done meanwhile, */
+    uint64_t install_nanoseconds; /*   and giving the pages to the program */
     uint64_t packed;            /* pages packed into the pool */
     uint64_t packed_bytes;      /* to so many bytes */
     uint64_t packed_hits;       /* faults answered by unpacking */
@@ -52,6 +55,8 @@ struct counters {
     uint64_t sets;              /* of lines; 1: fully associative */
     uint64_t dozes;             /* lines put out of sight, to see whether they are used (policy LRU) */
     uint64_t doze_hits;         /* ... and they were */
+    uint64_t evicted_ahead;     /* of the evictions, those while nobody waited for a line */
+    uint64_t overlaps;          /* READs posted for one thread's fault while another's was waited for */
     uint64_t blades;
     struct blade_counters blade[COUNTERS_BLADES];
     char command[COUNTERS_COMMAND];

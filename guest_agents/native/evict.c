@@ -17,6 +17,7 @@ enum {
     READ_POINTS = 30,           /* a READ costs about 15 unpackings; twice that served gawk and sqlite3 best */
     PLAIN_READ_POINTS = 15,     /* for sort, which the pool does not serve; more harmed what it does serve */
     SEGMENT_POINTS = 32,        /* so many move the pool's limit by a segment */
+    AHEAD_SLOTS = 2 * AHEAD_PAGES, /* for these pages, and some of a segment that is spilled because of them */
     STAMP_EVICTIONS = 16,       /* stamps of packed pages count evictions, so many at a time */
 };
 
@@ -172,6 +173,8 @@ static int by_number(const void *a, const void *b)
 static void shelve(struct lines *l, size_t page, const char *data)
 {
     static uint8_t packed[CODEC_ROOM];
+    if (!(l->state[page] & DIRTY))
+        lines_learn(l, page, false);
     unsigned flags = l->state[page];
     bool pack = l->unpacked ? (flags & (DIRTY | STORED)) == DIRTY : flags & (DIRTY | STORED);
     size_t bytes = pack ? codec_pack((const uint64_t *)data, packed) : 0;
@@ -257,10 +260,10 @@ static size_t choose(struct lines *l, size_t set)
 /* LRU: let the oldest lines of a set doze. */
 static void sample(struct lines *l, size_t set)
 {
-    uint32_t dozing[EVICT_PAGES];
+    uint32_t dozing[RUN_PAGES];
     size_t page, n = 0;
     while (sets_next_to_doze(&l->sets, set, &page)) {
-        if (n == EVICT_PAGES) {
+        if (n == l->together) {
             withdraw(l, dozing, n, doze);
             n = 0;
         }
@@ -270,7 +273,7 @@ static void sample(struct lines *l, size_t set)
 }
 
 struct victims {
-    uint32_t page[EVICT_PAGES];
+    uint32_t page[RUN_PAGES];
     size_t n;
 };
 
@@ -295,7 +298,7 @@ static void evict(struct lines *l, size_t set, size_t lines, struct victims *vic
             continue;
         }
         evict_release_line(l, page);
-        if (victims->n == EVICT_PAGES)
+        if (victims->n == l->together)
             send_away(l, victims);
         victims->page[victims->n++] = (uint32_t)page;
     }
@@ -306,7 +309,7 @@ static void make_room_anywhere(struct lines *l, size_t count)
 {
     struct victims victims = {.n = 0};
     while (l->lined + pool_pages(&l->pool) + count > l->budget) {
-        evict(l, 0, EVICT_PAGES, &victims);
+        evict(l, 0, l->together, &victims);
         send_away(l, &victims);
         sample(l, 0);
     }
@@ -338,6 +341,26 @@ void evict_make_room(struct lines *l, size_t page, size_t count)
     make_room(l, page, count);
     if (l->count->evictions != before)
         trace_done(TRACE_EVICT, begin, page, l->count->evictions - before, 0, 0);
+}
+
+bool evict_ahead(struct lines *l)
+{
+    wire_reap(l, false);
+    size_t taken = l->lined + pool_pages(&l->pool), slots = l->nslots - l->dirty_slots - l->flushing_slots;
+    if (l->sets.count > 1 || !l->lined || taken + l->run_most <= l->budget)
+        return false;
+    if (slots < AHEAD_SLOTS) {
+        wire_flush(l, wire_fair_share(l, 1));
+        return false; /* evicting might have to wait for them */
+    }
+    uint64_t begin = trace_begin(), before = l->count->evictions;
+    struct victims victims = {.n = 0};
+    evict(l, 0, AHEAD_PAGES, &victims);
+    send_away(l, &victims);
+    sample(l, 0);
+    l->count->evicted_ahead += l->count->evictions - before;
+    trace_done(TRACE_EVICT, begin, 0, l->count->evictions - before, 0, 0);
+    return true;
 }
 
 /* A slot from which the contents of a page go to its blade, while the page stays where it is. */

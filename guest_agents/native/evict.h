@@ -15,6 +15,11 @@ void evict_init(struct lines *l);
 /* Evict until there is a line for each of these pages. Any page that is PACKED or BUFFERED may have moved afterwards. */
 void evict_make_room(struct lines *l, size_t page, size_t count);
 
+/* Evict some pages ahead of need, if fewer lines are free than the longest run needs, without waiting for anybody;
+ * false if there is nothing to do (now). For times when nobody waits for a line: while a READ is on its way, and when
+ * no fault is to be answered. In sets, lines leave only when their own set is full. */
+bool evict_ahead(struct lines *l);
+
 /* A page that is MAPPED or DOZING needs its line no more. */
 void evict_release_line(struct lines *l, size_t page);
 

@@ -146,10 +146,12 @@ int fabric_wait(struct fabric *f, struct ibv_wc *wc, int n)
         int got = ibv_poll_cq(f->cq, n, wc);
         if (got)
             return got;
-        struct pollfd sleep[] = {{.fd = f->channel->fd, .events = POLLIN}, {.fd = f->other, .events = POLLIN}};
-        if (poll(sleep, 2, POLL_EVERY_MS) < 0 && errno != EINTR)
+        struct pollfd sleep[] = {{.fd = f->channel->fd, .events = POLLIN},
+                                 {.fd = f->other[0], .events = POLLIN},
+                                 {.fd = f->other[1], .events = POLLIN}};
+        if (poll(sleep, 3, POLL_EVERY_MS) < 0 && errno != EINTR)
             return -errno;
-        if (sleep[1].revents)
+        if (sleep[1].revents || sleep[2].revents)
             return 0;
         struct ibv_cq *cq;
         void *unused;

@@ -21,7 +21,7 @@ struct fabric {
     union ibv_gid gid;
     int gid_index;
     enum ibv_mtu mtu;
-    int other;                        /* another descriptor that ends a wait when it can be read, or -1 */
+    int other[2];                     /* other descriptors that end a wait when they can be read, or -1 */
 };
 
 struct fabric_link {

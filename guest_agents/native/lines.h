@@ -22,13 +22,14 @@
 #include "organisation.h"
 #include "replica.h"
 #include "sets.h"
+#include "streams.h"
 
 enum {
     REGION_PAGES = 1024,        /* a vRegion: 4 MiB */
-    RUN_PAGES = 32,             /* most pages per READ, and per zero-fill */
+    RUN_PAGES = 32,             /* most pages that come in, or are evicted, together; less in a small ExCache */
     FLUSH_PAGES = 64,           /* most pages per flush of one blade */
     FLUSH_BATCHES = 8,          /* flushes in flight */
-    EVICT_PAGES = 32,           /* evicted at a time */
+    AHEAD_PAGES = 8,            /* evicted at a time ahead of need */
 };
 
 enum page_state {
@@ -42,7 +43,7 @@ enum page_state {
     DIRTY = 8,                  /* differs from the copy at the memory blade */
     STORED = 16,                /* the memory blade has a copy (perhaps old) */
     PACKABLE = 64,              /* it could be packed when it was last evicted */
-    WRITTEN = 32,               /* was changed when it was last mapped: expect it to be changed again */
+    WRITTEN = 32,               /* was changed when it was last mapped; of a MAPPED page: ... and will it be this time? */
 };
 
 enum slot_state { SLOT_FREE, SLOT_CLEAN, SLOT_DIRTY, SLOT_FLUSHING };
@@ -61,7 +62,11 @@ struct batch {
 };
 
 /* Single requests somebody waits for, by number: wr_id and index of lines->request. */
-enum { ID_QUIET, ID_MISS, ID_PEEK, ID_COPY, ID_BATCH /* and more: flushes */ };
+enum {
+    EARLY_READS = 3,            /* for faults of other threads, while one is waited for */
+    ID_QUIET = 0, ID_MISS, ID_PEEK, ID_COPY, ID_EARLY,
+    ID_BATCH = ID_EARLY + EARLY_READS, /* and more: flushes */
+};
 
 struct request {
     enum { ANSWERED, UNDERWAY, FAILED } state;
@@ -82,6 +87,7 @@ struct lines {
     size_t lined;               /* pages that have a line */
     size_t budget;              /* pages that may have a line or be held by the pool */
     size_t contents;            /* pages that are not UNTOUCHED */
+    size_t together;            /* pages that are evicted together when there is no line left, and the most that come in */
     size_t run_most, fetch_most;/* pages that are filled or taken together; and of a READ */
 
     bool unpacked;              /* no pool */
@@ -90,10 +96,10 @@ struct lines {
     int points;                 /* for (or, negative, against) a larger pool */
     uint32_t departures;        /* pages that could be packed, but had to go to their memory blades */
 
-    char *landing;              /* RUN_PAGES pages for misses, one to peek; registered like the buffer */
+    char *landing;              /* `together` pages for misses, one to peek, EARLY_READS; registered like the buffer */
     char *buffer;
     struct slot *slots;
-    size_t nslots, hand, dirty_slots;
+    size_t nslots, hand, dirty_slots, flushing_slots;
     struct batch batch[FLUSH_BATCHES];
     unsigned free_batches;      /* bit set: batch is free */
     unsigned batches_on[COUNTERS_BLADES];   /* flushes a blade has yet to confirm */
@@ -107,18 +113,22 @@ struct lines {
     size_t regions;             /* that have a place */
     struct replica replica;
     struct request request[ID_BATCH];
-    size_t next_zero, zero_run; /* sequential zero-fills: next page expected, length of the last run */
-    size_t next_fetch, fetch_run;
-    size_t next_packed, packed_run;
+    size_t early[EARLY_READS];  /* the page that such a READ is for, or NO_PAGE; only while the pager's lock is held */
+    size_t coming, coming_pages;/* those that the READ under way brings */
+    int changes;                /* of pages that were to be changed again: more were (or, negative, were not) */
+    unsigned expected;
+    struct streams zero_fills, fetches, unpackings;
     struct counters *count;
 
     /* Called with a page's contents when it comes in from afar, before the program can change it. */
     void (*on_arrival)(struct lines *lines, size_t page, const char *data);
+    /* Called while a READ is under way: see to what else can be asked for. True if something was. */
+    bool (*on_wait)(struct lines *lines);
     /* Called when the kernel refuses because a fork is under way: read its event. */
     void (*on_busy)(struct lines *lines);
 };
 
-enum { LINES_MIN_PAGES = 512 }; /* the smallest ExCache that makes sense: 2 MiB */
+enum { LINES_MIN_PAGES = 256 }; /* the smallest ExCache that makes sense: 1 MiB */
 
 /* Make the books and the registered buffer; what is too large in `o` for this ExCache is made smaller. 0, or a
  * negative errno. */
@@ -130,6 +140,14 @@ void lines_adopt(struct lines *lines, int uffd);
 /* Answer a missing-page fault, or a write to a clean (write-protected) page. */
 void lines_miss(struct lines *lines, size_t page, bool write);
 void lines_write(struct lines *lines, size_t page);
+
+/* A page that was given back unchanged, to see whether it would be changed, was changed or not. */
+void lines_learn(struct lines *lines, size_t page, bool changed);
+
+/* Another thread has missed this page, and is to be answered next: ask for it already, if it is at its memory blade.
+ * To be called by on_wait; the fault must be answered before the lock is given up. */
+bool lines_start(struct lines *lines, size_t page);
+bool lines_may_start(const struct lines *lines);
 
 /* Forget pages. Their memory is returned to the kernel. */
 void lines_drop(struct lines *lines, size_t page, size_t count);

@@ -15,7 +15,7 @@ enum policy {
 struct organisation {
     uint32_t ways;              /* lines of a set; 0: one set has all lines */
     enum policy policy;
-    uint32_t victim;            /* lines of the line buffer, which evicted lines pass through; 0: an eighth of all */
+    uint32_t victim;            /* lines of the line buffer, which evicted lines pass through; 0: a thirty-second of all */
     uint32_t prefetch;          /* most pages of a READ; 0: as many as pay */
     bool unpacked;              /* no pool of packed pages */
 };

@@ -29,7 +29,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { MESSAGES = 16, DRAIN_MOST = 16 /* faults answered before the pager looks at what else there is to do */ };
+enum {
+    MESSAGES = 16,
+    DRAIN_MOST = 16,            /* faults answered before the pager looks at what else there is to do */
+    IDLE_MS = 1,                /* without faults, until pages are evicted ahead of need */
+};
 
 static struct lines lines;
 static struct family family;
@@ -37,8 +41,9 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static const struct pager_config *config;
 
 /* Faults read while looking for something more urgent (a fork); answered next. */
-static struct { int uffd; struct uffd_msg message; } waiting[MESSAGES];
+static struct waiting { int uffd; struct uffd_msg message; } waiting[MESSAGES];
 static size_t n_waiting;
+static bool overlapping;        /* faults may be read ahead of their turn */
 
 static void miss(size_t page, bool write)
 {
@@ -92,6 +97,27 @@ static void on_busy(struct lines *l)
     sched_yield();
 }
 
+/* A READ is under way: other threads may have missed pages too. */
+static bool on_wait(struct lines *l)
+{
+    struct uffd_msg message;
+    bool room = overlapping && n_waiting < MESSAGES && lines_may_start(l), asked = false;
+    if (room && read(l->uffd, &message, sizeof message) == sizeof message) {
+        if (message.event == UFFD_EVENT_FORK) {
+            answer(l->uffd, &message);
+            return true;
+        }
+        waiting[n_waiting].uffd = l->uffd;
+        waiting[n_waiting++].message = message;
+        if (message.event == UFFD_EVENT_PAGEFAULT && !(message.arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP))
+            lines_start(l, arena_page(l->arena, (void *)(uintptr_t)message.arg.pagefault.address));
+        asked = true;
+        room = n_waiting < MESSAGES && lines_may_start(l);
+    }
+    l->fabric.other[1] = room ? l->uffd : -1;
+    return asked;
+}
+
 static void on_arrival(struct lines *l, size_t page, const char *data)
 {
     (void)l;
@@ -101,11 +127,15 @@ static void on_arrival(struct lines *l, size_t page, const char *data)
 static void drain(int uffd)
 {
     struct uffd_msg message;
-    for (int most = DRAIN_MOST; most; most--) {
+    for (int most = DRAIN_MOST;; most--) {
+        overlapping = most > 0; /* what has been started must be answered before the lock is given up */
         while (n_waiting) {
-            n_waiting--;
-            answer(waiting[n_waiting].uffd, &waiting[n_waiting].message);
+            struct waiting next = waiting[0];
+            memmove(waiting, waiting + 1, --n_waiting * sizeof *waiting);
+            answer(next.uffd, &next.message);
         }
+        if (most <= 0)
+            return;
         /* One at a time: answering may need to read a fork's event, and must find it in its order. */
         if (read(uffd, &message, sizeof message) != sizeof message)
             return;
@@ -126,6 +156,18 @@ static int sooner(int a, int b)
     return a < 0 || (b >= 0 && b < a) ? b : a;
 }
 
+/* Evict while no fault is to be answered. Returns in how many milliseconds there is more of that; -1: when there were
+ * other faults. The only processor is the program's first. */
+static int evict_idly(bool idle)
+{
+    static int courtesy = -1;
+    if (courtesy < 0)
+        courtesy = sysconf(_SC_NPROCESSORS_ONLN) > 1 ? 0 : IDLE_MS;
+    if (!idle)
+        return courtesy;
+    return evict_ahead(&lines) ? 0 : -1;
+}
+
 static void *run(void *unused)
 {
     (void)unused;
@@ -134,20 +176,23 @@ static void *run(void *unused)
     pthread_mutex_lock(&lock);
     evict_make_room(&lines, 0, 0); /* what the program had filled before is now to be shared with the line buffer */
     pthread_mutex_unlock(&lock);
-    for (;;) {
+    for (bool idle = false;;) {
         struct pollfd watch[2 + 2 * FAMILY_CHILDREN];
         nfds_t n = 0;
         pthread_mutex_lock(&lock);
         family_bury(&family);
         int pause = sooner(replica_step(&lines), family_settle(&family));
+        pause = sooner(pause, evict_idly(idle));
         gauge();
         pause = trace_pause(pause);
         watch[n++] = (struct pollfd){.fd = lines.uffd, .events = POLLIN};
         watch[n++] = (struct pollfd){.fd = lines.monitor.news, .events = POLLIN};
         n += family_watch(&family, watch + n);
         pthread_mutex_unlock(&lock);
-        if (poll(watch, n, n_waiting ? 0 : pause) < 0 && errno != EINTR)
+        int events = poll(watch, n, n_waiting ? 0 : pause);
+        if (events < 0 && errno != EINTR)
             lines_die("the pager cannot wait for faults: %s", strerror(errno));
+        idle = events == 0 && !n_waiting;
         pthread_mutex_lock(&lock);
         trace_tick();
         replica_news(&lines);
@@ -273,6 +318,7 @@ static const char *start(struct arena *arena, size_t *excache_pages)
     if (lines.count)
         trace_open(config->job, lines.count);
     lines.on_busy = on_busy;
+    lines.on_wait = on_wait;
     lines.on_arrival = on_arrival;
     family.lines = &lines;
     lines_end = end;
@@ -285,7 +331,8 @@ static const char *start(struct arena *arena, size_t *excache_pages)
         snprintf(why, sizeof why, "no RDMA device: %s", strerror(-error));
         return why;
     }
-    lines.fabric.other = lines.monitor.news;
+    lines.fabric.other[0] = lines.monitor.news;
+    lines.fabric.other[1] = -1;
     lines.count->blades = lines.monitor.blades;
     uint32_t connected = 0;
     for (uint32_t i = 0; i < lines.monitor.blades; i++) {

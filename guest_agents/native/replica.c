@@ -125,7 +125,7 @@ void replica_news(struct lines *l)
         else if (!l->link[link].qp && l->replica.losses[link] < LOSSES_MOST)
             l->replica.back |= bit(link);
     }
-    l->fabric.other = l->monitor.news;
+    l->fabric.other[0] = l->monitor.news;
 }
 
 static void tell(struct lines *l, const char *why)
@@ -182,12 +182,13 @@ static void copy_some(struct lines *l, size_t r)
     size_t at = region->copied, page[RUN_PAGES];
     uint64_t begin = trace_begin();
     uint32_t n = 0, blades = bit(region->at[0].link) | bit(region->at[1].link);
-    for (; at < REGION_PAGES && n < RUN_PAGES; at++)
+    for (; at < REGION_PAGES && n < l->together; at++)
         if (l->state[r * REGION_PAGES + at] & STORED)
             page[n++] = r * REGION_PAGES + at;
     if (n && !wire_copy(l, page, n))
         return; /* the second blade was lost in its turn */
-    trace_done(TRACE_COPY, begin, r * REGION_PAGES, n, blades, 0);
+    if (n)
+        trace_done(TRACE_COPY, begin, r * REGION_PAGES, n, blades, 0);
     l->count->rereplicated_bytes += (uint64_t)n << PAGE_SHIFT;
     region->copied = (uint32_t)at;
     if (at == REGION_PAGES)

@@ -172,7 +172,7 @@ struct options {
     const char *ways, *policy, *victim, *prefetch, *pool; /* NULL: as is fastest */
 };
 
-enum { LINE_BYTES = 4096, SMALLEST_EXCACHE = 2 << 20, MOST_PREFETCH = 32 };
+enum { LINE_BYTES = 4096, SMALLEST_EXCACHE = 1 << 20, MOST_PREFETCH = 32 };
 
 /* A whole number from 1 to `most`, or NULL. */
 static unsigned long count_of(const char *option, const char *text, unsigned long most)
@@ -223,7 +223,7 @@ static void check_fit(const struct options *o, const char *size)
     unsigned long long bytes = strtoull(size, NULL, 10);
     unsigned long lines = (unsigned long)((bytes < SMALLEST_EXCACHE ? SMALLEST_EXCACHE : bytes) / LINE_BYTES);
     unsigned long ways = count_of("ways", o->ways, INT_MAX), victim = count_of("victim", o->victim, INT_MAX);
-    unsigned long buffer = victim ? victim : lines / 8;
+    unsigned long buffer = victim ? victim : lines / 16;
     char fits[160];
     if (victim > lines / 2) {
         snprintf(fits, sizeof fits, "an ExCache of %lu lines (4 KiB each): at most %lu", lines, lines / 2);

@@ -59,6 +59,7 @@ static void settle(struct lines *l, unsigned index, uint32_t link)
     l->batches_on[link]--;
     if (batch->links)
         return;
+    l->flushing_slots -= batch->count;
     trace_done(TRACE_FLUSH, sent[index].begin, 0, batch->count, sent[index].blades, index);
     for (uint32_t i = 0; i < batch->count; i++) {
         struct slot *slot = &l->slots[batch->slot[i]];
@@ -224,6 +225,7 @@ static unsigned book_flush(struct lines *l, uint32_t link, const struct dirty *d
         l->batches_on[k] += batch->links >> k & 1;
     l->dirty_slots -= n;
     l->dirty_on[link] -= n;
+    l->flushing_slots += n;
     l->count->flushes += n;
     return index;
 }
@@ -291,14 +293,24 @@ void wire_read(struct lines *l, size_t page, size_t count, char *to, unsigned id
     send_off(l, link, &read, flush);
 }
 
-void wire_await(struct lines *l, unsigned id)
+bool wire_answered(struct lines *l, unsigned id)
+{
+    wire_reap(l, false);
+    return l->request[id].state == ANSWERED;
+}
+
+void wire_wait(struct lines *l, unsigned id)
 {
     const struct request *request = &l->request[id];
-    while (request->state != ANSWERED) {
-        if (request->state == FAILED)
-            wire_read(l, request->page, request->count, request->to, id, false);
-        wire_reap(l, true);
-    }
+    if (request->state == FAILED)
+        wire_read(l, request->page, request->count, request->to, id, false);
+    wire_reap(l, true);
+}
+
+void wire_await(struct lines *l, unsigned id)
+{
+    while (l->request[id].state != ANSWERED)
+        wire_wait(l, id);
 }
 
 /* One leg of a copy: single pages between l->landing and one place, and wait. */
@@ -351,7 +363,7 @@ const char *lines_peek(struct lines *l, size_t page)
         return slot_data(l, l->where[page]);
     if ((l->state[page] & STATE_MASK) == DOZING)
         return lines_frame(l, page);
-    char *to = l->landing + RUN_PAGES * PAGE_SIZE;
+    char *to = l->landing + (l->together << PAGE_SHIFT);
     if ((l->state[page] & STATE_MASK) == PACKED) {
         codec_unpack(pool_get(&l->pool, page), (uint64_t *)to);
         return to;

@@ -8,10 +8,16 @@
  * behind that, if `flush`, send up to FLUSH_PAGES dirty pages of that blade. */
 void wire_read(struct lines *l, size_t page, size_t count, char *to, unsigned id, bool flush);
 
+/* Whether READ `id` has been answered by now. */
+bool wire_answered(struct lines *l, unsigned id);
+
+/* Wait for READ `id`, or something else, to be answered, and ask another blade if it failed. */
+void wire_wait(struct lines *l, unsigned id);
+
 /* Wait until READ `id` has been answered, by another blade if need be. */
 void wire_await(struct lines *l, unsigned id);
 
-/* Copy `n` <= RUN_PAGES pages of one vRegion from its first to its second place, by way of l->landing: two round trips.
+/* Copy `n` <= l->together pages of one vRegion from its first to its second place, by way of l->landing: two round trips.
  * False if the second blade was lost before it had them all. */
 bool wire_copy(struct lines *l, const size_t *page, uint32_t n);
 

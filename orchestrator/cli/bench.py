@@ -35,5 +35,8 @@ def bench(
     variants = result["median"]
     quantities = list(dict.fromkeys(quantity for row in variants.values() for quantity in row))
     table(("median of", *variants), [(q, *(row.get(q, "") for row in variants.values())) for q in quantities])
+    for variant, reasons in result["missing"].items():
+        for quantity, reason in reasons.items():
+            typer.echo(f"no {quantity} of {variant}: {reason}")
     for key in result["summary"]:
         typer.echo(f"{key}: {json.dumps(result[key])}")

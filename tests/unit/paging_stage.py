@@ -16,7 +16,7 @@ HERE = Path(__file__).parent / "native"
 NATIVE = Path(__file__).parents[2] / "guest_agents" / "native"
 STRESS = Path(__file__).parents[1] / "rack/native/paging_stress.c"
 SHIM = ("shim.c", "malloc.c", "mappings.c", "descriptors.c", "heap.c", "arena.c")
-PAGER = ("pager.c", "family.c", "lines.c", "sets.c", "evict.c", "pool.c", "codec.c", "wire.c", "replica.c",
+PAGER = ("pager.c", "family.c", "lines.c", "streams.c", "sets.c", "evict.c", "pool.c", "codec.c", "wire.c", "replica.c",
          "trace.c", "fabric.c")  # fmt: skip
 FLAGS = ["-std=gnu17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{NATIVE}"]
 SECONDS = 200

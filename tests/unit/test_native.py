@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import subprocess
 from pathlib import Path
@@ -62,6 +63,64 @@ def test_lines_leave_their_set_in_the_order_of_the_policy(sets_stress: Path) -> 
         assert (done.returncode, done.stderr) == (0, ""), f"{seed}: {done.stdout}{done.stderr}"
         seen.add(done.stdout.split("policy ")[1][0])
     assert seen == {"0", "1", "2"}
+
+
+@pytest.fixture(scope="session")
+def streams_check(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    program = tmp_path_factory.mktemp("streams") / "streams_check"
+    subprocess.run(["cc", *FLAGS, "-Werror", "-fsanitize=undefined", "-o", program, HERE / "streams_check.c",
+                    NATIVE / "streams.c"], check=True)  # fmt: skip
+    return program
+
+
+def brought(check: Path, faults: list[int], most: int = 32) -> list[tuple[int, int]]:
+    """For each fault the first page that comes, and how many do."""
+    asked = "".join(f"{page} {most}\n" for page in faults)
+    done = subprocess.run([check], input=asked, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    numbers = [int(word) for word in done.stdout.split()]
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def faulted(check: Path, touched: list[int], most: int = 32) -> list[int]:
+    """Those of the touched pages that fault, if what has come once stays."""
+    faults: list[int] = []
+    there: set[int] = set()
+    for page in touched:
+        if page not in there:
+            faults.append(page)
+            first, count = brought(check, faults, most)[-1]
+            there |= set(range(first, first + count))
+    return faults
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_who_goes_in_order_faults_less_and_less_often(streams_check: Path, step: int) -> None:
+    faults = faulted(streams_check, [5000 + step * i for i in range(200)])
+    assert [abs(page - 5000) for page in faults[:6]] == [0, 1, 3, 7, 15, 31]
+    assert len(faults) == 11  # then 32 at a time
+
+
+def test_streams_are_known_apart_and_from_random_faults(streams_check: Path) -> None:
+    """A merge: two inputs and the output, from their ends downwards, and five random pages between."""
+    chance = random.Random(1)
+    others = [100_000 + 10 * page for page in chance.sample(range(10_000), 3000)]
+    touched = [page for i in range(200) for page in (9000 - i, 19000 - i, 29000 - i, *others[5 * i : 5 * i + 5])]
+    faults = faulted(streams_check, touched)
+    assert sum(page >= 100_000 for page in faults) == 1000  # random ones bring nobody
+    assert sum(page < 100_000 for page in faults) == 3 * 11
+
+
+def test_random_faults_bring_one_page(streams_check: Path) -> None:
+    chance = random.Random(2)
+    runs = brought(streams_check, chance.sample(range(0, 1 << 20), 500))
+    assert sum(count for _, count in runs) < 520
+    assert brought(streams_check, [7, 7, 900, 7]) == [(7, 1), (7, 1), (900, 1), (7, 1)]
+
+
+def test_a_stream_ends_at_the_first_page_and_brings_no_more_than_it_may(streams_check: Path) -> None:
+    assert brought(streams_check, [3, 2, 0]) == [(3, 1), (1, 2), (0, 1)]
+    assert brought(streams_check, [10, 11, 13, 17], most=3) == [(10, 1), (11, 2), (13, 3), (17, 3)]
 
 
 @pytest.fixture(scope="session")

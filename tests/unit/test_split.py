@@ -121,8 +121,8 @@ def test_a_vnode_has_files_of_its_own(split: Split) -> None:
         (("--policy", "mru", "true"), 2, "--policy takes one of: fifo lru random; not 'mru'"),
         (("--pool", "", "true"), 2, "--pool takes one of: on off; not ''"),
         (("--ways", "8", "--pool", "on", "true"), 2, "--pool on and --ways exclude each other"),
-        (("--excache", "4194304", "--ways", "641", "true"), 2, "--ways 641 does not fit an ExCache of 1024 lines "
-         "(4 KiB each), 128 of them victims: at most 640"),
+        (("--excache", "4194304", "--ways", "705", "true"), 2, "--ways 705 does not fit an ExCache of 1024 lines "
+         "(4 KiB each), 64 of them victims: at most 704"),
         (("--excache", "4194304", "--victim", "513", "true"), 2, "--victim 513 leaves too little of an ExCache of 1024 "
          "lines (4 KiB each): at most 512"),
         ((), 2, "no command given"),

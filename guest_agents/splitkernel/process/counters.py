@@ -37,6 +37,9 @@ FIELDS = (
     "regions",
     "wait_nanoseconds",
     "busy_nanoseconds",
+    "miss_nanoseconds",
+    "read_nanoseconds",
+    "install_nanoseconds",
     "packed",
     "packed_bytes",
     "packed_hits",
@@ -50,6 +53,8 @@ FIELDS = (
     "sets",
     "dozes",
     "doze_hits",
+    "evicted_ahead",
+    "overlaps",
 )
 BLADE_FIELDS = ("misses", "flushes", "bytes_in", "bytes_out", "reads", "writes", "piggybacks", "replica_writes")
 BLADES = 16
