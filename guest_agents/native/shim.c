@@ -36,7 +36,6 @@ static size_t excache_pages;
 static uint32_t copies = 1;
 static struct organisation organisation;
 static char job[200];
-static char pager_path[300];
 static const struct pager *pager;   /* once paging */
 static bool is_child;               /* forked after paging began: our memory is served by the parent's pager */
 
@@ -48,6 +47,18 @@ static void enter_thread(void)
 bool shim_is_local(void)
 {
     return thread_is_local;
+}
+
+/* The pager's library is beside this one. Looked up when it is needed: that may be in another library's constructor,
+ * before ours has run (jemalloc maps its first chunks in one). */
+static void *open_pager(void)
+{
+    char path[300];
+    Dl_info self;
+    const char *slash = dladdr((void *)open_pager, &self) ? strrchr(self.dli_fname, '/') : NULL;
+    int length = slash ? (int)(slash - self.dli_fname) + 1 : 0;
+    snprintf(path, sizeof path, "%.*sexcache_pager.so", length, self.dli_fname);
+    return dlopen(path, RTLD_NOW | RTLD_LOCAL);
 }
 
 static void load_pager(void)
@@ -62,7 +73,7 @@ static void load_pager(void)
     config.copies = copies;
     bool before = thread_is_local;
     thread_is_local = true; /* what libraries allocate now, the pager thread may use */
-    void *library = dlopen(pager_path, RTLD_NOW | RTLD_LOCAL);
+    void *library = open_pager();
     const struct pager *(*start)(struct arena *, const struct pager_config *) = NULL;
     if (library)
         *(void **)&start = dlsym(library, "pager_start");
@@ -212,12 +223,6 @@ __attribute__((constructor)) static void loaded(void)
 {
     pthread_once(&once, start);
     pthread_atfork(before_fork, after_fork_parent, after_fork_child);
-    Dl_info self;
-    if (dladdr((void *)loaded, &self)) {
-        const char *slash = strrchr(self.dli_fname, '/');
-        int length = slash ? (int)(slash - self.dli_fname) + 1 : 0;
-        snprintf(pager_path, sizeof pager_path, "%.*sexcache_pager.so", length, self.dli_fname);
-    }
 }
 
 /* ---- exit ---- */

@@ -1,0 +1,118 @@
+"""Real programs whose output tells whether their memory was right, with working sets of some 8 to 16 MiB.
+
+Each is a shell command, run in a folder that has `english.txt` (1 MiB of a dictionary), `small.txt` (the first quarter of
+it) and the files of SCRIPTS. `$RUN` stands before the program that is meant: nothing, or `split run ... --`. What is
+printed must not depend on time, place or the order of threads: it is compared byte for byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TEXT_BYTES = 1 << 20
+TEXT, SMALL = "english.txt", "small.txt"
+
+
+@dataclass(frozen=True)
+class RealProgram:
+    """A command, and what is special about it: shown beside its figures."""
+
+    name: str
+    command: str
+    what: str
+    mebibytes: float
+    """Its working set: most memory with contents that its busiest process has at a time, as its pager counts it."""
+
+
+WORDS_AWK = """\
+{ $0 = tolower($0); gsub(/[^a-z]+/, " "); for (i = 1; i < NF; i++) count[$i " " $(i + 1)]++ }
+END { for (pair in count) print count[pair], pair | "sort" }
+"""
+
+DICT_PY = """\
+import hashlib, json, re
+words = re.findall("[a-z]+", open("english.txt").read(100_000).lower())
+where = {}
+for number, word in enumerate(words):
+    where.setdefault(word, []).append(number)
+follow = {}
+for first, second in zip(words[:20000], words[1:]):
+    follow[first, second] = follow.get((first, second), 0) + 1
+for word in list(where)[::3]:
+    del where[word]
+best = sorted(follow.items(), key=lambda item: (-item[1], item[0]))[:2000]
+print(len(where), len(follow), hashlib.sha256(json.dumps([sorted(where.items()), best]).encode()).hexdigest())
+"""
+
+MATRIX_PY = """\
+import hashlib, os
+os.environ["OPENBLAS_NUM_THREADS"] = "2"
+import numpy
+random = numpy.random.default_rng(1)
+a = random.integers(-9, 9, (160, 160)).astype(float)
+b = random.integers(-9, 9, (160, 160)).astype(float)
+assert (numpy.rint(a @ b) == a.astype(int) @ b.astype(int)).all()
+x = random.permutation(100_000)
+order = numpy.argsort(x, kind="stable")
+assert (x[order] == numpy.arange(100_000)).all()
+pieces = [numpy.sort(x.reshape(100, 1000), axis=1), numpy.cumsum(x), numpy.unique(x % 77777), (a @ b).astype(int)]
+for piece in pieces:
+    print(hashlib.sha256(piece.tobytes()).hexdigest())
+"""
+
+TABLES_SQL = """\
+create table words(line int, word text, length int);
+with recursive n(i, x) as (select 1, 7 union all select i + 1, (x * 1103515245 + 12345) % 2147483648 from n where i < 20000)
+insert into words select i, printf('%08x-%s', x, hex(x * 17 % 65521)), x % 97 from n;
+create index by_word on words(word); create index by_length on words(length, word);
+update words set length = length + 1 where line % 3 = 0; delete from words where line % 7 = 0;
+select length, count(*), min(word), max(word) from words group by length order by length;
+select a.word from words a join words b on a.length = b.line and b.length < 30 order by a.word limit 200;
+pragma integrity_check;
+"""
+
+REDIS_SH = """\
+# A server filled with known keys, a benchmark in another of its databases, a snapshot by a forked child, a reload.
+port=6399
+$RUN redis-server --port $port --save '' --enable-debug-command yes --dir "$PWD" --dbfilename dump.rdb --logfile '' \
+    >redis.log 2>&1 &
+ask() { redis-cli -p $port "$@"; }
+until ask ping >/dev/null 2>&1; do sleep 0.2; done
+awk 'BEGIN { for (i = 0; i < 3000; i++) { v = ""
+       for (k = 0; k < 20; k++) v = v sprintf("%x", (i * 7919 + k * 104729) % 1048573)
+       printf "SET key:%d %s:%s\\r\\n", i, i, v v v v; printf "HSET hash:%d f%d %s g %d\\r\\n", i % 300, i, v, i } }' |
+    ask --pipe | tail -1
+printf '%s\\n' dbsize 'debug digest' | ask
+redis-benchmark -p $port --dbnum 1 -t set,get,lpush,lrange_100 -n 1500 -r 1000 -d 400 -c 8 -q >bench.txt 2>&1
+tr '\\r' '\\n' <bench.txt | grep -c 'requests per second, p50'
+printf '%s\\n' 'select 1' flushdb bgsave | ask
+while ask info persistence | grep -q rdb_bgsave_in_progress:1; do sleep 0.2; done
+ask info persistence | grep -o 'rdb_last_bgsave_status:[a-z]*'
+printf '%s\\n' 'debug digest' 'debug reload' 'debug digest' 'shutdown nosave' | ask
+wait
+redis-check-rdb dump.rdb | grep -c 'RDB looks OK'
+rm -f dump.rdb bench.txt
+"""
+
+UNIT_C = """\
+#define STB_TRUETYPE_IMPLEMENTATION
+#define STB_IMAGE_WRITE_IMPLEMENTATION
+#define STB_DS_IMPLEMENTATION
+#include <stb/stb_truetype.h>
+#include <stb/stb_image_write.h>
+#include <stb/stb_ds.h>
+"""
+
+SCRIPTS = {"words.awk": WORDS_AWK, "dict.py": DICT_PY, "matrix.py": MATRIX_PY, "tables.sql": TABLES_SQL,
+           "redis.sh": REDIS_SH, "unit.c": UNIT_C}  # fmt: skip
+
+PROGRAMS = (
+    RealProgram("gawk", "LC_ALL=C $RUN gawk -f words.awk small.txt | sha256sum", "an array of word pairs", 7.8),
+    RealProgram("sort", "cat english.txt english.txt english.txt | LC_ALL=C $RUN sort -S 24M | sha256sum", "lines", 7.6),
+    RealProgram("sqlite3", "$RUN sqlite3 :memory: <tables.sql", "tables and indexes in memory", 5),
+    RealProgram("python3", "$RUN python3 dict.py", "dicts of words and of pairs", 10),
+    RealProgram("numpy", "$RUN python3 matrix.py", "arrays: products, sorts", 24),
+    RealProgram("gcc", "$RUN gcc -O1 -w -c -o unit.o unit.c && sha256sum <unit.o", "compiles the library stb", 38),
+    RealProgram("pigz", "cat english.txt english.txt english.txt | $RUN pigz -c -p 4 -b 1024 | sha256sum", "four threads", 8),
+    RealProgram("redis", "sh redis.sh", "server, benchmark, snapshot by a forked child, reload", 5.6),
+)
