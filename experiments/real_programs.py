@@ -1,7 +1,7 @@
 """Real programs whose output tells whether their memory was right, with working sets of some 8 to 16 MiB.
 
-Each is a shell command, run in a folder that has `english.txt` (1 MiB of a dictionary), `small.txt` (the first quarter of
-it) and the files of SCRIPTS. `$RUN` stands before the program that is meant: nothing, or `split run ... --`. What is
+Each is a shell command, run in a folder that has `english.txt` (1 MiB of a dictionary), `small.txt` (the first quarter
+of it) and the files of SCRIPTS. `$RUN` stands before the program that is meant: nothing, or `split run ... --`. What is
 printed must not depend on time, place or the order of threads: it is compared byte for byte.
 """
 
@@ -62,7 +62,8 @@ for piece in pieces:
 
 TABLES_SQL = """\
 create table words(line int, word text, length int);
-with recursive n(i, x) as (select 1, 7 union all select i + 1, (x * 1103515245 + 12345) % 2147483648 from n where i < 20000)
+with recursive n(i, x) as
+  (select 1, 7 union all select i + 1, (x * 1103515245 + 12345) % 2147483648 from n where i < 20000)
 insert into words select i, printf('%08x-%s', x, hex(x * 17 % 65521)), x % 97 from n;
 create index by_word on words(word); create index by_length on words(length, word);
 update words set length = length + 1 where line % 3 = 0; delete from words where line % 7 = 0;
@@ -106,13 +107,14 @@ UNIT_C = """\
 SCRIPTS = {"words.awk": WORDS_AWK, "dict.py": DICT_PY, "matrix.py": MATRIX_PY, "tables.sql": TABLES_SQL,
            "redis.sh": REDIS_SH, "unit.c": UNIT_C}  # fmt: skip
 
+THRICE = f"cat {TEXT} {TEXT} {TEXT}"
 PROGRAMS = (
-    RealProgram("gawk", "LC_ALL=C $RUN gawk -f words.awk small.txt | sha256sum", "an array of word pairs", 7.8),
-    RealProgram("sort", "cat english.txt english.txt english.txt | LC_ALL=C $RUN sort -S 24M | sha256sum", "lines", 7.6),
+    RealProgram("gawk", f"LC_ALL=C $RUN gawk -f words.awk {SMALL} | sha256sum", "an array of word pairs", 7.8),
+    RealProgram("sort", f"{THRICE} | LC_ALL=C $RUN sort -S 24M | sha256sum", "lines of text", 7.6),
     RealProgram("sqlite3", "$RUN sqlite3 :memory: <tables.sql", "tables and indexes in memory", 5),
     RealProgram("python3", "$RUN python3 dict.py", "dicts of words and of pairs", 10),
     RealProgram("numpy", "$RUN python3 matrix.py", "arrays: products, sorts", 24),
     RealProgram("gcc", "$RUN gcc -O1 -w -c -o unit.o unit.c && sha256sum <unit.o", "compiles the library stb", 38),
-    RealProgram("pigz", "cat english.txt english.txt english.txt | $RUN pigz -c -p 4 -b 1024 | sha256sum", "four threads", 8),
+    RealProgram("pigz", f"{THRICE} | $RUN pigz -n -c -p 4 -b 1024 | sha256sum", "four threads", 5),
     RealProgram("redis", "sh redis.sh", "server, benchmark, snapshot by a forked child, reload", 5.6),
 )
