@@ -44,7 +44,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Split]:
     binary = folder / "split"
     flags = ["-std=gnu17", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]
     places = [f'-DMONITOR_SOCKET="{folder}/pb0.sock"', f'-DVNODE="{vnode}"']
-    sources = [NATIVE / f"{name}.c" for name in ("split", "desk", "results")]
+    sources = [NATIVE / f"{name}.c" for name in ("split", "desk", "results", "tier")]
     subprocess.run(["cc", *flags, *places, "-o", binary, *sources], check=True)
     sources = [NATIVE / f"{name}.c" for name in ("shim", "malloc", "mappings", "descriptors", "heap", "arena")]
     builtin = [f"-fno-builtin-{name}" for name in ("malloc", "calloc", "realloc", "free")]
