@@ -103,8 +103,9 @@ static int grow(struct arena *arena, size_t top)
 static void drop(struct arena *arena, size_t page, size_t count)
 {
     char *address = arena_address(arena, page);
-    if (is_child)
-        memset(address, 0, count << PAGE_SHIFT); /* the parent still holds the old bytes for us: overwrite them */
+    if (is_child) /* the parent still holds the old bytes for us: memory that it does not know */
+        syscall(SYS_mmap, address, count << PAGE_SHIFT, PROT_READ | PROT_WRITE,
+                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0L);
     else if (pager && arena == &managed.arena)
         pager->drop(arena, page, count);
     else
