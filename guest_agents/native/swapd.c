@@ -35,7 +35,7 @@
 #define SWAP_FLAG_DISCARD_PAGES 0x40000 /* linux/swap.h: discard what is not used any more, as it comes */
 #endif
 
-enum { RETRY_SECONDS = 1, STACK = 64 << 10 };
+enum { RETRY_SECONDS = 1, ATTACH_TRIES = 6000, ATTACH_US = 5000, STACK = 64 << 10 };
 
 static struct swap swap;
 static const char *group;
@@ -147,10 +147,28 @@ static void *attach(void *unused)
     return NULL;
 }
 
+/* Whether the device has its size: `attach` is so far. */
+static bool attached(void)
+{
+    char path[PATH_MAX];
+    unsigned long sectors = 0;
+    snprintf(path, sizeof path, "/sys/block/%s/size", strrchr(device_path, '/') + 1);
+    FILE *file = fopen(path, "re");
+    bool known = file && fscanf(file, "%lu", &sectors) == 1;
+    if (file)
+        fclose(file);
+    return known && sectors;
+}
+
 /* What reads the device, and so must not be the thread that serves it. */
 static void *begin(void *unused)
 {
     (void)unused;
+    for (int tries = 0; !attached(); tries++) {
+        if (tries == ATTACH_TRIES)
+            fail("the kernel does not attach", device_path);
+        usleep(ATTACH_US);
+    }
     if (swapon(device_path, SWAP_FLAG_DISCARD | SWAP_FLAG_DISCARD_PAGES))
         fail("swapon", strerror(errno));
     printf("ready %s\n", device_path);

@@ -63,7 +63,7 @@ void tier_enter(const char *job)
 int tier_verdict(int monitor, const char *job, int status)
 {
     char text[MESSAGE];
-    if (status != 128 + SIGKILL)
+    if (status != 128 + SIGKILL && status != 128 + SIGBUS)
         return status;
     snprintf(text, sizeof text, "verdict %.200s", job);
     if (!request(monitor, text) || !*text)

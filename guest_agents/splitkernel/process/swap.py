@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import mmap
 import os
 import select
 import subprocess
@@ -31,8 +32,9 @@ SMALLEST = 4 << 20
 """Bytes: with less the kernel finds nothing to reclaim, and kills."""
 START_SECONDS = 120.0
 _EMPTY_SECONDS = 0.2
+_NEWS_SECONDS = 0.5
+_VMSTAT = Path("/proc/vmstat")
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
-_PAGE = 4096
 log = logging.getLogger("rackless.process")
 
 
@@ -46,7 +48,8 @@ class Swap:
         self._lock = threading.Lock()
         self._daemon: subprocess.Popen[bytes] | None = None
         self._groups: dict[str, Path] = {}
-        self._reasons: list[str] = []
+        self._before: dict[str, dict[str, int]] = {}
+        self._reasons: dict[str, str] = {}
 
     def enter(self, job: str, limit: int) -> Path:
         """Make the group of a job, with at most `limit` bytes of memory here. ControlError, and why, if it cannot be.
@@ -63,6 +66,7 @@ class Swap:
             group.mkdir()
             (group / "memory.max").write_text(str(max(limit, SMALLEST)))
             self._groups[job] = group
+            self._before[job] = _table(_VMSTAT)
             return group
 
     def leave(self, job: str) -> None:
@@ -72,33 +76,43 @@ class Swap:
             threading.Thread(target=self._leave, args=(job, group), name="swap group", daemon=True).start()
 
     def figures(self, job: str) -> dict[str, Any]:
-        """What a job had and has here and at memory blades, in bytes, and what came and went; empty without a group."""
+        """What a job had and has here and at memory blades; empty without a group.
+
+        What came and went (`blade_...`) is counted for the whole blade while the job ran: the kernel has no more.
+        """
         group = self._groups.get(job)
         if group is None:
             return {}
-        stat = _table(group / "memory.stat")
-        events = _table(group / "memory.events")
+        stat, events, now, before = (_table(group / "memory.stat"), _table(group / "memory.events"), _table(_VMSTAT),
+                                     self._before[job])  # fmt: skip
+        pages_in, pages_out = (now.get(name, 0) - before.get(name, 0) for name in ("pswpin", "pswpout"))
         return {
             "limit_bytes": _number(group / "memory.max"),
             "memory_peak_bytes": _number(group / "memory.peak"),
             "swap_peak_bytes": _number(group / "memory.swap.peak"),
             "swap_bytes": _number(group / "memory.swap.current"),
-            "pages_in": stat.get("pswpin", 0),
-            "pages_out": stat.get("pswpout", 0),
-            "bytes_in": stat.get("pswpin", 0) * _PAGE,
-            "bytes_out": stat.get("pswpout", 0) * _PAGE,
             "major_faults": stat.get("pgmajfault", 0),
+            "refaults": stat.get("workingset_refault_anon", 0),
             "oom_kills": events.get("oom_kill", 0),
+            "blade_pages_in": pages_in,
+            "blade_pages_out": pages_out,
+            "blade_bytes_in": pages_in * mmap.PAGESIZE,
+            "blade_bytes_out": pages_out * mmap.PAGESIZE,
         }
 
     def verdict(self, job: str) -> str:
-        """Why the programs of a job were ended, if it was us or the kernel for want of memory; else empty."""
+        """Why the programs of a job were killed, if it was us or the kernel for want of memory; else empty."""
         if job not in self._groups:
             return ""
-        if self._reasons:
-            return self._reasons[-1]
-        figures = self.figures(job)
-        return "out of memory: it does not fit, or the memory blades are full" if figures["oom_kills"] else ""
+        deadline = time.monotonic() + _NEWS_SECONDS
+        while True:  # who kills them and who tells why are two
+            if job in self._reasons:
+                return self._reasons[job]
+            if self.figures(job)["oom_kills"]:
+                return "out of memory: the program does not fit, or the memory blades are full"
+            if time.monotonic() > deadline:
+                return ""
+            time.sleep(_NEWS_SECONDS / 10)
 
     def _prepare(self) -> None:
         """Have control groups with memory limits. They are not mounted on a blade that has never needed them."""
@@ -129,30 +143,35 @@ class Swap:
                 "see `rackless status`; only programs that are linked dynamically can do without it",
             )
         log.info("swap space on memory blades: %s", words.removeprefix("ready "))
-        self._reasons.clear()
         self._daemon = daemon
-        threading.Thread(target=self._listen, args=(daemon,), name="swapd", daemon=True).start()
+        device = words.removeprefix("ready ")
+        threading.Thread(target=self._listen, args=(daemon, device), name="swapd", daemon=True).start()
 
-    def _listen(self, daemon: subprocess.Popen[bytes]) -> None:
+    def _listen(self, daemon: subprocess.Popen[bytes], device: str) -> None:
         assert daemon.stdout is not None
         for line in daemon.stdout:
             what, *rest = line.decode().split()
             log.warning("swapd: %s %s", what, " ".join(rest))
             if what == "lost":
-                self._reasons.append(f"memory blade {rest[0]} died, and with it memory of programs in the second tier")
+                self._doom(f"memory blade {rest[0]} died, and with it memory of programs in the second tier")
         daemon.wait()
         with self._lock:
             if self._daemon is daemon:  # it was not we who ended it
                 self._daemon = None
-                self._reasons.append("the swap space of this blade has gone: swapd has ended")
+                self._doom("the swap space of this blade has gone: swapd has ended")
                 _write(self._all / "cgroup.kill", "1")
+                subprocess.run(["swapoff", device], check=False, capture_output=True)  # nobody could read it
+
+    def _doom(self, reason: str) -> None:
+        self._reasons.update(dict.fromkeys(self._groups, reason))
 
     def _leave(self, job: str, group: Path) -> None:
         while _table(group / "cgroup.events").get("populated"):
             time.sleep(_EMPTY_SECONDS)
         with self._lock:
             _end(group)
-            del self._groups[job]
+            del self._groups[job], self._before[job]
+            self._reasons.pop(job, None)
             if not self._groups and self._daemon is not None:
                 daemon, self._daemon = self._daemon, None
                 _close(daemon)
