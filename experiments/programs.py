@@ -122,7 +122,9 @@ def summary(medians: dict[str, dict[str, float]]) -> dict[str, object]:
         for variant, values in medians.items():
             if variant != "local":
                 own = {q.removeprefix(f"{program.name}_"): v for q, v in values.items() if q.startswith(program.name)}
-                row[variant] = {**own, "slowdown": round(own["seconds"] / seconds, 2)}
+                had = own["excache_bytes"] / own["working_set_bytes"] if own["working_set_bytes"] else None
+                row[variant] = {**own, "slowdown": round(own["seconds"] / seconds, 2),
+                                "excache_over_working_set": had and round(had, 2)}  # fmt: skip
         result[program.name] = row
     runs = [values[f"{program.name}_identical"] for program in PROGRAMS for values in list(medians.values())[1:]]
     return {**result, "outputs_identical": min(runs) == 1}

@@ -85,8 +85,9 @@ def run(
 
     Its stdin, stdout, stderr and exit code are yours. It starts in /vnode, where the files of its vNode are;
     its memory beyond the ExCache is on the memory blades. With --replicas 2 each page is on two of them, and
-    the death of one does not end the program. A static program has no ExCache, but swaps to the memory blades. How the ExCache is organised (--ways, --policy, --victim, --prefetch,
-    --pool) is for comparisons: what it does by itself serves most programs best.
+    the death of one does not end the program. A static program has no ExCache, but swaps to the memory blades. How
+    the ExCache is organised (--ways, --policy, --victim, --prefetch, --pool) is for comparisons: what it does by
+    itself serves most programs best.
     """
     from orchestrator.managers import place
     from orchestrator.remote_run import Job, run_job
