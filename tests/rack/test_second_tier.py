@@ -27,8 +27,6 @@ def touch(rack: Rack, tmp_path_factory: pytest.TempPathFactory) -> str:
     return _compile(rack, tmp_path_factory.mktemp("static"), "touch_static", "-static")
 
 
-
-
 def test_a_static_program_swaps_to_memory_blades(rack: Rack, touch: str, tmp_path: Path) -> None:
     stats = tmp_path / "stats.json"
     done = rack("run", "--on", "pb0", "--excache", "4MiB", "--stats", str(stats), "--", touch, "8")
