@@ -100,8 +100,39 @@ static int grow(struct arena *arena, size_t top)
     return pager->reserve(arena, top);
 }
 
+/* ---- what a program touches that never outgrows its ExCache ---- */
+
+static size_t most_touched, looked_at;
+
+static size_t touched(void)
+{
+    unsigned char present[1024];
+    size_t sum = 0;
+    for (size_t page = 0; page < managed.arena.top; page += sizeof present) {
+        size_t n = managed.arena.top - page < sizeof present ? managed.arena.top - page : sizeof present;
+        if (syscall(SYS_mincore, arena_address(&managed.arena, page), n << PAGE_SHIFT, present))
+            break;
+        for (size_t i = 0; i < n; i++)
+            sum += present[i] & 1;
+    }
+    return sum;
+}
+
+/* Memory is about to be given to the kernel. Looking costs, so we look only if there is more of it than when we looked. */
+static void note_touched(void)
+{
+    if (managed.arena.in_use <= looked_at + looked_at / 8)
+        return;
+    looked_at = managed.arena.in_use;
+    size_t now = touched();
+    if (now > most_touched)
+        most_touched = now;
+}
+
 static void drop(struct arena *arena, size_t page, size_t count)
 {
+    if (arena == &managed.arena && excache_pages && !pager)
+        note_touched();
     char *address = arena_address(arena, page);
     if (is_child) /* the parent still holds the old bytes for us: memory that it does not know */
         syscall(SYS_mmap, address, count << PAGE_SHIFT, PROT_READ | PROT_WRITE,
@@ -234,15 +265,8 @@ static void report_small(void)
     if (!excache_pages || is_child)
         return;
     struct counters count = {.magic = COUNTERS_MAGIC, .excache_bytes = (uint64_t)excache_pages << PAGE_SHIFT};
-    unsigned char present[1024];
-    for (size_t page = 0; page < managed.arena.top; page += sizeof present) {
-        size_t n = managed.arena.top - page < sizeof present ? managed.arena.top - page : sizeof present;
-        if (syscall(SYS_mincore, arena_address(&managed.arena, page), n << PAGE_SHIFT, present))
-            break;
-        for (size_t i = 0; i < n; i++)
-            count.zero_fills += present[i] & 1;
-    }
-    count.pages_touched = count.zero_fills;
+    size_t now = touched();
+    count.pages_touched = count.zero_fills = now > most_touched ? now : most_touched;
     prctl(PR_GET_NAME, count.command);
     char path[256];
     snprintf(path, sizeof path, "%s/%d.counters", job, (int)getpid());
