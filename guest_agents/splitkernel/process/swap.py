@@ -129,9 +129,7 @@ class Swap:
         for stale in self._all.iterdir():  # of an agent that was here before
             if stale.is_dir():
                 _end(stale)
-        # swapd asks us for memory: if our own pages were out there, nobody could bring them back.
-        ctypes.CDLL(None).mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)
-        subprocess.run(["modprobe", "nbd", "nbds_max=4", "max_part=0"], check=False, capture_output=True)
+        _settle()
         daemon = subprocess.Popen([self._program, self._all, str(DEVICE_BYTES)], stdin=subprocess.PIPE,
                                   stdout=subprocess.PIPE)  # fmt: skip
         assert daemon.stdout is not None
@@ -175,6 +173,12 @@ class Swap:
             if not self._groups and self._daemon is not None:
                 daemon, self._daemon = self._daemon, None
                 _close(daemon)
+
+
+def _settle() -> None:
+    """Have the kernel's client; and stay in memory: swapd asks us for more, so our own pages must not be out there."""
+    subprocess.run(["modprobe", "nbd", "nbds_max=4", "max_part=0"], check=False, capture_output=True)
+    ctypes.CDLL(None).mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)
 
 
 def _close(daemon: subprocess.Popen[bytes]) -> None:
