@@ -86,7 +86,7 @@ def device(server: Path, size: int, **fake: object) -> Iterator[tuple[Device, Ca
     ours, its = socket.socketpair()
     ours.settimeout(20)
     environment = {**os.environ, **{f"FAKE_{name.upper()}": str(value) for name, value in fake.items()}}
-    with subprocess.Popen([server, str(size)], stdin=its, stdout=subprocess.PIPE, text=True,
+    with subprocess.Popen([str(server), str(size)], stdin=its.fileno(), stdout=subprocess.PIPE, text=True,
                           env=environment) as process, ours:  # fmt: skip
         its.close()
 

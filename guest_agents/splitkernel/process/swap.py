@@ -167,6 +167,8 @@ class Swap:
         while _table(group / "cgroup.events").get("populated"):
             time.sleep(_EMPTY_SECONDS)
         with self._lock:
+            if job not in self._groups:
+                return
             _end(group)
             del self._groups[job], self._before[job]
             self._reasons.pop(job, None)
