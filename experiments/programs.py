@@ -113,20 +113,23 @@ def _run(bed: Bed, program: RealProgram, prefix: str) -> tuple[tuple[int, str, s
 
 
 def summary(medians: dict[str, dict[str, float]]) -> dict[str, object]:
-    """By program: what it is, its local seconds and, by ExCache in percent, counts and the slowdown."""
+    """By program: what it is, its local seconds and, by ExCache in percent, counts and the slowdown.
+
+    A program that fits its ExCache has no pager that counts; so its working set is the largest of all runs.
+    """
     local = medians["local"]
     result: dict[str, object] = {}
+    paged = {variant: values for variant, values in medians.items() if variant != "local"}
     for program in PROGRAMS:
         seconds = local[f"{program.name}_seconds"]
-        row: dict[str, object] = {"what": program.what, "local_seconds": seconds}
-        for variant, values in medians.items():
-            if variant != "local":
-                own = {q.removeprefix(f"{program.name}_"): v for q, v in values.items() if q.startswith(program.name)}
-                had = own["excache_bytes"] / own["working_set_bytes"] if own["working_set_bytes"] else None
-                row[variant] = {**own, "slowdown": round(own["seconds"] / seconds, 2),
-                                "excache_over_working_set": had and round(had, 2)}  # fmt: skip
+        most = max(values[f"{program.name}_working_set_bytes"] for values in paged.values())
+        row: dict[str, object] = {"what": program.what, "local_seconds": seconds, "working_set_bytes": most}
+        for variant, values in paged.items():
+            own = {q.removeprefix(f"{program.name}_"): v for q, v in values.items() if q.startswith(program.name)}
+            row[variant] = {**own, "slowdown": round(own["seconds"] / seconds, 2),
+                            "excache_over_working_set": round(own["excache_bytes"] / most, 2) if most else None}  # fmt: skip
         result[program.name] = row
-    runs = [values[f"{program.name}_identical"] for program in PROGRAMS for values in list(medians.values())[1:]]
+    runs = [values[f"{program.name}_identical"] for program in PROGRAMS for values in paged.values()]
     return {**result, "outputs_identical": min(runs) == 1}
 
 
