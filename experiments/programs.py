@@ -126,8 +126,8 @@ def summary(medians: dict[str, dict[str, float]]) -> dict[str, object]:
         row: dict[str, object] = {"what": program.what, "local_seconds": seconds, "working_set_bytes": most}
         for variant, values in paged.items():
             own = {q.removeprefix(f"{program.name}_"): v for q, v in values.items() if q.startswith(program.name)}
-            row[variant] = {**own, "slowdown": round(own["seconds"] / seconds, 2),
-                            "excache_over_working_set": round(own["excache_bytes"] / most, 2) if most else None}  # fmt: skip
+            share = round(own["excache_bytes"] / most, 2) if most else None
+            row[variant] = {**own, "slowdown": round(own["seconds"] / seconds, 2), "excache_over_working_set": share}
         result[program.name] = row
     runs = [values[f"{program.name}_identical"] for program in PROGRAMS for values in paged.values()]
     return {**result, "outputs_identical": min(runs) == 1}
