@@ -41,7 +41,8 @@ def test_a_static_program_swaps_to_memory_blades(rack: Rack, touch: str, tmp_pat
 def test_nothing_of_it_stays(rack: Rack, touch: str) -> None:
     """Neither of one that ends nor of one that is killed: no swap space, no group, no memory at memory blades."""
     run = f"split run --excache 4194304 -- {touch} 200"
-    killed = rack.on("pb0", f"({run}; echo $?) & sleep 4; kill -9 $(pidof touch_static); wait")
+    begun = "until pid=$(pidof touch_static); do sleep 0.2; done; sleep 2"
+    killed = rack.on("pb0", f"({run}; echo $?) & {begun}; kill -9 $pid; wait")
     assert killed == "137\n"
     gone = "for i in $(seq 100); do pidof swapd >/dev/null || break; sleep 0.2; done"
     said = rack.on("pb0", f"{gone}; grep -c nbd /proc/swaps; find /sys/fs/cgroup/rackless -mindepth 1 -type d")
