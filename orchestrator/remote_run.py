@@ -45,7 +45,7 @@ class Job:
     replicas: int | None = None
     """Memory blades that keep each page; None means one."""
     organisation: Mapping[str, str | int] = field(default_factory=dict)
-    """How its ExCache is organised, as options of `split run`: ways, policy, victim, prefetch, pool."""
+    """How its ExCache is organised, as options of `split run`: ways, policy, victim, prefetch, pool; its tier."""
     stats: Path | None = None
     """Where the counters go on this host."""
     trace: Path | None = None

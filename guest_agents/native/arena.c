@@ -156,6 +156,17 @@ bool arena_extend(struct arena *arena, size_t page, size_t count, size_t more, b
     return true;
 }
 
+bool arena_claim(struct arena *arena, size_t page, size_t count, enum page_use use)
+{
+    for (size_t end = page + count; (page = bits_next_clear(arena->used, page, end)) < end;) {
+        size_t to = bits_next_set(arena->used, page, end);
+        if (!occupy(arena, page, to - page, use, true))
+            return false;
+        page = to;
+    }
+    return true;
+}
+
 void arena_give(struct arena *arena, size_t page, size_t count, bool always_drop)
 {
     bool drop = always_drop || count >= arena->long_run;

@@ -14,7 +14,10 @@ enum { PAGE_SHIFT = 12, PAGE_SIZE = 1 << PAGE_SHIFT };
 
 #define NO_PAGE ((size_t)-1)
 
-enum page_use { PAGE_FREE, PAGE_SPAN, PAGE_LARGE_SPAN, PAGE_LARGE, PAGE_MAPPED };
+enum page_use {
+    PAGE_FREE, PAGE_SPAN, PAGE_LARGE_SPAN, PAGE_LARGE, PAGE_MAPPED,
+    PAGE_FOREIGN,           /* the program has mapped something else there: the kernel's, and never free again */
+};
 
 struct arena {
     char *base;
@@ -27,7 +30,7 @@ struct arena {
     uint64_t *used;         /* bit: given out */
     uint64_t *stale;        /* bit: free, but still holds old bytes */
     uint64_t *sealed;       /* bit: unmapped by the program (PROT_NONE) */
-    uint64_t *unreadable;   /* bit: the program took away read permission; must not be evicted */
+    uint64_t *unreadable;   /* bit: the program took away read permission, or it is foreign; must not be evicted */
     uint8_t *use;           /* enum page_use of a page given out */
     uint32_t *length;       /* pages of the run, at its first page (PAGE_LARGE) */
 
@@ -48,6 +51,9 @@ size_t arena_take(struct arena *arena, size_t count, size_t align, enum page_use
 
 /* Extend a run in place: true if the `more` pages after page + count were free and are now taken. */
 bool arena_extend(struct arena *arena, size_t page, size_t count, size_t more, bool zeroed);
+
+/* Take what is free of [page, page + count): false, and errno, if there is no memory for it. */
+bool arena_claim(struct arena *arena, size_t page, size_t count, enum page_use use);
 
 /* Give pages back. Contents are dropped at once if `always_drop` or the run is long. */
 void arena_give(struct arena *arena, size_t page, size_t count, bool always_drop);

@@ -63,20 +63,21 @@ static void map(struct lines *l, size_t page, unsigned flags)
 
 int lines_install(struct lines *l, int uffd, size_t page, const char *data, size_t count, bool clean)
 {
-    size_t done = 0, bytes = count << PAGE_SHIFT;
+    size_t done = 0, bytes = count << PAGE_SHIFT, most = bytes;
     while (done < bytes) {
         struct uffdio_copy copy = {
             .dst = (uintptr_t)arena_address(l->arena, page) + done,
             .src = (uintptr_t)data + done,
-            .len = bytes - done,
+            .len = bytes - done < most ? bytes - done : most,
             .mode = clean ? UFFDIO_COPY_MODE_WP : 0,
         };
-        if (ioctl(uffd, UFFDIO_COPY, &copy) == 0)
-            return 0;
+        int failed = ioctl(uffd, UFFDIO_COPY, &copy);
         if (copy.copy > 0)
             done += (size_t)copy.copy;
-        else if (errno == EAGAIN)
+        else if (failed && errno == EAGAIN)
             l->on_busy(l);
+        else if (failed && errno == ENOENT && copy.len > PAGE_SIZE)
+            most = PAGE_SIZE; /* the program has protected some of these pages: one ioctl cannot reach over that */
         else
             return errno;
     }

@@ -36,13 +36,28 @@ static bool manageable(int prot, int flags)
            !(flags & unusual);
 }
 
-/* Release [page, page + count): like munmap, of mapped pages only; what lies between them is not ours to free. */
+/* How many pages from `page` on are foreign, or are not, at most up to `end`. */
+static size_t run_of(const struct arena *arena, size_t page, size_t end, bool foreign)
+{
+    size_t n = 0;
+    while (page + n < end && (arena->use[page + n] == PAGE_FOREIGN) == foreign)
+        n++;
+    return n;
+}
+
+/* Release [page, page + count): like munmap, of mapped pages only; what lies between them is not ours to free, but for
+ * what is foreign. */
 static void release(struct heap *heap, size_t page, size_t count)
 {
     struct arena *arena = &heap->arena;
     pthread_mutex_lock(&heap->lock);
     for (size_t end = page + count; page < end;) {
-        size_t n = 0;
+        size_t n = run_of(arena, page, end, true);
+        if (n) {
+            syscall(SYS_munmap, arena_address(arena, page), n << PAGE_SHIFT);
+            page += n;
+            continue;
+        }
         while (page + n < end && bit_test(arena->used, page + n) && arena->use[page + n] == PAGE_MAPPED)
             n++;
         if (n) {
@@ -68,21 +83,31 @@ static void *take(struct heap *heap, size_t bytes)
 }
 
 /* MAP_FIXED onto managed pages: anonymous memory is the same pages made zero; anything else takes the pages away
- * from the pager for good. */
+ * from the pager for good, and what is mapped over that later is the kernel's, too. */
 static void *map_over(struct heap *heap, void *address, size_t bytes, int prot, int flags, int file, off_t offset)
 {
     struct arena *arena = &heap->arena;
     size_t page = arena_page(arena, address), count = pages_of(bytes);
+    if ((uintptr_t)address % PAGE_SIZE)
+        return fail(EINVAL);
     if ((flags & MAP_FIXED_NOREPLACE) == MAP_FIXED_NOREPLACE)
         return fail(EEXIST);
     if (page + count > arena->pages)
         return fail(ENOMEM);
     pthread_mutex_lock(&heap->lock);
+    bool same = (flags & MAP_ANONYMOUS) && (flags & MAP_TYPE) == MAP_PRIVATE &&
+                run_of(arena, page, page + count, false) == count;
+    if (!arena_claim(arena, page, count, PAGE_MAPPED)) {
+        pthread_mutex_unlock(&heap->lock);
+        return MAP_FAILED;
+    }
     arena->drop(arena, page, count);
-    for (size_t i = page; i < page + count; i++)
-        (prot & PROT_READ ? bit_clear : bit_set)(arena->unreadable, i);
+    for (size_t i = page; i < page + count; i++) {
+        (same && prot & PROT_READ ? bit_clear : bit_set)(arena->unreadable, i);
+        if (!same)
+            arena->use[i] = PAGE_FOREIGN;
+    }
     pthread_mutex_unlock(&heap->lock);
-    bool same = (flags & MAP_ANONYMOUS) && (flags & MAP_TYPE) == MAP_PRIVATE;
     if (same)
         return syscall(SYS_mprotect, address, count << PAGE_SHIFT, prot) ? MAP_FAILED : address;
     return kernel_mmap(address, bytes, prot, flags, file, offset);
@@ -123,7 +148,7 @@ void *mremap(void *address, size_t old, size_t new, int flags, ...)
     void *target = flags & (MREMAP_FIXED | MREMAP_DONTUNMAP) ? va_arg(args, void *) : NULL;
     va_end(args);
     struct heap *heap = shim_managed(address);
-    if (!heap)
+    if (!heap || heap->arena.use[arena_page(&heap->arena, address)] == PAGE_FOREIGN)
         return (void *)syscall(SYS_mremap, address, old, new, flags, target);
     if (!new || (uintptr_t)address % PAGE_SIZE || (flags & ~MREMAP_MAYMOVE))
         return fail(EINVAL);
@@ -150,26 +175,42 @@ void *mremap(void *address, size_t old, size_t new, int flags, ...)
 int mprotect(void *address, size_t bytes, int prot)
 {
     struct heap *heap = shim_managed(address);
-    if (heap) {
+    if (heap && (uintptr_t)address % PAGE_SIZE == 0) {
         size_t page = arena_page(&heap->arena, address), end = page + pages_of(bytes);
         pthread_mutex_lock(&heap->lock);
         for (; page < end && page < heap->arena.pages; page++)
-            (prot & PROT_READ ? bit_clear : bit_set)(heap->arena.unreadable, page);
+            if (heap->arena.use[page] != PAGE_FOREIGN)
+                (prot & PROT_READ ? bit_clear : bit_set)(heap->arena.unreadable, page);
         heap->arena.settle(&heap->arena);
         pthread_mutex_unlock(&heap->lock);
     }
     return (int)syscall(SYS_mprotect, address, bytes, prot);
 }
 
+/* Advice that changes nothing of what a program sees. */
+static bool is_hint(int advice)
+{
+    static const int hints[] = {MADV_NORMAL, MADV_RANDOM, MADV_SEQUENTIAL, MADV_WILLNEED, MADV_HUGEPAGE, MADV_NOHUGEPAGE,
+                                MADV_MERGEABLE, MADV_UNMERGEABLE, MADV_COLD, MADV_PAGEOUT, MADV_DONTDUMP, MADV_DODUMP};
+    for (size_t i = 0; i < sizeof hints / sizeof *hints; i++)
+        if (advice == hints[i])
+            return true;
+    return false;
+}
+
 int madvise(void *address, size_t bytes, int advice)
 {
     struct heap *heap = shim_managed(address);
-    if (!heap)
+    if (!heap || heap->arena.use[arena_page(&heap->arena, address)] == PAGE_FOREIGN)
         return (int)syscall(SYS_madvise, address, bytes, advice);
     if (advice == MADV_DONTNEED || advice == MADV_FREE) {
         pthread_mutex_lock(&heap->lock);
         heap->arena.drop(&heap->arena, arena_page(&heap->arena, address), pages_of(bytes));
         pthread_mutex_unlock(&heap->lock);
+        return 0;
     }
-    return 0; /* the rest are hints about paging that is not the kernel's here */
+    if (is_hint(advice))
+        return 0; /* about paging that is not the kernel's here */
+    errno = EINVAL; /* a promise that the pager does not keep, such as MADV_WIPEONFORK */
+    return -1;
 }

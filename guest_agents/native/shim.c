@@ -36,7 +36,6 @@ static size_t excache_pages;
 static uint32_t copies = 1;
 static struct organisation organisation;
 static char job[200];
-static char pager_path[300];
 static const struct pager *pager;   /* once paging */
 static bool is_child;               /* forked after paging began: our memory is served by the parent's pager */
 
@@ -48,6 +47,18 @@ static void enter_thread(void)
 bool shim_is_local(void)
 {
     return thread_is_local;
+}
+
+/* The pager's library is beside this one. Looked up when it is needed: that may be in another library's constructor,
+ * before ours has run (jemalloc maps its first chunks in one). */
+static void *open_pager(void)
+{
+    char path[300];
+    Dl_info self;
+    const char *slash = dladdr((void *)open_pager, &self) ? strrchr(self.dli_fname, '/') : NULL;
+    int length = slash ? (int)(slash - self.dli_fname) + 1 : 0;
+    snprintf(path, sizeof path, "%.*sexcache_pager.so", length, self.dli_fname);
+    return dlopen(path, RTLD_NOW | RTLD_LOCAL);
 }
 
 static void load_pager(void)
@@ -62,7 +73,7 @@ static void load_pager(void)
     config.copies = copies;
     bool before = thread_is_local;
     thread_is_local = true; /* what libraries allocate now, the pager thread may use */
-    void *library = dlopen(pager_path, RTLD_NOW | RTLD_LOCAL);
+    void *library = open_pager();
     const struct pager *(*start)(struct arena *, const struct pager_config *) = NULL;
     if (library)
         *(void **)&start = dlsym(library, "pager_start");
@@ -89,11 +100,43 @@ static int grow(struct arena *arena, size_t top)
     return pager->reserve(arena, top);
 }
 
+/* ---- what a program touches that never outgrows its ExCache ---- */
+
+static size_t most_touched, looked_at;
+
+static size_t touched(void)
+{
+    unsigned char present[1024];
+    size_t sum = 0;
+    for (size_t page = 0; page < managed.arena.top; page += sizeof present) {
+        size_t n = managed.arena.top - page < sizeof present ? managed.arena.top - page : sizeof present;
+        if (syscall(SYS_mincore, arena_address(&managed.arena, page), n << PAGE_SHIFT, present))
+            break;
+        for (size_t i = 0; i < n; i++)
+            sum += present[i] & 1;
+    }
+    return sum;
+}
+
+/* Memory is about to be given to the kernel. Looking costs, so we look only if there is more of it than when we looked. */
+static void note_touched(void)
+{
+    if (managed.arena.in_use <= looked_at + looked_at / 8)
+        return;
+    looked_at = managed.arena.in_use;
+    size_t now = touched();
+    if (now > most_touched)
+        most_touched = now;
+}
+
 static void drop(struct arena *arena, size_t page, size_t count)
 {
+    if (arena == &managed.arena && excache_pages && !pager)
+        note_touched();
     char *address = arena_address(arena, page);
-    if (is_child)
-        memset(address, 0, count << PAGE_SHIFT); /* the parent still holds the old bytes for us: overwrite them */
+    if (is_child) /* the parent still holds the old bytes for us: memory that it does not know */
+        syscall(SYS_mmap, address, count << PAGE_SHIFT, PROT_READ | PROT_WRITE,
+                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0L);
     else if (pager && arena == &managed.arena)
         pager->drop(arena, page, count);
     else
@@ -212,12 +255,6 @@ __attribute__((constructor)) static void loaded(void)
 {
     pthread_once(&once, start);
     pthread_atfork(before_fork, after_fork_parent, after_fork_child);
-    Dl_info self;
-    if (dladdr((void *)loaded, &self)) {
-        const char *slash = strrchr(self.dli_fname, '/');
-        int length = slash ? (int)(slash - self.dli_fname) + 1 : 0;
-        snprintf(pager_path, sizeof pager_path, "%.*sexcache_pager.so", length, self.dli_fname);
-    }
 }
 
 /* ---- exit ---- */
@@ -228,15 +265,8 @@ static void report_small(void)
     if (!excache_pages || is_child)
         return;
     struct counters count = {.magic = COUNTERS_MAGIC, .excache_bytes = (uint64_t)excache_pages << PAGE_SHIFT};
-    unsigned char present[1024];
-    for (size_t page = 0; page < managed.arena.top; page += sizeof present) {
-        size_t n = managed.arena.top - page < sizeof present ? managed.arena.top - page : sizeof present;
-        if (syscall(SYS_mincore, arena_address(&managed.arena, page), n << PAGE_SHIFT, present))
-            break;
-        for (size_t i = 0; i < n; i++)
-            count.zero_fills += present[i] & 1;
-    }
-    count.pages_touched = count.zero_fills;
+    size_t now = touched();
+    count.pages_touched = count.zero_fills = now > most_touched ? now : most_touched;
     prctl(PR_GET_NAME, count.command);
     char path[256];
     snprintf(path, sizeof path, "%s/%d.counters", job, (int)getpid());

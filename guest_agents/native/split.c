@@ -7,6 +7,7 @@
 #define _GNU_SOURCE
 #include "desk.h"
 #include "results.h"
+#include "tier.h"
 
 #include <elf.h>
 #include <errno.h>
@@ -77,6 +78,12 @@ static int wait_for(pid_t pid)
     }
 }
 
+struct options {
+    const char *excache, *replicas, *stats, *trace, *vnode, *directory;
+    const char *tier; /* NULL: the ExCache, unless the program is linked statically */
+    const char *ways, *policy, *victim, *prefetch, *pool; /* NULL: as is fastest */
+};
+
 /* ---- in the child ---- */
 
 /* Let the program see its vNode's files, and no others, as /vnode. */
@@ -138,8 +145,9 @@ static bool find_program(const char *name, char path[PATH_MAX])
     return *seen;
 }
 
-/* Refuse what cannot run, with the reason: execvp would hand another machine's program to the shell. */
-static void check_program(const char *name)
+/* Refuse what cannot run, with the reason: execvp would hand another machine's program to the shell. Returns whether it
+ * is linked statically. */
+static bool check_program(const char *name)
 {
     char path[PATH_MAX], text[32];
     struct stat status;
@@ -153,12 +161,20 @@ static void check_program(const char *name)
     if (read_elf(path, &program) && read_elf("/proc/self/exe", &own) && program.e_machine != own.e_machine)
         die(CANNOT_RUN, "%s: is a program for another machine (%s); compile it for this blade's", name,
             machine_name(program.e_machine, text));
+    return tier_is_static(path);
 }
 
-static _Noreturn void become(char **argv)
+static _Noreturn void become(char **argv, const struct options *o, const char *job)
 {
-    check_program(argv[0]);
-    preload("/proc/self/exe");
+    if (check_program(argv[0]) || (o->tier && !strcmp(o->tier, "swap"))) {
+        if (!strcmp(o->replicas, "2"))
+            die(USAGE, "%s: --replicas 2 is not to be had in the second tier: swap space has one copy%s", argv[0], "");
+        if (o->tier && !strcmp(o->tier, "excache"))
+            die(CANNOT_RUN, "%s: is linked statically and cannot have an ExCache (leave --tier out)%s", argv[0], "");
+        tier_enter(job);
+    } else {
+        preload("/proc/self/exe");
+    }
     execvp(argv[0], argv);
     int error = errno;
     die(error == ENOENT ? NOT_FOUND : CANNOT_RUN, "%s: %s", argv[0],
@@ -166,11 +182,6 @@ static _Noreturn void become(char **argv)
 }
 
 /* ---- commands ---- */
-
-struct options {
-    const char *excache, *replicas, *stats, *trace, *vnode, *directory;
-    const char *ways, *policy, *victim, *prefetch, *pool; /* NULL: as is fastest */
-};
 
 enum { LINE_BYTES = 4096, SMALLEST_EXCACHE = 1 << 20, MOST_PREFETCH = 32 };
 
@@ -212,6 +223,7 @@ static void check_organisation(const struct options *o)
     count_of("prefetch", o->prefetch, MOST_PREFETCH);
     check_word("policy", o->policy, "fifo lru random");
     check_word("pool", o->pool, "on off");
+    check_word("tier", o->tier, "excache swap");
     if (o->ways && o->pool && !strcmp(o->pool, "on"))
         die(USAGE, "--pool on and --ways exclude each other: sets have as many lines whatever packs (leave one out)%s%s",
             "", "");
@@ -265,7 +277,8 @@ static int read_options(int argc, char **argv, struct options *o)
         {"cwd", required_argument, NULL, 'c'}, {"env", required_argument, NULL, 'E'},
         {"ways", required_argument, NULL, 'w'}, {"policy", required_argument, NULL, 'p'},
         {"victim", required_argument, NULL, 'V'}, {"prefetch", required_argument, NULL, 'f'},
-        {"pool", required_argument, NULL, 'P'}, {"trace", required_argument, NULL, 't'}, {0}};
+        {"pool", required_argument, NULL, 'P'}, {"trace", required_argument, NULL, 't'},
+        {"tier", required_argument, NULL, 'T'}, {0}};
     for (int c; (c = getopt_long(argc, argv, "+", known, NULL)) != -1;) {
         if (c == 'e')
             o->excache = optarg;
@@ -291,6 +304,8 @@ static int read_options(int argc, char **argv, struct options *o)
             o->prefetch = optarg;
         else if (c == 'P')
             o->pool = optarg;
+        else if (c == 'T')
+            o->tier = optarg;
         else
             exit(USAGE);
     }
@@ -371,7 +386,7 @@ static int run(int argc, char **argv)
             if (getcwd(here, sizeof here))
                 setenv("PWD", here, 1);
         }
-        become(argv);
+        become(argv, &o, job);
     }
     for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) {
         struct sigaction action = {.sa_sigaction = forward, .sa_flags = SA_RESTART | SA_SIGINFO};
@@ -379,7 +394,7 @@ static int run(int argc, char **argv)
     }
     sigprocmask(SIG_SETMASK, &before, NULL);
     tell_begin(monitor, argv);
-    int status = wait_for(program);
+    int status = tier_verdict(monitor, job, wait_for(program));
     report(o.stats, monitor, job, now() - start, status);
     if (trace)
         end_trace(trace, o.trace, monitor, job);
@@ -414,7 +429,7 @@ int main(int argc, char **argv)
         return send_signal(argv[2], argc == 4 ? argv[3] : "TERM");
     fputs("usage: split run [--vnode NAME] [--excache BYTES] [--replicas 1|2] [--stats FILE] [--trace FILE]\n"
           "                 [--cwd DIR] [--env NAME=VALUE]... [--ways N] [--policy fifo|lru|random] [--victim N]\n"
-          "                 [--prefetch N] [--pool on|off] [--] COMMAND [ARGUMENT...]\n"
+          "                 [--prefetch N] [--pool on|off] [--tier excache|swap] [--] COMMAND [ARGUMENT...]\n"
           "       split ps\n"
           "       split kill ID [SIGNAL]\n", stderr);
     return USAGE;

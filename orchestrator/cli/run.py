@@ -21,6 +21,13 @@ class Policy(StrEnum):
     RANDOM = "random"
 
 
+class Tier(StrEnum):
+    """Where a program's memory goes when it is more than its ExCache."""
+
+    EXCACHE = "excache"
+    SWAP = "swap"
+
+
 def register(app: typer.Typer) -> None:
     """Add the command to the main app."""
     # As with ssh and env, options after the program's name are the program's.
@@ -64,6 +71,10 @@ def run(
     pool: Annotated[
         bool | None, typer.Option("--pool/--no-pool", help="Keep packed pages too.  [default: without --ways]")
     ] = None,
+    tier: Annotated[
+        Tier | None,
+        typer.Option(help="Swap the program's memory as a whole.  [default: only if it is static]", show_choices=True),
+    ] = None,
     stats: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the run's counters here, as JSON.")] = None,
     trace: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write what its pagers did here, for ui.perfetto.dev.")
@@ -74,8 +85,9 @@ def run(
 
     Its stdin, stdout, stderr and exit code are yours. It starts in /vnode, where the files of its vNode are;
     its memory beyond the ExCache is on the memory blades. With --replicas 2 each page is on two of them, and
-    the death of one does not end the program. How the ExCache is organised (--ways, --policy, --victim, --prefetch,
-    --pool) is for comparisons: what it does by itself serves most programs best.
+    the death of one does not end the program. A static program has no ExCache, but swaps to the memory blades. How
+    the ExCache is organised (--ways, --policy, --victim, --prefetch, --pool) is for comparisons: what it does by
+    itself serves most programs best.
     """
     from orchestrator.managers import place
     from orchestrator.remote_run import Job, run_job
@@ -89,6 +101,8 @@ def run(
     if stats is not None and trace is not None and stats.resolve() == trace.resolve():
         raise RacklessError(f"--stats and --trace cannot both go to {stats}", hint="give each a file of its own")
     organisation = organise(ways, policy, victim, prefetch, pool)
+    if tier is not None:
+        organisation["tier"] = tier.value
     current = current_rack(rack)
     if on is not None:
         processor_address(current, on)

@@ -15,6 +15,7 @@ from guest_agents.splitkernel.process import counters
 HERE = Path(__file__).parent / "native"
 NATIVE = Path(__file__).parents[2] / "guest_agents" / "native"
 STRESS = Path(__file__).parents[1] / "rack/native/paging_stress.c"
+CALLS = STRESS.with_name("memory_calls.c")
 SHIM = ("shim.c", "malloc.c", "mappings.c", "descriptors.c", "heap.c", "arena.c")
 PAGER = ("pager.c", "family.c", "lines.c", "streams.c", "sets.c", "evict.c", "pool.c", "codec.c", "wire.c", "replica.c",
          "trace.c", "fabric.c")  # fmt: skip
@@ -53,6 +54,7 @@ class Stage:
 
     def __init__(self, folder: Path, checked: bool = False) -> None:
         self.stress = str(folder / "paging_stress")
+        self.calls = str(folder / "memory_calls")
         self._folder = folder
         wrap = "-Wl,--wrap=lines_miss,--wrap=lines_write,--wrap=lines_drop"
         check = [HERE / "lines_check.c", wrap] if checked else []
@@ -63,6 +65,7 @@ class Stage:
             ("excache_shim.so", [*shared, *builtin], [NATIVE / name for name in SHIM]),
             ("excache_pager.so", shared, [*(NATIVE / name for name in PAGER), *fakes, *check]),
             ("paging_stress", ["-O2"], [STRESS]),
+            ("memory_calls", ["-O2"], [CALLS]),
         ):
             subprocess.run(["cc", *flags, "-o", folder / target, *sources, "-lpthread"], check=True)
 

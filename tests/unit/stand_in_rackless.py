@@ -21,7 +21,7 @@ while [ "$1" != -- ]; do
     case $1 in
     --excache) excache=$2 ;;
     --replicas) replicas=$2 ;;
-    --ways | --policy | --victim | --prefetch | --pool) organisation="$organisation $1 $2" ;;
+    --ways | --policy | --victim | --prefetch | --pool | --tier) organisation="$organisation $1 $2" ;;
     --stats) stats=$2 ;;
     --trace) trace=$2 ;;
     --cwd) cd "$2" || exit 125 ;;

@@ -98,9 +98,10 @@ def test_run_says_which_result_is_missing(rackless: Rackless) -> None:
 
 @pytest.mark.netns
 def test_run_says_how_the_excache_is_organised(rackless: Rackless) -> None:
-    options = ("--ways", "8", "--policy", "lru", "--victim", "16", "--prefetch", "4", "--no-pool")
+    options = ("--ways", "8", "--policy", "lru", "--victim", "16", "--prefetch", "4", "--no-pool",
+               "--tier", "excache")  # fmt: skip
     done = rackless("run", "--on", "pb0", *options, "--", "true")
-    said = "organised: --ways 8 --policy lru --victim 16 --prefetch 4 --pool off\n"
+    said = "organised: --ways 8 --policy lru --victim 16 --prefetch 4 --pool off --tier excache\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
     refused: list[tuple[tuple[str, ...], str]] = [
         (("--ways", "0"), "Invalid value for '--ways'"),

@@ -64,6 +64,19 @@ def test_every_byte_is_right(stage: Stage, organisation: dict[str, str | int], m
         add_up(done.counted, organisation)
 
 
+@pytest.mark.parametrize("organisation", [{}, {"pool": "off"}, {"ways": 4, "policy": "lru"}], ids=str)
+@pytest.mark.parametrize(
+    "case", ["protection", "unmapping", "remapping", "advice", "signals", "threads", "calls", "children"]
+)
+def test_calls_about_memory_do_what_the_kernel_does(
+    stage: Stage, organisation: dict[str, str | int], case: str
+) -> None:
+    """mprotect, munmap and SIGSEGV, mremap, madvise, signals, threads' stacks and locks, read and write, fork."""
+    done = stage.run(stage.calls, "4", case, replicas=1, organisation=organisation, excache=2 << 20)
+    assert (done.code, done.stdout, done.stderr) == (0, f"{case}: fine\n", "")
+    assert done.counted["misses"] > 50
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_every_byte_is_right_with_any_organisation(stage: Stage, seed: int) -> None:
     chance = random.Random(seed)

@@ -159,6 +159,14 @@ def test_programs_run_the_same_under_the_shim(shim: Path, command: str, tmp_path
     assert all(one["command"].isprintable() and one["command"] for one in counted.values())
 
 
+def test_what_a_program_touched_counts_also_when_it_was_freed(shim: Path, tmp_path: Path) -> None:
+    own = {"LD_PRELOAD": str(shim), "RACKLESS_EXCACHE": str(1 << 30), "RACKLESS_JOB": str(tmp_path)}
+    script = "x = bytearray(b'x') * (8 << 20); del x; x = bytearray(1 << 20); x[0] = 1"
+    subprocess.run(["python3", "-c", script], check=True, env=os.environ | own, timeout=60)
+    most = max(one["pages_touched"] for one in counters.processes(tmp_path).values())
+    assert 8 << 20 <= most * 4096 < 32 << 20
+
+
 def test_without_a_pager_a_program_gets_no_more_than_its_excache(shim: Path, tmp_path: Path) -> None:
     environment = {
         **os.environ,

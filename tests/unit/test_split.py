@@ -44,7 +44,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Split]:
     binary = folder / "split"
     flags = ["-std=gnu17", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]
     places = [f'-DMONITOR_SOCKET="{folder}/pb0.sock"', f'-DVNODE="{vnode}"']
-    sources = [NATIVE / f"{name}.c" for name in ("split", "desk", "results")]
+    sources = [NATIVE / f"{name}.c" for name in ("split", "desk", "results", "tier")]
     subprocess.run(["cc", *flags, *places, "-o", binary, *sources], check=True)
     sources = [NATIVE / f"{name}.c" for name in ("shim", "malloc", "mappings", "descriptors", "heap", "arena")]
     builtin = [f"-fno-builtin-{name}" for name in ("malloc", "calloc", "realloc", "free")]
@@ -97,6 +97,15 @@ def test_a_vnode_has_files_of_its_own(split: Split) -> None:
     assert split("run", "--vnode", "web", "sh", "-c", inner).stdout == "f\nweb\n"  # a program's programs too
 
 
+@pytest.fixture(scope="module")
+def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program that is linked statically, and needs no C library for that."""
+    program = tmp_path_factory.mktemp("static") / "still"
+    source = b"void _start(void) { for (;;) ; }"
+    subprocess.run(["cc", "-static", "-nostdlib", "-x", "c", "-o", program, "-"], input=source, check=True)
+    return program
+
+
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -120,6 +129,11 @@ def test_a_vnode_has_files_of_its_own(split: Split) -> None:
         (("--victim", "8k", "true"), 2, "--victim takes a number of lines, 1 or more, not '8k'"),
         (("--policy", "mru", "true"), 2, "--policy takes one of: fifo lru random; not 'mru'"),
         (("--pool", "", "true"), 2, "--pool takes one of: on off; not ''"),
+        (("--tier", "disk", "true"), 2, "--tier takes one of: excache swap; not 'disk'"),
+        (("--tier", "swap", "--replicas", "2", "true"), 2, "true: --replicas 2 is not to be had in the second tier"),
+        (("--replicas", "2", "./still"), 2, "./still: --replicas 2 is not to be had in the second tier"),
+        (("--tier", "excache", "./still"), 126, "./still: is linked statically and cannot have an ExCache"),
+        (("--tier", "excache", "./scripted"), 126, "./scripted: is linked statically"),
         (("--ways", "8", "--pool", "on", "true"), 2, "--pool on and --ways exclude each other"),
         (("--excache", "4194304", "--ways", "705", "true"), 2, "--ways 705 does not fit an ExCache of 1024 lines "
          "(4 KiB each), 64 of them victims: at most 704"),
@@ -129,7 +143,7 @@ def test_a_vnode_has_files_of_its_own(split: Split) -> None:
     ],
 )  # fmt: skip
 def test_what_cannot_run_is_refused_in_a_line(
-    split: Split, tmp_path: Path, words: tuple[str, ...], code: int, said: str
+    split: Split, static: Path, tmp_path: Path, words: tuple[str, ...], code: int, said: str
 ) -> None:
     (tmp_path / "data").write_text("#!/bin/sh\n")
     (tmp_path / "folder").mkdir()
@@ -138,7 +152,9 @@ def test_what_cannot_run_is_refused_in_a_line(
         elf[18:20] = machine.to_bytes(2, "little")
         (tmp_path / name).write_bytes(elf)
     (tmp_path / "lost").write_text("#!/no/interpreter\n")
-    for name in ("arm", "odd", "lost"):
+    (tmp_path / "still").write_bytes(static.read_bytes())
+    (tmp_path / "scripted").write_text(f"#! {static} -x\n")
+    for name in ("arm", "odd", "lost", "still", "scripted"):
         (tmp_path / name).chmod(0o755)
     done = split("run", *words, cwd=tmp_path)
     assert done.returncode == code

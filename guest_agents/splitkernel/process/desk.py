@@ -5,6 +5,8 @@ SOCK_SEQPACKET, one text message each way; replies are "ok ..." or "error ERRNO 
     job EXCACHE VNODE              -> ok DIRECTORY EXCACHE ROOT      from `split`, before it starts the program ("-" as
                                                                      EXCACHE: the blade's; as ROOT: no files of its own)
     began PID COMMAND...           -> ok                             from `split`, once there is a process
+    swap DIRECTORY                 -> ok GROUP                       a control group for a program of the second tier
+    verdict DIRECTORY              -> ok [WORDS]                     why it was killed, if that was for want of memory
     report DIRECTORY SECONDS CODE  -> ok {json}                      from `split`, after the program's end
     trace DIRECTORY                -> ok FILE                        after the report: what a traced program did
     ps                             -> ok TABLE
@@ -46,6 +48,7 @@ from guest_agents.splitkernel.process.belonging import Belonging
 from guest_agents.splitkernel.process.heirs import FILES, Heirs
 from guest_agents.splitkernel.process.memory import Lender, Loan
 from guest_agents.splitkernel.process.programs import Program
+from guest_agents.splitkernel.process.swap import Swap
 
 MESSAGE = 64 << 10
 log = logging.getLogger("rackless.process")
@@ -72,6 +75,9 @@ class Stock:
     """Figures to add to a job's report, from other parts of the monitor; called at its start and end."""
     vnodes: dict[str, str] = field(default_factory=dict)
     """Which vNode a job belongs to, by the job's folder."""
+    limits: dict[str, int] = field(default_factory=dict)
+    """The bytes that each job may have here."""
+    swap: Swap = field(default_factory=Swap)
 
 
 class Desk:
@@ -152,6 +158,8 @@ class Visit:
         handlers: dict[str, Callable[..., list[str]]] = {
             "job": self._new_job,
             "began": self._began,
+            "swap": self._swap,
+            "verdict": self._verdict,
             "report": self._report,
             "trace": self._trace,
             "ps": self._ps,
@@ -187,6 +195,8 @@ class Visit:
             self._stock.belonging.programs.end(self._program, None)
         if self._job is not None:
             self._stock.vnodes.pop(str(self._job), None)
+            self._stock.limits.pop(str(self._job), None)
+            self._stock.swap.leave(str(self._job))
             shutil.rmtree(self._job, ignore_errors=True)
 
     def _bequeath(self, loan: Loan) -> None:
@@ -201,7 +211,16 @@ class Visit:
         self._stock.vnodes[str(self._job)] = vnode
         self._before = self._stock.extra()
         self._excache = self._stock.excache() if excache == "-" else int(excache)
+        self._stock.limits[str(self._job)] = self._excache
         return [str(self._job), str(self._excache), str(root or "-")]
+
+    def _swap(self, job: str) -> list[str]:
+        if job not in self._stock.limits:
+            raise RefusalError(errno.EINVAL, "no such job")
+        return [str(self._stock.swap.enter(job, self._stock.limits[job]))]
+
+    def _verdict(self, job: str) -> list[str]:
+        return [self._stock.swap.verdict(job)]
 
     def _began(self, pid: str, *command: str) -> list[str]:
         if self._job is None or self._program is not None:
@@ -222,6 +241,9 @@ class Visit:
         result["exit_code"] = int(code)
         result["storage"] = difference(self._stock.extra(), self._before)
         result["model"] = figures.model(result, float(seconds))
+        swapped = self._stock.swap.figures(job)
+        result["tier"] = "swap" if swapped else "excache"
+        result["swap"] = swapped
         return [json.dumps(result)]
 
     def _trace(self, job: str) -> list[str]:

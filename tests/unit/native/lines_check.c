@@ -21,7 +21,7 @@ enum { EVERY = 16 };
 static void check_page(struct lines *l, size_t page, bool present)
 {
     unsigned state = l->state[page] & STATE_MASK;
-    MUST(!present || state == MAPPED, "page %zu is in the page table, and in state %u", page, state);
+    MUST(!present || state == MAPPED || l->arena->use[page] == PAGE_FOREIGN, "page %zu is in the page table, and in state %u", page, state);
     MUST(state == UNTOUCHED || state == MAPPED || state == DOZING || l->state[page] & (DIRTY | STORED | WRITTEN),
          "page %zu in state %u exists nowhere else", page, state);
     if (state == MAPPED || state == DOZING) {
