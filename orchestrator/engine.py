@@ -14,9 +14,9 @@ from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import agents, blade, lock
+from orchestrator import agents, blade, journal, lock
 from orchestrator.errors import RacklessError
-from orchestrator.events import Emit, Note, step
+from orchestrator.events import Changed, Emit, Note, step
 from orchestrator.faults import settle
 from orchestrator.faults.model import Faults, cut_off
 from orchestrator.faults.model import of as faults_of
@@ -85,11 +85,13 @@ def up(
     """
     started = time.monotonic()
     paths = RackPaths(settings, rack.name)
+    emit = journal.recording(paths, emit)
     check_room(rack)
     for warning in warnings(rack):
         emit(Note(warning))
     require_root("make network interfaces and start virtual machines")
-    with lock.hold(paths):
+    with lock.hold(paths), step(journal.recording(paths), rack.name, "up"):
+        paths.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         image = image_build.build(rack.image, settings.cache_dir / "images", emit, rack.flavour)
         chosen = probe.accelerator(settings, image.kernel)
         settings = settings.scaled(chosen.name)
@@ -138,17 +140,18 @@ def down(settings: Settings, rack: str, emit: Emit, keep_data: bool = False) -> 
     ``keep_data`` leaves disks, persistent memory and keys for the next `up`.
     """
     paths = RackPaths(settings, rack)
-    with lock.hold(paths), step(emit, rack, "down"):
-        with daemon.connection(paths) as conn:
-            domains = domain.owned(conn, rack) if conn else {}
-            together({name: found.domain for name, found in domains.items()}, domain.destroy)
-        known = [seen.spec for seen in _observed(domains).values() if seen.spec]
-        addresses = [spec.mgmt_address for spec in known]
-        shared.close_shared_connections(paths, addresses)
-        daemon.stop(paths)
-        place.of(paths).remove()
-        shutil.rmtree(settings.run_dir / rack, ignore_errors=True)
-        if not keep_data:
+    with lock.hold(paths):
+        with step(journal.recording(paths, emit), rack, "down"):
+            with daemon.connection(paths) as conn:
+                domains = domain.owned(conn, rack) if conn else {}
+                together({name: found.domain for name, found in domains.items()}, domain.destroy)
+            known = [seen.spec for seen in _observed(domains).values() if seen.spec]
+            addresses = [spec.mgmt_address for spec in known]
+            shared.close_shared_connections(paths, addresses)
+            daemon.stop(paths)
+            place.of(paths).remove()
+            shutil.rmtree(settings.run_dir / rack, ignore_errors=True)
+        if not keep_data:  # after the last event: who follows them reads it before the file goes
             shutil.rmtree(paths.root, ignore_errors=True)
         return sorted(domains)
 
@@ -181,6 +184,9 @@ def _carry_out(
     shop: blade.Workshop, todo: Plan, cold: bool, domains: dict[str, domain.Owned]
 ) -> tuple[dict[str, float], int]:
     """Do what the plan says; seconds per blade and how many were made."""
+    for action in todo.actions:
+        if action.kind != "keep":
+            shop.emit(Changed(todo.rack, action.blade, action.kind, tuple(action.reasons)))
     leaving = {action.blade for action in todo.of("remove", "recreate")}
     together({name: domains[name].domain for name in leaving & domains.keys()}, domain.destroy)
     for action in todo.of("remove"):

@@ -17,6 +17,7 @@ from orchestrator.cli import (
     blade,
     demo,
     doctor,
+    events,
     fault,
     hotpot,
     image,
@@ -48,7 +49,8 @@ def about(version: bool = typer.Option(False, "--version", help="Print the versi
         raise typer.Exit
 
 
-_FAMILIES = (rack, blade, fault, run, programs, top, vnode, shell, agents, lite, hotpot, image, demo, bench, doctor)
+_FAMILIES = (rack, blade, fault, run, programs, top, events, vnode, shell, agents, lite, hotpot, image, demo, bench,
+             doctor)  # fmt: skip
 for family in _FAMILIES:
     family.register(app)
 
