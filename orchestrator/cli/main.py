@@ -19,6 +19,7 @@ from orchestrator.cli import (
     doctor,
     events,
     fault,
+    graph,
     hotpot,
     image,
     lite,
@@ -49,8 +50,8 @@ def about(version: bool = typer.Option(False, "--version", help="Print the versi
         raise typer.Exit
 
 
-_FAMILIES = (rack, blade, fault, run, programs, top, events, vnode, shell, agents, lite, hotpot, image, demo, bench,
-             doctor)  # fmt: skip
+_FAMILIES = (rack, blade, fault, run, programs, top, events, graph, vnode, shell, agents, lite, hotpot, image,
+             demo, bench, doctor)  # fmt: skip
 for family in _FAMILIES:
     family.register(app)
 
