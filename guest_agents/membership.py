@@ -215,12 +215,13 @@ class Manager:
     def events(self, request: Message) -> Message:
         """Who joined, died and left, from the event with number `since` on, as far as this manager remembers.
 
-        `life` is this manager's: another one counts anew. `time` is seconds since the epoch, by this blade's clock.
+        `life` is this manager's: another one counts anew. `time` is seconds since the epoch by this blade's clock, and
+        `now` what that clock says.
         """
         with self._change:
             since = int(request.get("since", 0))
             return {"life": self._life, "events": [e for e in self._history if e["number"] >= since],
-                    "next": self._happened}  # fmt: skip
+                    "next": self._happened, "now": time.time()}  # fmt: skip
 
     def _happens(self, member: Member, state: str, why: str) -> None:
         self._history.append({"number": self._happened, "time": round(time.time(), 3), "blade": member.name,

@@ -73,6 +73,23 @@ def endings(text: str) -> list[tuple[float, str]]:
     return [(datetime.fromisoformat(match[1]).timestamp(), match[2]) for match in _ENDED.finditer(text)]
 
 
+def told(event: dict[str, Any]) -> str:
+    """What happened, in words; the kinds are those of events.py, `ended` and `member`."""
+    kind = event["event"]
+    if kind == "step":
+        seconds = f" ({event['seconds']:.1f} s)" if event.get("seconds") is not None else ""
+        return f"{event['phase']} {event['state']}{seconds}" + (f": {event['message']}" if event["message"] else "")
+    if kind == "change":
+        return f"to {event['action']}: {'; '.join(event['reasons'])}"
+    if kind == "faults":
+        return f"broken: {', '.join(event['faults'])}" if event["faults"] else "healed"
+    if kind == "ended":
+        return f"QEMU ended: {event['reason']}"
+    if kind == "member":
+        return f"{event['state']}: {event['why']}"
+    return str(event.get("message", kind))
+
+
 class _Endings:
     """Blades whose QEMU ended."""
 
@@ -124,9 +141,10 @@ class _Members:
             self._next = 0
             reply = self._ask()
         self._life, self._next = reply["life"], reply["next"]
-        names = ("time", "blade", "state", "why", "node", "incarnation")
-        return [{"event": "member", "rack": self._paths.name, **{name: told[name] for name in names}}
-                for told in reply["events"]]  # fmt: skip
+        names = ("blade", "state", "why", "node", "incarnation")
+        ahead = time.time() - reply["now"]  # a blade's clock may be seconds behind when all CPUs are busy
+        return [{"time": round(told["time"] + ahead, 3), "event": "member", "rack": self._paths.name,
+                 **{name: told[name] for name in names}} for told in reply["events"]]  # fmt: skip
 
     def close(self) -> None:
         if self._client is not None:

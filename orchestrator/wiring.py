@@ -47,6 +47,8 @@ class Wire:
     """What is special about the link: by the rack file, and faults."""
     side: int = 0
     """Which part of a parted fabric it is in; 0 is the manager's."""
+    faults: tuple[str, ...] = ()
+    """All that was broken of the blade on purpose, in words."""
 
     def to_json(self) -> dict[str, Any]:
         """For the dashboard."""
@@ -86,7 +88,7 @@ def wire(spec: BladeSpec, faults: Faults, power: str) -> Wire:
     words = (*said, *(f"fault: {word}" for word in broken.shown()))
     size = f"{spec.cpus} CPU{'s' if spec.cpus > 1 else ''}, {format_size(spec.memory)}"
     return Wire(spec.name, spec.kind, spec.fabric_address, power, size, _state(spec, faults, power), words,
-                faults.side or 0)  # fmt: skip
+                faults.side or 0, tuple(faults.shown()))  # fmt: skip
 
 
 def _state(spec: BladeSpec, faults: Faults, power: str) -> State:

@@ -30,7 +30,6 @@ def events(
     from orchestrator.settings import RackPaths, Settings
 
     paths = RackPaths(Settings.from_environment(), rack_name(rack))
-
     try:
         for event in history.follow(paths, lines) if follow else history.recorded(paths)[-lines:] if lines else []:
             print(json.dumps(event) if as_json else line(event), flush=True)
@@ -40,22 +39,7 @@ def events(
 
 def line(event: dict[str, Any]) -> str:
     """One event for people: when, which blade, what."""
+    from orchestrator.history import told
+
     clock = time.strftime("%H:%M:%S", time.localtime(event["time"]))
     return f"{clock}  {event.get('blade') or event.get('rack') or '':<8}  {told(event)}"
-
-
-def told(event: dict[str, Any]) -> str:
-    """What happened, in words; see orchestrator/events.py and history.py for the kinds."""
-    kind = event["event"]
-    if kind == "step":
-        seconds = f" ({event['seconds']:.1f} s)" if event.get("seconds") is not None else ""
-        return f"{event['phase']} {event['state']}{seconds}" + (f": {event['message']}" if event["message"] else "")
-    if kind == "change":
-        return f"to {event['action']}: {'; '.join(event['reasons'])}"
-    if kind == "faults":
-        return f"broken: {', '.join(event['faults'])}" if event["faults"] else "healed"
-    if kind == "ended":
-        return f"QEMU ended: {event['reason']}"
-    if kind == "member":
-        return f"{event['state']}: {event['why']}"
-    return str(event.get("message", kind))

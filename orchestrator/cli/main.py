@@ -15,6 +15,7 @@ from orchestrator.cli import (
     agents,
     bench,
     blade,
+    dashboard,
     demo,
     doctor,
     events,
@@ -50,8 +51,8 @@ def about(version: bool = typer.Option(False, "--version", help="Print the versi
         raise typer.Exit
 
 
-_FAMILIES = (rack, blade, fault, run, programs, top, events, graph, vnode, shell, agents, lite, hotpot, image,
-             demo, bench, doctor)  # fmt: skip
+_FAMILIES = (rack, blade, fault, run, programs, top, events, graph, dashboard, vnode, shell, agents, lite,
+             hotpot, image, demo, bench, doctor)  # fmt: skip
 for family in _FAMILIES:
     family.register(app)
 
