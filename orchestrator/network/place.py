@@ -19,8 +19,6 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
-from pyroute2 import IPRoute, NetlinkError, NetNS, netns
-
 from orchestrator.errors import RacklessError
 from orchestrator.network import namespace
 from orchestrator.settings import PRIVATE_LIBVIRT, RackPaths
@@ -106,6 +104,8 @@ class Place(ABC):
     @contextmanager
     def netlink(self, what: str) -> Iterator[Any]:
         """A netlink socket for the block, whose errors become one line: "cannot ``what``: reason"."""
+        from pyroute2 import NetlinkError  # takes a sixth of a second to import, here and below
+
         try:
             with self._open() as net:
                 yield net
@@ -143,6 +143,8 @@ class OwnNamespace(Place):
         return namespace.exists(self.rack)
 
     def prepare(self, networks: dict[str, IPv4Network]) -> None:
+        from pyroute2 import netns
+
         if not self.exists():
             try:
                 (namespace.NAMED / self.name).unlink(missing_ok=True)
@@ -160,6 +162,8 @@ class OwnNamespace(Place):
         return int(net.link_lookup(ifname=name)[0])
 
     def remove(self) -> None:
+        from pyroute2 import netns
+
         try:
             if self.exists():
                 netns.remove(self.name)
@@ -184,6 +188,8 @@ class OwnNamespace(Place):
         return namespace.connect(self.rack, address, port, timeout)
 
     def _open(self) -> Any:
+        from pyroute2 import NetNS
+
         return NetNS(self.name, flags=os.O_RDONLY)  # or it would make one
 
 
@@ -269,6 +275,8 @@ class HostNetwork(Place):
         return socket.create_connection((address, port), timeout=timeout)
 
     def _open(self) -> Any:
+        from pyroute2 import IPRoute
+
         return IPRoute()
 
     def _ours(self, net: Any, name: str) -> int | None:
