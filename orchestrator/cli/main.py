@@ -18,6 +18,7 @@ from orchestrator.cli import (
     bench,
     blade,
     dashboard,
+    debug,
     demo,
     doctor,
     events,
@@ -53,8 +54,8 @@ def about(version: bool = typer.Option(False, "--version", help="Print the versi
         raise typer.Exit
 
 
-_FAMILIES = (rack, blade, fault, run, programs, top, events, graph, dashboard, vnode, shell, agents, lite,
-             hotpot, image, demo, bench, doctor)  # fmt: skip
+_FAMILIES = (rack, blade, fault, run, programs, top, events, graph, dashboard, debug, vnode, shell, agents,
+             lite, hotpot, image, demo, bench, doctor)  # fmt: skip
 for family in _FAMILIES:
     family.register(app)
 

@@ -17,13 +17,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestrator.errors import RacklessError
 from orchestrator.network import namespace
 from orchestrator.settings import PRIVATE_LIBVIRT, RackPaths
 from orchestrator.spec import mac_address
 
+T = TypeVar("T")
 MANAGEMENT = "mgmt"
 FABRIC = "fabric"
 _MAIN_TABLE = 254  # RT_TABLE_MAIN: the table `ip route` shows
@@ -96,6 +97,10 @@ class Place(ABC):
     @abstractmethod
     def connect(self, address: str, port: int, timeout: float) -> socket.socket:
         """A TCP connection to a blade; OSError when ``timeout`` seconds pass without."""
+
+    @abstractmethod
+    def inside(self, action: Callable[[], T]) -> T:
+        """What `action` returns, run where sockets are in the network; they stay there."""
 
     @abstractmethod
     def _open(self) -> Any:
@@ -187,6 +192,9 @@ class OwnNamespace(Place):
     def connect(self, address: str, port: int, timeout: float) -> socket.socket:
         return namespace.connect(self.rack, address, port, timeout)
 
+    def inside(self, action: Callable[[], T]) -> T:
+        return namespace.inside(self.rack, action)
+
     def _open(self) -> Any:
         from pyroute2 import NetNS
 
@@ -273,6 +281,9 @@ class HostNetwork(Place):
         except OSError:  # or the host would look for the address elsewhere, behind its default route
             raise namespace.no_network(self.rack) from None
         return socket.create_connection((address, port), timeout=timeout)
+
+    def inside(self, action: Callable[[], T]) -> T:
+        return action()
 
     def _open(self) -> Any:
         from pyroute2 import IPRoute

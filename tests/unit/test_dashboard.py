@@ -161,9 +161,9 @@ def test_a_failure_is_told_and_the_next_look_goes_on(served: Served) -> None:
 
 def test_a_port_that_is_taken_is_one_line(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     class Nothing:
-        look = new = staticmethod(list)
-
         def __init__(self, _paths: object) -> None: ...
+        def look(self) -> None: ...
+        def new(self) -> None: ...
         def __enter__(self) -> Nothing:
             return self
 
