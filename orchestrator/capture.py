@@ -28,7 +28,7 @@ _MAGIC_NANOSECONDS = 0xA1B23C4D
 _ETH_P_ALL = 3
 _SO_RCVBUFFORCE = 33
 _SO_TIMESTAMPNS = 35
-_SOL_PACKET, _PACKET_STATISTICS = 263, 6
+_SOL_PACKET, _PACKET_STATISTICS, _PACKET_IGNORE_OUTGOING = 263, 6, 23
 _BUFFER_BYTES = 32 << 20
 _BATCH = 256
 _LOOK_SECONDS = 0.2
@@ -72,20 +72,24 @@ def capture(paths: RackPaths, blades: Mapping[str, BladeSpec], only: str | None,
     taps = [where.tap(FABRIC, spec.index) for name, spec in blades.items() if only in (None, name)]
     with ExitStack() as stack:
         try:
-            sockets = where.inside(lambda: [stack.enter_context(listen(tap)) for tap in taps])
+            sockets = where.inside(lambda: [stack.enter_context(listen(tap, only is not None)) for tap in taps])
         except PermissionError:
             raise RacklessError("cannot capture packets: Operation not permitted", hint="run it as root") from None
         except OSError as error:
             raise RacklessError(f"cannot capture packets: {error.strerror}", hint="see `rackless status`") from error
-        return record(sockets, file, seconds, both_ways=only is not None, stop=stop)
+        return record(sockets, file, seconds, stop)
 
 
-def listen(interface: str) -> socket.socket:
-    """A packet socket at an interface of this thread's network namespace; OSError when it cannot be."""
+def listen(interface: str, both_ways: bool) -> socket.socket:
+    """A packet socket at an interface of this thread's network namespace; OSError when it cannot be.
+
+    Not `both_ways`: without what this side sends into a tap, which is what its blade gets.
+    """
     made = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)  # of no protocol: nothing comes before it is bound
     try:
         made.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
         made.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+        made.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, int(not both_ways))
         made.bind((interface, _ETH_P_ALL))
         made.setblocking(False)
     except OSError:
@@ -94,8 +98,9 @@ def listen(interface: str) -> socket.socket:
     return made
 
 
-def record(sockets: Sequence[socket.socket], file: BinaryIO, seconds: float | None, both_ways: bool = True,
-           stop: Callable[[], bool] = lambda: False) -> Captured:  # fmt: skip
+def record(
+    sockets: Sequence[socket.socket], file: BinaryIO, seconds: float | None, stop: Callable[[], bool]
+) -> Captured:
     """Write what comes to `sockets` into `file`, in the order of time; see `capture`."""
     deadline = None if seconds is None else time.monotonic() + seconds
     file.write(header())
@@ -105,25 +110,24 @@ def record(sockets: Sequence[socket.socket], file: BinaryIO, seconds: float | No
         while not stop() and (deadline is None or time.monotonic() < deadline):
             wait = _LOOK_SECONDS if deadline is None else max(0.0, min(_LOOK_SECONDS, deadline - time.monotonic()))
             ready, _, _ = select.select(sockets, [], [], wait)
-            packets = sorted((p for one in ready for p in _read(one, both_ways)), key=lambda p: p.nanoseconds)
+            packets = sorted((p for one in ready for p in _read(one)), key=lambda p: p.nanoseconds)
             file.write(b"".join(packet.record() for packet in packets))
             file.flush()
             count += len(packets)
     return Captured(count, sum(_dropped(one) for one in sockets))
 
 
-def _read(one: socket.socket, both_ways: bool) -> list[Packet]:
-    """What waits at a socket, some at a time. What this side sends into a tap is what its blade gets."""
+def _read(one: socket.socket) -> list[Packet]:
+    """What waits at a socket, some at a time."""
     packets = []
     for _ in range(_BATCH):
         try:
-            data, ancillary, _, address = one.recvmsg(MOST_BYTES, 64)
+            data, ancillary, _, _ = one.recvmsg(MOST_BYTES, 64)
         except (BlockingIOError, InterruptedError):
             break
         except OSError:  # the tap went away with its blade
             break
-        if both_ways or address[2] != socket.PACKET_OUTGOING:
-            packets.append(Packet(_stamp(ancillary), data))
+        packets.append(Packet(_stamp(ancillary), data))
     return packets
 
 
