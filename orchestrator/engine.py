@@ -100,7 +100,7 @@ def up(
         with daemon.connection(paths, start=True) as conn:
             assert conn is not None
             domains = domain.owned(conn, rack.name)
-            observed = _observed(domains)
+            observed = as_seen(domains)
             todo = make_plan(rack, image.key, observed)
             if only is not None:
                 todo = todo.only(only)
@@ -145,7 +145,7 @@ def down(settings: Settings, rack: str, emit: Emit, keep_data: bool = False) -> 
             with daemon.connection(paths) as conn:
                 domains = domain.owned(conn, rack) if conn else {}
                 together({name: found.domain for name, found in domains.items()}, domain.destroy)
-            known = [seen.spec for seen in _observed(domains).values() if seen.spec]
+            known = [seen.spec for seen in as_seen(domains).values() if seen.spec]
             addresses = [spec.mgmt_address for spec in known]
             shared.close_shared_connections(paths, addresses)
             daemon.stop(paths)
@@ -253,7 +253,7 @@ def _ping_all(shop: blade.Workshop, specs: Sequence[BladeSpec], fresh: set[str])
 
 def as_it_is(domains: dict[str, domain.Owned], name: str) -> Rack:
     """The rack that a file would say so as to change nothing of these blades. RacklessError when none can be read."""
-    seen = {n: blade.spec for n, blade in _observed(domains).items() if blade.spec}
+    seen = {n: blade.spec for n, blade in as_seen(domains).items() if blade.spec}
     specs = sorted(seen.values(), key=lambda spec: spec.index)
     if not specs:
         raise RacklessError(f"rack {name} is not up", hint="bring it up with `rackless up`")
@@ -274,11 +274,12 @@ def as_it_is(domains: dict[str, domain.Owned], name: str) -> Rack:
 
 
 def _observe(conn: libvirt.virConnect, rack: str) -> dict[str, Observed]:
-    return _observed(domain.owned(conn, rack))
+    return as_seen(domain.owned(conn, rack))
 
 
-def _observed(domains: dict[str, domain.Owned]) -> dict[str, Observed]:
-    observed = {}
+def as_seen(domains: dict[str, domain.Owned]) -> dict[str, Observed]:
+    """Blades by name, of domains as domain.owned gives them."""
+    seen = {}
     for name, found in domains.items():
         try:
             spec = BladeSpec.from_json(found.metadata.get("spec"))
@@ -288,8 +289,8 @@ def _observed(domains: dict[str, domain.Owned]) -> dict[str, Observed]:
         if found.metadata.get("ready"):  # a blade killed in the middle of its restore is paused, and half made
             states: dict[str, State] = {"paused": "paused", "running": "running", "off": "stopped"}
             state = states.get(found.state, "broken")
-        observed[name] = Observed(name, state, spec)
-    return observed
+        seen[name] = Observed(name, state, spec)
+    return seen
 
 
 def _write_ssh_files(paths: RackPaths, specs: Sequence[BladeSpec]) -> None:

@@ -58,7 +58,7 @@ class Observer:
     def look(self) -> Snapshot:
         """How the rack is now. RacklessError when libvirt cannot be asked."""
         paths = self._paths
-        with daemon.connection(paths) as conn:
+        with daemon.connection(paths, revive=False) as conn:
             found = domain.owned(conn, paths.name) if conn else {}
             used = usage(paths, conn, found) if conn else {}
         wires = tuple(wiring.of(found))

@@ -143,7 +143,7 @@ def test_packets_kernel_and_archive(rack: Rack, tmp_path: Path) -> None:
             and data[36:38] == (4791).to_bytes(2, "big")]  # fmt: skip
     assert {(data[26:30], data[30:34]) for data in roce} >= {tuple(pair), tuple(reversed(pair))}
     if shutil.which("tshark"):
-        command = ["tshark", "-r", file, "-Y", "infiniband", "-T", "fields", "-e", "infiniband.bth.opcode"]
+        command = ["tshark", "-r", str(file), "-Y", "infiniband", "-T", "fields", "-e", "infiniband.bth.opcode"]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
         assert len(shown) == len(roce)
         print(f"tshark: {len(shown)} RoCEv2 packets, opcodes {sorted(set(shown))}")
