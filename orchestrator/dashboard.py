@@ -34,6 +34,7 @@ _EVENTS = 100
 """Events that a page begins with."""
 _BEAT_SECONDS = 10.0
 """So often a stream says something at least: one whose reader has gone ends then."""
+_END_SECONDS = 5.0
 _SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 
 Message = tuple[str, Any]
@@ -57,11 +58,13 @@ class Feed:
         self._past: deque[Event] = deque(maxlen=_EVENTS)
         self._fresh: deque[tuple[int, Event]] = deque(maxlen=_EVENTS)
         self._closed = False
+        self._thread: threading.Thread | None = None
         self._looking = threading.Lock()
 
     def start(self) -> Feed:
         """Look at the rack in a thread of its own; returns itself."""
-        threading.Thread(target=self._run, name="feed", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
+        self._thread.start()
         return self
 
     def close(self) -> None:
@@ -69,6 +72,8 @@ class Feed:
         with self._news:
             self._closed = True
             self._news.notify_all()
+        if self._thread is not None:  # libvirt does not like a thread that is in the middle of it when all ends
+            self._thread.join(_END_SECONDS)
 
     def metrics(self) -> str:
         """A look of its own, as Prometheus's text."""

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import tarfile
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,10 +47,10 @@ def events(rack: Rack) -> list[dict[str, Any]]:
 
 
 def test_what_is_broken_is_drawn_and_what_happened_is_told(rack: Rack) -> None:
-    follow = subprocess.Popen(rack.bench.command("events", "--follow", "--json", "-n", "0", "--rack", rack.name),
+    follow = subprocess.Popen(rack.bench.command("events", "--follow", "--json", "-n", "1", "--rack", rack.name),
                               env=rack.bench.env(), stdout=subprocess.PIPE, text=True)  # fmt: skip
     assert follow.stdout is not None
-    ping(rack, 1)  # until it listens
+    assert json.loads(follow.stdout.readline())["time"] > 0  # from now on it watches
     before = events(rack)
     assert {e["blade"] for e in before if e["event"] == "member" and e["state"] == "joined"} == set(BLADES)
     assert [e["state"] for e in before if e["event"] == "step" and e["phase"] == "up"][:2] == ["start", "done"]
@@ -65,13 +66,10 @@ def test_what_is_broken_is_drawn_and_what_happened_is_told(rack: Rack) -> None:
     finally:
         rack("heal", "--all")
     rack("fault", "reset", "mb1")
-    news = events(rack)[len(before) :]
-    told = [(e["event"], e["blade"], *(e.get(key) for key in ("faults", "reason", "state", "action"))) for e in news]
-    assert ("faults", "mb0", ["loss 1 %"], None, None, None) in told
-    assert ("faults", "mb0", [], None, None, None) in told
-    assert ("ended", "mb1", None, "destroyed", None, None) in told
-    assert ("change", "mb1", None, None, None, "recreate") in told
-    assert ("member", "mb1", None, None, "joined", None) in told
+    news = Counter(map(short, events(rack))) - Counter(map(short, before))
+    for wanted in ("faults mb0 ['loss 1 %']", "faults mb0 []", "faults sb0 ['down']", "ended mb1 destroyed",
+                   "change mb1 recreate", "member mb1 joined"):  # fmt: skip
+        assert wanted in news, news
     seen: list[dict[str, Any]] = []
     while not any(event["event"] == "member" and event["state"] == "joined" for event in seen):
         seen.append(json.loads(follow.stdout.readline()))
@@ -79,6 +77,12 @@ def test_what_is_broken_is_drawn_and_what_happened_is_told(rack: Rack) -> None:
     follow.send_signal(signal.SIGINT)
     assert follow.wait(30) == 0
     follow.stdout.close()
+
+
+def short(event: dict[str, Any]) -> str:
+    """What happened, in few words."""
+    known = [event[key] for key in ("faults", "reason", "state", "action") if key in event]
+    return " ".join(map(str, [event["event"], event.get("blade"), *known]))
 
 
 @contextmanager
@@ -107,10 +111,10 @@ def test_metrics_and_the_page_of_real_blades(rack: Rack, tmp_path: Path) -> None
     ping(rack, 5)
     later = parsed(rack("metrics").stdout)["rackless_tap_out_bytes_total"]
     label = f'rack="{rack.name}",blade="pb0",kind="processor",network="fabric"'
-    assert later[label] > sent[label] + 5 * 4096, "what it sends is what comes out of its tap"
+    assert later[label] > sent[label] + 5 * 4096
     with dashboard(rack, "--seconds", "0.5") as address:
         with urllib.request.urlopen(address.replace("/?", "/metrics?"), timeout=30) as answer:
-            assert set(parsed(answer.read().decode())) == set(values)
+            assert set(parsed(answer.read().decode())) >= set(values)
         if browser.find() is None:
             pytest.skip("no Chromium here")
         with browser.page(tmp_path) as page:
