@@ -96,7 +96,7 @@ def exposition(snapshot: Snapshot) -> str:
             _host(of_blade, snapshot.host[wire.blade])
         if "load" in told:
             _load(of_blade, told["load"])
-        if stats := told.get("stats"):
+        if (stats := told.get("stats")) and wire.kind in _KINDS:
             _KINDS[wire.kind](partial(add, blade=wire.blade), stats)
         if lite := told.get("lite"):
             _lite(partial(add, blade=wire.blade), lite, snapshot.nodes)
