@@ -90,8 +90,7 @@ def up(
     for warning in warnings(rack):
         emit(Note(warning))
     require_root("make network interfaces and start virtual machines")
-    with lock.hold(paths), step(journal.recording(paths), rack.name, "up"):
-        paths.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with lock.hold(paths), step(journal.begun(paths), rack.name, "up"):
         image = image_build.build(rack.image, settings.cache_dir / "images", emit, rack.flavour)
         chosen = probe.accelerator(settings, image.kernel)
         settings = settings.scaled(chosen.name)

@@ -34,6 +34,12 @@ def recording(paths: RackPaths, emit: Emit = ignore) -> Emit:
     return record_and_emit
 
 
+def begun(paths: RackPaths) -> Emit:
+    """An Emit that only records, in the folder of a rack that `up` is about to make."""
+    paths.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return recording(paths)
+
+
 def record(paths: RackPaths, event: dict[str, Any]) -> None:
     """Append an event, with the time. Nothing when the rack has no folder, or its disk is full."""
     line = json.dumps({"time": round(time.time(), 3), **event}) + "\n"
