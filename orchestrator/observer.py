@@ -71,6 +71,8 @@ class Observer:
                    if w.power == "running" and found[w.blade].metadata.get("ready")}  # fmt: skip
         now = time.monotonic()
         sample = self._sampler.sample(running)
+        half = (wire for wire in wires if wire.power == "running" and wire.blade not in running)
+        sample |= {wire.blade: {"kind": wire.kind, "error": "it is being made, or was left half made"} for wire in half}
         return Snapshot(
             rack=paths.name,
             time=time.time(),
