@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -102,13 +103,14 @@ def page(folder: Path) -> Iterator[Page]:
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
              "--no-first-run", "--remote-debugging-pipe", f"--user-data-dir={folder / 'profile'}"]  # fmt: skip
     shell = f'exec "$0" "$@" 3<&{its_commands[0]} 4>&{ours[1]} 2>"{folder / "browser.log"}"'
-    process = subprocess.Popen(["bash", "-c", shell, program, *flags], pass_fds=(its_commands[0], ours[1]))
+    process = subprocess.Popen(["bash", "-c", shell, program, *flags], pass_fds=(its_commands[0], ours[1]),
+                               start_new_session=True)  # fmt: skip
     os.close(its_commands[0])
     os.close(ours[1])
     try:
         yield Page(its_commands[1], ours[0])
     finally:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # with its helpers, which would go on writing into the profile
         process.wait()
         os.close(its_commands[1])
         os.close(ours[0])
