@@ -6,13 +6,15 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from guest_agents import control
 from guest_agents.membership import Manager, Timing
-from orchestrator import engine, history, journal
+from orchestrator import agents, engine, history, journal
 from orchestrator.cli.events import line
 from orchestrator.errors import RacklessError
 from orchestrator.events import Broken, Changed, Event, Note, Step, step
@@ -181,3 +183,38 @@ def test_lines_for_people() -> None:
     assert line(ended)[8:] == "  mb0       QEMU ended: crashed"
     member = {"time": 0.0, "event": "member", "blade": "mb0", "state": "dead", "why": "silent for 10.1 s"}
     assert line(member)[8:] == "  mb0       dead: silent for 10.1 s"
+
+
+def test_the_managers_memory_is_heard_once_also_after_it_was_restarted(
+    paths: RackPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [Manager("gm0", Timing(0.1, 60.0))]
+
+    def told(request: control.Message) -> control.Message:
+        reply = now[0].events(request)  # of a blade whose clock is an hour behind
+        events = [{**event, "time": event["time"] - 3600} for event in reply["events"]]
+        return {**reply, "events": events, "now": reply["now"] - 3600}
+
+    with control.Server(("127.0.0.1", 0), b"s" * 32, {"member.events": told}).start() as server:
+        monkeypatch.setattr(agents, "client", lambda _paths, address, timeout: control.ControlClient(
+            (address, server.address[1]), b"s" * 32, timeout))  # fmt: skip
+        monkeypatch.setattr(history._Members, "_manager", lambda _self: "127.0.0.1")
+        now[0].join(about("mb0", 2))
+        watch = history.Watch(paths)
+        (first,) = watch.new()
+        assert (first["event"], first["blade"], first["state"]) == ("member", "mb0", "joined")
+        assert abs(first["time"] - time.time()) < 60
+        assert watch.new() == []
+        now[0].join(about("mb1", 3))
+        assert [event["blade"] for event in watch.new()] == ["mb1"]
+        now[0] = Manager("gm0", Timing(0.1, 60.0))
+        now[0].join(about("mb2", 4))
+        assert [event["blade"] for event in watch.new()] == ["mb2"]
+        watch.close()
+
+
+def test_while_no_manager_can_be_asked_other_events_are_told(paths: RackPaths) -> None:
+    watch = history.Watch(paths)
+    journal.record(paths, {"event": "note", "message": "one"})
+    assert [event["message"] for event in watch.new()] == ["one"]
+    watch.close()
