@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import tempfile
@@ -62,9 +63,8 @@ for family in _FAMILIES:
 
 def main() -> int:
     """Run the command line; a RacklessError becomes a line with its hint, Ctrl-C the code a shell expects."""
-    _narrow(sys.argv[1:2])
     try:
-        app()
+        _meant(sys.argv[1:2])()
     except RacklessError as error:
         from orchestrator.ui import print_error
 
@@ -90,12 +90,15 @@ def main() -> int:
     return 0
 
 
-def _narrow(words: list[str]) -> None:
-    """Drop the commands that are not meant: typer would read the options of all, which takes a tenth of a second."""
+def _meant(words: list[str]) -> typer.Typer:
+    """The app with only the command that is meant: typer would read the options of all, for a tenth of a second."""
     commands = [info for info in app.registered_commands if [_name(info.name, info.callback)] == words]
     groups = [info for info in app.registered_groups if [info.name] == words]
-    if commands or groups:
-        app.registered_commands, app.registered_groups = commands, groups
+    if not commands and not groups:
+        return app
+    one = copy.copy(app)
+    one.registered_commands, one.registered_groups = commands, groups
+    return one
 
 
 def _name(given: str | None, function: Callable[..., Any] | None) -> str | None:

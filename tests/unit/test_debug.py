@@ -238,3 +238,16 @@ def test_words_are_checked_before_anything_is_done(tmp_path: Path) -> None:
         assert said in done.stderr
         assert "Traceback" not in done.stderr
     assert list(tmp_path.glob("*.pcap")) == []
+
+
+@pytest.mark.long
+def test_a_command_that_is_misspelled_or_asked_about_knows_all_others() -> None:
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "orchestrator.cli.main", *words], cwd=ROOT, text=True,
+                              capture_output=True, timeout=60)  # fmt: skip
+
+    assert "Did you mean 'status'?" in run("statu").stderr
+    listed = run("--help").stdout
+    for name in ("up", "blade", "events", "graph", "dashboard", "metrics", "gdb", "capture", "support-bundle"):
+        assert f"  {name} " in listed
+        assert f" {name} [OPTIONS]" in run(name, "--help").stdout, "only this one is made, and it is"
