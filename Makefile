@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .ONESHELL:
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: help setup testbed test test-unit test-long test-rack images lint bench up down clean lock
+.PHONY: help setup setup-tests testbed test test-unit test-long test-rack images lint bench up down clean lock
 
 # Namespaces, bridges and taps need root: when we are not, sudo runs the command (and only the command).
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
@@ -23,6 +23,9 @@ help: ## list the targets (this is the default)
 
 setup: ## install what is missing: distribution packages, then Python packages into .venv
 	@scripts/setup
+
+setup-tests: setup ## and what only tests need: a browser, where the distribution has one (tests that miss it are skipped)
+	@scripts/setup --tests
 
 testbed: setup ## fresh machine -> a running default rack, a demo job on it, and commands to try next
 	@$(RACKLESS) doctor
@@ -43,10 +46,10 @@ test: test-unit test-long test-rack ## fresh machine -> every test: unit first, 
 test-unit: setup ## the tests that need no blade (under a minute)
 	@$(PYTEST) tests/unit -m 'not long' -n 3 --dist loadfile $(ARGS)
 
-test-long: setup ## those that need no blade either, but more time: storms, the command line, random operations, deaths (3 minutes)
+test-long: setup-tests ## those that need no blade either, but more time: storms, the command line, random operations, deaths (3 minutes)
 	@$(PYTEST) tests/unit -m long -n 4 --dist loadfile $(ARGS)
 
-test-rack: setup ## the tests on real blades (minutes; root)
+test-rack: setup-tests ## the tests on real blades (minutes; root)
 	@$(PYTEST) tests/rack $(ARGS)
 
 images: setup ## build the blades' images (cached by content)

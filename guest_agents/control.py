@@ -42,6 +42,7 @@ Messages known today (`?` marks an optional field, sizes are bytes, GIDs are str
     member.beat     node_id, incarnation, version                 known, members, dead, version
     member.leave    node_id, incarnation                          -
     member.list     -                                             members, dead, version
+    member.events   since?                                        events, next, life, now
     lite.stat       -                                             what a blade's tier of LITE holds and has done
     lite.qos        mode                                          -
     hotpot.start    -                                             - (the service of Hotpot runs when it is answered)

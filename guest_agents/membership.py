@@ -21,14 +21,17 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from guest_agents import control
 from guest_agents.control import Message
 
+_HISTORY = 1000
+"""Events that a manager remembers."""
 _RETRY_SECONDS = 0.2
 _LEAVE_SECONDS = 2.0
 
@@ -124,14 +127,17 @@ class Manager:
         # Higher than any that a manager before this one can have given, at less than one join per second.
         self._incarnation = int(time.time())
         self._version = 0
+        self._history: deque[Message] = deque(maxlen=_HISTORY)
+        self._happened = 0
+        self._life = time.time_ns()
         self._change = threading.Condition()
         self._burials: queue.Queue[Member] = queue.Queue()
         self._own_name = own_name
 
     def handlers(self) -> dict[str, control.Handler]:
-        """Control operations ``member.join``, ``member.beat``, ``member.leave``, ``member.list``."""
+        """Control operations ``member.join``, ``member.beat``, ``member.leave``, ``member.list``, ``member.events``."""
         return {"member.join": self.join, "member.beat": self.beat, "member.leave": self.leave,
-                "member.list": self.list}  # fmt: skip
+                "member.list": self.list, "member.events": self.events}  # fmt: skip
 
     def start(self) -> None:
         """Watch over the members, in threads of their own; call it when they can be heard: now their time begins."""
@@ -169,6 +175,7 @@ class Manager:
             self.books.joined(member, request.get("report", {}) if goes_on else {})
             self._members[wanted.node] = member
             self._departed.pop(member.name, None)
+            self._happens(member, "joined", "it goes on after a restart of the manager" if goes_on else "a new life")
             self._missed = {life for life in self._missed | others if not self._is_known(life)}
             self._changed()
         log.info("%s joined as node %d, incarnation %d", member.name, member.life.node, member.life.incarnation)
@@ -204,6 +211,22 @@ class Manager:
                 "dead": sorted(self._dead.items()),
                 "version": self._version,
             }
+
+    def events(self, request: Message) -> Message:
+        """Who joined, died and left, from the event with number `since` on, as far as this manager remembers.
+
+        `life` is this manager's: another one counts anew. `time` is seconds since the epoch by this blade's clock, and
+        `now` what that clock says.
+        """
+        with self._change:
+            since = int(request.get("since", 0))
+            return {"life": self._life, "events": [e for e in self._history if e["number"] >= since],
+                    "next": self._happened, "now": time.time()}  # fmt: skip
+
+    def _happens(self, member: Member, state: str, why: str) -> None:
+        self._history.append({"number": self._happened, "time": round(time.time(), 3), "blade": member.name,
+                              "state": state, "why": why, **asdict(member.life)})  # fmt: skip
+        self._happened += 1
 
     def alive(self) -> dict[int, Member]:
         """The living by node id."""
@@ -249,6 +272,7 @@ class Manager:
             member.state = state
             self._departed[member.name] = member
             self._burials.put(member)
+            self._happens(member, state, why)
             log.warning("%s (node %d, incarnation %d) is dead: %s", member.name, node, member.life.incarnation, why)
         self._changed()
 

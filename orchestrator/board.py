@@ -112,5 +112,5 @@ class LiveBoard:
         """Show an event; an `events.Emit`."""
         if isinstance(event, Note):
             self._console.print(event.message, markup=False, highlight=False)
-        else:
+        elif isinstance(event, Step):
             self._board.apply(event)

@@ -14,9 +14,9 @@ from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import agents, blade, lock, pmem
+from orchestrator import agents, blade, journal, lock, pmem
 from orchestrator.errors import RacklessError
-from orchestrator.events import Emit, Note, step
+from orchestrator.events import Changed, Emit, Note, step
 from orchestrator.faults import settle
 from orchestrator.faults.model import Faults, cut_off
 from orchestrator.faults.model import of as faults_of
@@ -85,11 +85,12 @@ def up(
     """
     started = time.monotonic()
     paths = RackPaths(settings, rack.name)
+    emit = journal.recording(paths, emit)
     check_room(rack)
     for warning in warnings(rack):
         emit(Note(warning))
     require_root("make network interfaces and start virtual machines")
-    with lock.hold(paths):
+    with lock.hold(paths), step(journal.begun(paths), rack.name, "up"):
         image = image_build.build(rack.image, settings.cache_dir / "images", emit, rack.flavour)
         chosen = probe.accelerator(settings, image.kernel)
         settings = settings.scaled(chosen.name)
@@ -98,7 +99,7 @@ def up(
         with daemon.connection(paths, start=True) as conn:
             assert conn is not None
             domains = domain.owned(conn, rack.name)
-            observed = _observed(domains)
+            observed = as_seen(domains)
             todo = make_plan(rack, image.key, observed)
             if only is not None:
                 todo = todo.only(only)
@@ -138,17 +139,18 @@ def down(settings: Settings, rack: str, emit: Emit, keep_data: bool = False) -> 
     ``keep_data`` leaves disks, persistent memory and keys for the next `up`.
     """
     paths = RackPaths(settings, rack)
-    with lock.hold(paths), step(emit, rack, "down"):
-        with daemon.connection(paths) as conn:
-            domains = domain.owned(conn, rack) if conn else {}
-            _end(paths, domains)
-        known = [seen.spec for seen in _observed(domains).values() if seen.spec]
-        addresses = [spec.mgmt_address for spec in known]
-        shared.close_shared_connections(paths, addresses)
-        daemon.stop(paths)
-        place.of(paths).remove()
-        shutil.rmtree(settings.run_dir / rack, ignore_errors=True)
-        if not keep_data:
+    with lock.hold(paths):
+        with step(journal.recording(paths, emit), rack, "down"):
+            with daemon.connection(paths) as conn:
+                domains = domain.owned(conn, rack) if conn else {}
+                _end(paths, domains)
+            known = [seen.spec for seen in as_seen(domains).values() if seen.spec]
+            addresses = [spec.mgmt_address for spec in known]
+            shared.close_shared_connections(paths, addresses)
+            daemon.stop(paths)
+            place.of(paths).remove()
+            shutil.rmtree(settings.run_dir / rack, ignore_errors=True)
+        if not keep_data:  # after the last event: who follows them reads it before the file goes
             shutil.rmtree(paths.root, ignore_errors=True)
         return sorted(domains)
 
@@ -181,6 +183,9 @@ def _carry_out(
     shop: blade.Workshop, todo: Plan, cold: bool, domains: dict[str, domain.Owned]
 ) -> tuple[dict[str, float], int]:
     """Do what the plan says; seconds per blade and how many were made."""
+    for action in todo.actions:
+        if action.kind != "keep":
+            shop.emit(Changed(todo.rack, action.blade, action.kind, tuple(action.reasons)))
     leaving = {action.blade for action in todo.of("remove", "recreate")}
     _end(shop.paths, {name: domains[name] for name in leaving & domains.keys()})
     for action in todo.of("remove"):
@@ -258,7 +263,7 @@ def _ping_all(shop: blade.Workshop, specs: Sequence[BladeSpec], fresh: set[str])
 
 def as_it_is(domains: dict[str, domain.Owned], name: str) -> Rack:
     """The rack that a file would say so as to change nothing of these blades. RacklessError when none can be read."""
-    seen = {n: blade.spec for n, blade in _observed(domains).items() if blade.spec}
+    seen = {n: blade.spec for n, blade in as_seen(domains).items() if blade.spec}
     specs = sorted(seen.values(), key=lambda spec: spec.index)
     if not specs:
         raise RacklessError(f"rack {name} is not up", hint="bring it up with `rackless up`")
@@ -279,11 +284,12 @@ def as_it_is(domains: dict[str, domain.Owned], name: str) -> Rack:
 
 
 def _observe(conn: libvirt.virConnect, rack: str) -> dict[str, Observed]:
-    return _observed(domain.owned(conn, rack))
+    return as_seen(domain.owned(conn, rack))
 
 
-def _observed(domains: dict[str, domain.Owned]) -> dict[str, Observed]:
-    observed = {}
+def as_seen(domains: dict[str, domain.Owned]) -> dict[str, Observed]:
+    """Blades by name, of domains as domain.owned gives them."""
+    seen = {}
     for name, found in domains.items():
         try:
             spec = BladeSpec.from_json(found.metadata.get("spec"))
@@ -293,8 +299,8 @@ def _observed(domains: dict[str, domain.Owned]) -> dict[str, Observed]:
         if found.metadata.get("ready"):  # a blade killed in the middle of its restore is paused, and half made
             states: dict[str, State] = {"paused": "paused", "running": "running", "off": "stopped"}
             state = states.get(found.state, "broken")
-        observed[name] = Observed(name, state, spec)
-    return observed
+        seen[name] = Observed(name, state, spec)
+    return seen
 
 
 def _write_ssh_files(paths: RackPaths, specs: Sequence[BladeSpec]) -> None:

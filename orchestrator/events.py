@@ -39,7 +39,32 @@ class Note:
         return {"event": "note", **asdict(self)}
 
 
-Event = Step | Note
+@dataclass(frozen=True)
+class Changed:
+    """A blade is about to be made, changed or removed, as the plan says."""
+
+    rack: str
+    blade: str
+    action: str
+    reasons: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        return {"event": "change", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Broken:
+    """The faults of a blade are others now: what is broken of it, in words; nothing when it is healed."""
+
+    rack: str
+    blade: str
+    faults: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        return {"event": "faults", **asdict(self)}
+
+
+Event = Step | Note | Changed | Broken
 Emit = Callable[[Event], None]
 """Where events go. Called from several threads at once: a receiver must lock what it shares."""
 

@@ -59,7 +59,8 @@ class ProblemsError(ValueError):
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Built when it is used: `status` reads no rack file by its name, and is to be quick.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Fabric(_Part):

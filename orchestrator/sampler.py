@@ -1,4 +1,4 @@
-"""What the agents of a rack say of themselves at one moment, for `rackless top`."""
+"""What the agents of a rack say of themselves at one moment, for `rackless top`, metrics and the dashboard."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ Sample = dict[str, dict[str, Any]]
 class Sampler:
     """Asks all blades at once, over connections that it keeps."""
 
-    def __init__(self, paths: RackPaths) -> None:
+    def __init__(self, paths: RackPaths, more: Mapping[str, str] | None = None) -> None:
+        """`more`: what else is asked of every blade, an operation by the name that its answer gets."""
         self._paths = paths
+        self._more = more or {}
         self._clients: dict[str, control.ControlClient] = {}
 
     def sample(self, blades: Mapping[str, BladeSpec]) -> Sample:
@@ -52,15 +54,18 @@ class Sampler:
         client = self._clients.get(name)
         if client is None or client.stale():
             client = self._clients[name] = agents.client(self._paths, spec.mgmt_address, seconds)
-        load = client.call("agent.load", seconds)
-        try:
-            return {"load": load, "stats": client.call(STATS[spec.kind], seconds)}
-        except control.LostError:
-            raise
-        except control.ControlError as failure:
-            if spec.kind == "manager":  # of several managers one keeps the books, the others have nothing to say
-                return {"load": load, "stats": {}}
-            return {"load": load, "stats": {}, "error": failure.error}
+        told: dict[str, Any] = {"load": client.call("agent.load", seconds)}
+        for name, op in {"stats": STATS[spec.kind], **self._more}.items():
+            told[name] = {}
+            try:
+                told[name] = client.call(op, seconds)
+            except control.LostError:
+                raise
+            except control.ControlError as failure:
+                # Of several managers one keeps the books, the others have nothing to say.
+                if (spec.kind, name) != ("manager", "stats"):
+                    told["error"] = failure.error
+        return told
 
     def _forget(self, names: Iterable[str]) -> None:
         for name in list(names):

@@ -139,6 +139,11 @@ class RackPaths:
         return self.root / "logs"
 
     @property
+    def events(self) -> Path:
+        """What happened to the rack, as lines of JSON; see journal.py."""
+        return self.root / "events.jsonl"
+
+    @property
     def blades(self) -> Path:
         return self.root / "blades"
 

@@ -32,5 +32,5 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=select_autoescape(["xml.j2"]),  # paths may have an & in them
+        autoescape=select_autoescape(["xml.j2", "svg.j2"]),  # paths may have an & in them
     )

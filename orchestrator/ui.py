@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TextIO
 
 from orchestrator.errors import RacklessError
-from orchestrator.events import Emit, Event, Note
+from orchestrator.events import Emit, Event, Note, Step
 
 _RED, _BOLD, _PLAIN = "\x1b[31m", "\x1b[1m", "\x1b[0m"
 
@@ -41,6 +41,8 @@ def plain_line(event: Event, elapsed_seconds: float) -> str | None:
     clock = f"[{elapsed_seconds:5.1f}s]"
     if isinstance(event, Note):
         return f"{clock} {event.message}"
+    if not isinstance(event, Step):  # the result tells what was changed
+        return None
     # How far a phase is would be too many lines.
     if event.state == "progress" and event.message is None:
         return None

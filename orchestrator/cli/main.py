@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -15,9 +18,13 @@ from orchestrator.cli import (
     agents,
     bench,
     blade,
+    dashboard,
+    debug,
     demo,
     doctor,
+    events,
     fault,
+    graph,
     hotpot,
     image,
     lite,
@@ -49,8 +56,8 @@ def about(version: bool = typer.Option(False, "--version", help="Print the versi
         raise typer.Exit
 
 
-_FAMILIES = (rack, blade, fault, run, programs, top, vnode, shell, agents, lite, hotpot, pmem, image, demo, bench,
-             doctor)  # fmt: skip
+_FAMILIES = (rack, blade, fault, run, programs, top, events, graph, dashboard, debug, vnode, shell, agents,
+             lite, hotpot, pmem, image, demo, bench, doctor)  # fmt: skip
 for family in _FAMILIES:
     family.register(app)
 
@@ -58,7 +65,7 @@ for family in _FAMILIES:
 def main() -> int:
     """Run the command line; a RacklessError becomes a line with its hint, Ctrl-C the code a shell expects."""
     try:
-        app()
+        _meant(sys.argv[1:2])()
     except RacklessError as error:
         from orchestrator.ui import print_error
 
@@ -82,6 +89,21 @@ def main() -> int:
         sys.stderr.flush()
         os._exit(_INTERRUPTED)
     return 0
+
+
+def _meant(words: list[str]) -> typer.Typer:
+    """The app with only the command that is meant: typer would read the options of all, for a tenth of a second."""
+    commands = [info for info in app.registered_commands if [_name(info.name, info.callback)] == words]
+    groups = [info for info in app.registered_groups if [info.name] == words]
+    if not commands and not groups:
+        return app
+    one = copy.copy(app)
+    one.registered_commands, one.registered_groups = commands, groups
+    return one
+
+
+def _name(given: str | None, function: Callable[..., Any] | None) -> str | None:
+    return given or (function.__name__.replace("_", "-") if function else None)
 
 
 def _keep_traceback() -> Path:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import engine, lock, pmem
+from orchestrator import engine, journal, lock, pmem
 from orchestrator.errors import RacklessError
-from orchestrator.events import Emit, Note, ignore, step
+from orchestrator.events import Broken, Emit, Note, ignore, step
 from orchestrator.faults import model, settle
 from orchestrator.faults.model import Faults
 from orchestrator.fields import did_you_mean
@@ -183,12 +183,15 @@ def change(settings: Settings, rack: str, transform: Transform, dry: bool = Fals
         outcome = _outcome(blades, transform)
         if dry or not outcome.changed:
             return outcome
+        emit, shown = journal.recording(paths, emit), emit
         returning = {n for n in outcome.changed if blades.faults[n].killed and not outcome.after[n].killed}
         with step(emit, rack, "faults"):
             _carry_out(blades, outcome, returning, emit)
+            for name in outcome.changed:
+                emit(Broken(rack, name, tuple(outcome.after[name].shown())))
         wanted = engine.as_it_is(dict(blades.owned), rack)
     if returning:
-        engine.up(settings, wanted, emit, only=returning)
+        engine.up(settings, wanted, shown, only=returning)  # which records by itself
     return outcome
 
 

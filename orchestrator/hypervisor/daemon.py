@@ -120,10 +120,13 @@ def _claim(paths: RackPaths) -> Path:
 
 
 @contextmanager
-def connection(paths: RackPaths, start: bool = False) -> Iterator[libvirt.virConnect | None]:
+def connection(
+    paths: RackPaths, start: bool = False, revive: bool = True
+) -> Iterator[libvirt.virConnect | None]:
     """A libvirt connection for the block; None when ``start`` is false and the rack has neither daemon nor blades.
 
-    Blades outlive a libvirtd that was killed: then it is started again, and finds them.
+    Blades outlive a libvirtd that was killed: then it is started again, and finds them. Not with ``revive`` false,
+    for those who look again and again: one that looks in the middle of `down` would leave a daemon behind.
     """
     _must_be_here(paths)
     uri = paths.settings.libvirt_uri
@@ -133,7 +136,10 @@ def connection(paths: RackPaths, start: bool = False) -> Iterator[libvirt.virCon
         if not (start or blades or running(daemon.pids["libvirtd"])):
             yield None
             return
-        ensure(paths)
+        if not revive and not _complete(daemon):
+            raise RacklessError(f"libvirtd of rack {paths.name} does not run", hint="`rackless status` starts it")
+        if revive:
+            ensure(paths)
         uri = f"qemu:///system?socket={daemon.socket}"
     elif not start and _home(paths) is None:  # what is there under the rack's name is not ours
         yield None

@@ -9,16 +9,18 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from html import escape  # xml.sax.saxutils would import the half of the library
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
-from xml.sax.saxutils import escape
 
 import libvirt
 
 from orchestrator.errors import RacklessError
-from orchestrator.image.build import Image
 from orchestrator.templates import render
+
+if TYPE_CHECKING:
+    from orchestrator.image.build import Image
 
 NAMESPACE = "urn:rackless:blade:1"
 PMEM_ROOM = 64 << 30  # address space kept free for persistent memory that is plugged in later
@@ -114,7 +116,7 @@ def _metadata(text: str, name: str) -> dict[str, Any]:
 
 def write_metadata(domain: libvirt.virDomain, metadata: dict[str, Any]) -> None:
     """Replace the metadata of a domain, whether it runs or its power is off."""
-    text = f"<blade>{escape(json.dumps(metadata))}</blade>"
+    text = f"<blade>{escape(json.dumps(metadata), quote=False)}</blade>"
     where = libvirt.VIR_DOMAIN_AFFECT_LIVE if domain.isActive() else libvirt.VIR_DOMAIN_AFFECT_CONFIG
     domain.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, text, "rackless", NAMESPACE, where)
 

@@ -17,15 +17,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
-from typing import Any
-
-from pyroute2 import IPRoute, NetlinkError, NetNS, netns
+from typing import Any, TypeVar
 
 from orchestrator.errors import RacklessError
 from orchestrator.network import namespace
 from orchestrator.settings import PRIVATE_LIBVIRT, RackPaths
 from orchestrator.spec import mac_address
 
+T = TypeVar("T")
 MANAGEMENT = "mgmt"
 FABRIC = "fabric"
 _MAIN_TABLE = 254  # RT_TABLE_MAIN: the table `ip route` shows
@@ -100,12 +99,18 @@ class Place(ABC):
         """A TCP connection to a blade; OSError when ``timeout`` seconds pass without."""
 
     @abstractmethod
+    def inside(self, action: Callable[[], T]) -> T:
+        """What `action` returns, run where sockets are in the network; they stay there."""
+
+    @abstractmethod
     def _open(self) -> Any:
         """A netlink socket in the network."""
 
     @contextmanager
     def netlink(self, what: str) -> Iterator[Any]:
         """A netlink socket for the block, whose errors become one line: "cannot ``what``: reason"."""
+        from pyroute2 import NetlinkError  # takes a sixth of a second to import, here and below
+
         try:
             with self._open() as net:
                 yield net
@@ -143,6 +148,8 @@ class OwnNamespace(Place):
         return namespace.exists(self.rack)
 
     def prepare(self, networks: dict[str, IPv4Network]) -> None:
+        from pyroute2 import netns
+
         if not self.exists():
             try:
                 (namespace.NAMED / self.name).unlink(missing_ok=True)
@@ -160,6 +167,8 @@ class OwnNamespace(Place):
         return int(net.link_lookup(ifname=name)[0])
 
     def remove(self) -> None:
+        from pyroute2 import netns
+
         try:
             if self.exists():
                 netns.remove(self.name)
@@ -183,7 +192,12 @@ class OwnNamespace(Place):
     def connect(self, address: str, port: int, timeout: float) -> socket.socket:
         return namespace.connect(self.rack, address, port, timeout)
 
+    def inside(self, action: Callable[[], T]) -> T:
+        return namespace.inside(self.rack, action)
+
     def _open(self) -> Any:
+        from pyroute2 import NetNS
+
         return NetNS(self.name, flags=os.O_RDONLY)  # or it would make one
 
 
@@ -268,7 +282,12 @@ class HostNetwork(Place):
             raise namespace.no_network(self.rack) from None
         return socket.create_connection((address, port), timeout=timeout)
 
+    def inside(self, action: Callable[[], T]) -> T:
+        return action()
+
     def _open(self) -> Any:
+        from pyroute2 import IPRoute
+
         return IPRoute()
 
     def _ours(self, net: Any, name: str) -> int | None:

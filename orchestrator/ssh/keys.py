@@ -16,15 +16,6 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_ssh_private_key,
-)
-
 from orchestrator.errors import RacklessError
 from orchestrator.settings import RackPaths
 
@@ -107,6 +98,9 @@ def write_private(path: Path, text: str) -> None:
 
 
 def _ensure_key(path: Path, comment: str, paths: RackPaths) -> tuple[str, str]:
+    # Imported only here and below: `status` needs no keys, and is to be quick.
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_private_key
+
     for directory in (paths.ssh, path.parent):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.chmod(0o700)  # it may have been made under another umask
@@ -123,6 +117,9 @@ def _ensure_key(path: Path, comment: str, paths: RackPaths) -> tuple[str, str]:
 
 
 def _new_private_key() -> str:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
     key = Ed25519PrivateKey.generate()
     return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()).decode()
 

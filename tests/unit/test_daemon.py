@@ -368,3 +368,17 @@ def test_a_taken_name_in_the_namespace_does_not_confuse(shared: RackPaths) -> No
         assert "namespace" not in _kinds(shared)
         shell.communicate()
     assert "namespace" in _kinds(shared)
+
+
+def test_who_only_looks_starts_no_daemon() -> None:
+    with scratch_rack() as paths:
+        ensure_network(paths.name)
+        states = Daemon.of(paths).run / "qemu"
+        states.mkdir(parents=True)
+        (states / "mb0.xml").touch()  # a blade that outlived its libvirtd
+        with pytest.raises(RacklessError, match="does not run"), daemon.connection(paths, revive=False):
+            pytest.fail("there is nothing to connect to")
+        assert not any(_pids(paths).values())
+        (states / "mb0.xml").unlink()
+        with daemon.connection(paths, revive=False) as conn:
+            assert conn is None

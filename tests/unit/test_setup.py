@@ -206,3 +206,31 @@ def test_moved_tree_gets_a_new_venv(tmp_path: Path) -> None:
     (moved / "python").write_text((moved / "python").read_text().replace(str(tree), str(moved)))
     assert run_setup(moved).returncode == 0
     assert calls(moved, "-m venv") == 2
+
+
+def test_what_only_tests_need_is_optional(tmp_path: Path) -> None:
+    if os.geteuid():
+        pytest.skip("needs root, as apt-get does")
+    tree = tree_with_fake_python(tmp_path)
+    (tree / "tests").mkdir()
+    shutil.copy(TREE / "tests/host-packages.txt", tree / "tests/host-packages.txt")
+    tools = tree / "tools"
+    tools.mkdir()
+    for name, text in (("dpkg-query", DPKG), ("apt-get", f'#!/bin/sh\necho "$*" >>{tree}/apt\nexit 1\n')):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    wanted = [line.split() for line in (tree / "tests/host-packages.txt").read_text().splitlines() if line[0] != "#"]
+    (tree / "installed").write_text("\n".join(words[0] for words in wanted) + "\n")
+
+    def run() -> subprocess.CompletedProcess[str]:
+        env = {"PATH": f"{tools}:{os.environ['PATH']}", "FAKE_INSTALLED": str(tree / "installed")}
+        return subprocess.run([tree / "scripts/setup", "--tests"], env=env, capture_output=True, text=True, timeout=60)
+
+    done = run()
+    assert (done.returncode, done.stderr) == (0, "")
+    (tree / "installed").write_text("\n")
+    done = run()
+    assert done.returncode == 0, "a package that cannot be had keeps nobody from testing"
+    assert done.stderr == "" or "note: tests that need one of these are skipped" in done.stderr
+    assert not (tree / "apt").exists() or (tree / "apt").read_text().endswith(" update\n")
+    assert not (tree / ".venv").exists()
