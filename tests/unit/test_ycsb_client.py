@@ -59,10 +59,10 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 
 def client(blade: Blade, *words: object) -> subprocess.Popen[str]:
+    sockets = {"RACKLESS_HOTPOT": str(blade.socket), "RACKLESS_LITE": str(blade.socket.with_suffix(".sock"))}
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.ycsb_client", *map(str, words)], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, cwd=PROJECT,
-        env={**os.environ, "RACKLESS_HOTPOT": str(blade.socket), "RACKLESS_LITE": str(blade.socket.with_suffix(".sock"))},
+        stderr=subprocess.PIPE, text=True, cwd=PROJECT, env={**os.environ, **sockets},
     )  # fmt: skip
 
 

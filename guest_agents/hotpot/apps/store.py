@@ -163,9 +163,7 @@ class Store:
         """
         return self.dataset.run(lambda transaction: self._modify(Work(transaction), key, change), self.replicas)
 
-    def _modify(
-        self, work: Work, key: bytes, change: Callable[[bytes | None], bytes | None]
-    ) -> bytes | None:
+    def _modify(self, work: Work, key: bytes, change: Callable[[bytes | None], bytes | None]) -> bytes | None:
         old, chain = self._find(work, key)
         new = change(old)
         if new is not None and (not 0 < len(key) <= MOST or span((key, new, b"")) > ROOM):
