@@ -43,7 +43,7 @@ class Operation(NamedTuple):
 
     what: str
     key: bytes
-    count: int = 0
+    length: int = 0
     """Of a scan: how many records."""
 
 
@@ -62,7 +62,7 @@ def key_of(number: int) -> bytes:
 
 def zeta(items: int) -> float:
     """The sum of 1 / i ** THETA for i from 1 to `items`."""
-    return sum(1 / i**THETA for i in range(1, items + 1))
+    return float(sum(1 / i**THETA for i in range(1, items + 1)))
 
 
 class Zipfian:

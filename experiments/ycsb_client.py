@@ -145,13 +145,13 @@ def load(where: str, records: int, replicas: int) -> None:
 
 def perform(to: Peer, operation: Operation, value: bytes) -> None:
     """One operation. RuntimeError when a record is missing."""
-    what, key, count = operation
+    what, key, length = operation
     if what == "read":
         found = to.get(key)
         if found is None or len(found) != VALUE_BYTES:
             raise RuntimeError(f"record {key!r} is missing")
     elif what == "scan":
-        if not to.scan(key, count):
+        if not to.scan(key, length):
             raise RuntimeError(f"nothing from {key!r} on")
     else:
         {"update": to.put, "insert": to.insert, "modify": to.change}[what](key, value)

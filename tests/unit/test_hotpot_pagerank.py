@@ -68,7 +68,8 @@ def test_ranks_are_those_of_plain_numpy(blades: Rack, mode: str) -> None:
         subprocess.Popen(
             [sys.executable, "-m", "guest_agents.hotpot.apps.pagerank", mode, "--part", str(part), "--parts", "3",
              "--scale", str(scale), "--seed", "5", "--rounds", str(rounds), "--mode", mode],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=PROJECT, env={**os.environ, **sockets(where)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=PROJECT,
+            env={**os.environ, **sockets(where)},
         )
         for part, where in enumerate((blades["mb0"], blades["mb0"], blades["mb2"]))
     ]  # fmt: skip

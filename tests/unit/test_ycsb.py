@@ -77,7 +77,7 @@ def test_latest_prefers_what_was_inserted_last() -> None:
 
 
 def test_scans_are_of_any_length_up_to_the_most() -> None:
-    lengths = Counter(op.count for op in ycsb.operations("E", 100, DRAWS // 2) if op.what == "scan")
+    lengths = Counter(op.length for op in ycsb.operations("E", 100, DRAWS // 2) if op.what == "scan")
     assert set(lengths) == set(range(1, ycsb.SCAN_MOST + 1))
     assert max(lengths.values()) < 2 * min(lengths.values())
 

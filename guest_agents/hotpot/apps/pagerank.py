@@ -54,7 +54,7 @@ def kronecker(scale: int, seed: int, edge_factor: int = EDGE_FACTOR) -> Array:
 
 def store(dataset: hotpot.Dataset, at: int, data: Array, replicas: int = 1) -> None:
     """Store an array, and commit its bytes."""
-    raw = memoryview(numpy.ascontiguousarray(data)).cast("B")
+    raw = numpy.ascontiguousarray(data).data.cast("B")
     for start in range(0, len(raw), PIECE):
         length = len(raw[start : start + PIECE])
         dataset.memory[at + start : at + start + length] = raw[start : start + length]
@@ -132,7 +132,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("name", help="of the graph's dataset")
     parser.add_argument("--part", type=int, default=0, help="which of the programs this is, from 0")
     parser.add_argument("--parts", type=int, default=1, help="how many there are (1)")
-    parser.add_argument("--scale", type=int, default=10, help="part 0: the graph has 2 to the power of it vertices (10)")
+    parser.add_argument("--scale", type=int, default=10, help="part 0: binary logarithm of the vertices (10)")
     parser.add_argument("--seed", type=int, default=1, help="part 0: of the graph (1)")
     parser.add_argument("--mode", default="mrmw", help="part 0: mrmw or mrsw")
     parser.add_argument("--rounds", type=int, default=20, help="how many (20)")
