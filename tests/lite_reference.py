@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def pagerank(edges: Sequence[tuple[int, int]], rounds: int, damping: float = 0.85, count: int = 0) -> dict[int, float]:
-    """Rank of each vertex; vertices that refer to nobody give to all. `count`: of vertices, 0: up to the last edge's."""
+    """Rank of each vertex; vertices that refer to nobody give to all. `count`: of vertices; 0: as the edges have."""
     count = count or max(max(edge) for edge in edges) + 1
     degrees = [0] * count
     for source, _ in edges:
