@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit import lite_pair
-from tests.unit.hotpot_rack import Blade, output, rack, shells
+from tests.unit.hotpot_rack import PROJECT, Blade, output, rack, shells
 
 pytestmark = pytest.mark.skipif(lite_pair.missing() is not None, reason=str(lite_pair.missing()))
 Rack = dict[str, Blade]
@@ -38,6 +41,21 @@ def test_a_store_is_there_for_all_and_after_all_have_closed_it(blades: Rack) -> 
         assert other.do("s.scan(b'', 5)") == [(b"barbara", b"languages"), (b"grace", b"compilers")]
         other.do("s.close()")
         other.do("session.delete('people')")
+
+
+def test_a_store_from_a_shell(blades: Rack) -> None:
+    def tell(blade: str, lines: str) -> str:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "guest_agents.hotpot.apps.store", "shell", "--mib", "1", "--replicas", "2"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=PROJECT,
+            env={**os.environ, "RACKLESS_HOTPOT": str(blades[blade].socket)})  # fmt: skip
+        out, errors = process.communicate(lines, timeout=60)
+        return out + "".join(errors.splitlines()[-1:])
+
+    assert tell("mb0", "put ada first programmer\nput grace compilers\nget ada\n") == "first programmer\n"
+    assert tell("mb1", "scan a 9\ndelete ada\nget ada\n") == "ada first programmer\ngrace compilers\n-\n"
+    assert "BadArgument: forget?" in tell("mb2", "forget ada\n")
+    blades["mb0"].run("session.delete('shell')")
 
 
 RANDOM = f"""{STORE}
