@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def pagerank(edges: Sequence[tuple[int, int]], rounds: int, damping: float = 0.85) -> dict[int, float]:
-    """Rank of each vertex; vertices that refer to nobody give to all."""
-    count = max(max(edge) for edge in edges) + 1
+def pagerank(edges: Sequence[tuple[int, int]], rounds: int, damping: float = 0.85, count: int = 0) -> dict[int, float]:
+    """Rank of each vertex; vertices that refer to nobody give to all. `count`: of vertices; 0: as the edges have."""
+    count = count or max(max(edge) for edge in edges) + 1
     degrees = [0] * count
     for source, _ in edges:
         degrees[source] += 1

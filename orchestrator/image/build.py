@@ -186,10 +186,13 @@ def _customise(recipe: Recipe, root: Path, release: str) -> None:
         key.unlink()
 
 
-# So that `gcc program.c -llite` works on a blade, and the program starts: /usr/lib is searched without ldconfig.
+# So that `gcc program.c -llite` works on a blade (-lhotpot, too), and the program starts: /usr/lib is searched without
+# ldconfig.
 _FOR_PROGRAMS = {
     "usr/local/include/lite.h": "native/liblite/lite.h",
     "usr/lib/liblite.so": "native/build/liblite.so",
+    "usr/local/include/hotpot.h": "native/libhotpot/hotpot.h",
+    "usr/lib/libhotpot.so": "native/build/libhotpot.so",
 }
 
 

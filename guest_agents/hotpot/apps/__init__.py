@@ -1,0 +1,1 @@
+"""Programs on Hotpot: a key-value store and PageRank."""
