@@ -12,7 +12,7 @@ from functools import partial
 from ipaddress import IPv4Interface
 from typing import Any
 
-from guest_agents import control, disk, fabric, identity, load, pressure, version
+from guest_agents import clock, control, disk, fabric, identity, load, mapper, pressure, version
 from guest_agents.budget import Budget, budget_of
 from guest_agents.config import AgentConfig
 from guest_agents.hotpot.gate import Gate
@@ -43,6 +43,7 @@ def preload() -> None:
     for modules in MONITORS.values():
         for module in modules:
             importlib.import_module(module)
+    mapper.load_module()
     # One request to ourselves loads what a first handshake needs: OpenSSL alone takes a second.
     with control.Server(("127.0.0.1", 0), b"warm", {"hello": lambda _request: {}}).start() as server:
         control.call(server.address, b"warm", "hello")
@@ -94,6 +95,7 @@ class Agent:
             pressure.take(mine.pressure)
         if mine.disk:
             disk.mount()
+            disk.fill(disk.ROOT, bool(mine.disk_faults.get("full")))
         handlers: dict[str, control.Handler] = {
             "agent.status": self.status,
             "agent.update": self._update,
@@ -191,8 +193,13 @@ class Agent:
         fabric.shape(request["link"])
         if request.get("pressure", 0) != self.identity.pressure:
             pressure.take(int(request.get("pressure", 0)))
+        disk_faults, off = request.get("disk_faults", {}), request.get("clock", 0.0)
+        if disk_faults != self.identity.disk_faults:
+            disk.break_as(disk_faults)
+        if off != self.identity.clock:
+            clock.jump(off - self.identity.clock)
         changes = {name: request[name] for name in ("link", "excache", "heartbeat", "dead_after")}
-        changes["pressure"] = request.get("pressure", 0)
+        changes |= {"pressure": request.get("pressure", 0), "disk_faults": disk_faults, "clock": off}
         self.identity = replace(self.identity, **changes)
         self.membership.timing = Timing(request["heartbeat"], request["dead_after"])
         if self.manager is not None:

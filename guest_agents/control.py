@@ -36,7 +36,7 @@ Messages known today (`?` marks an optional field, sizes are bytes, GIDs are str
     agent.status    -                                             name, kind, version, joined, rdma, ...
     agent.load      -                                             processor time, memory: guest_agents/load.py
     agent.update    link, excache, heartbeat, dead_after,         -
-                    pressure?
+                    pressure?, disk_faults?, clock?
     agent.hosts     hosts                                         -
     member.join     a blade's description, incarnation?, ...      node_id, incarnation, members, dead, version
     member.beat     node_id, incarnation, version                 known, members, dead, version

@@ -180,7 +180,7 @@ def change(settings: Settings, rack: str, transform: Transform, dry: bool = Fals
         outcome = _outcome(blades, transform)
         if dry or not outcome.changed:
             return outcome
-        returning = {n for n in outcome.changed if blades.faults[n].killed and not outcome.after[n].killed}
+        returning = {name for name in outcome.changed if _returns(blades.faults[name], outcome.after[name])}
         with step(emit, rack, "faults"):
             _carry_out(blades, outcome, returning)
         wanted = engine.as_it_is(dict(blades.owned), rack)
@@ -242,6 +242,11 @@ def _carry_out(blades: Blades, outcome: Outcome, returning: set[str]) -> None:
         settle.side(blades.paths, sides)
 
 
+def _returns(old: Faults, new: Faults) -> bool:
+    """Is it started again: it was killed, or has to be so that its disk can be used."""
+    return not new.killed and (old.killed or model.shuts_files(old, new))
+
+
 def _one(blades: Blades, name: str, outcome: Outcome, returns: bool) -> None:
     """Change one blade. Its metadata name a fault before it is there, and until it is gone."""
     old, new = outcome.before[name], outcome.after[name]
@@ -252,7 +257,9 @@ def _one(blades: Blades, name: str, outcome: Outcome, returns: bool) -> None:
         domain.explain(f"mark {name}", lambda: domain.write_metadata(owned.domain, metadata))
 
     note(Faults.model_validate({**old.to_json(), **new.to_json()}))
-    if not old.killed:
+    if returns and not old.killed:
+        domain.explain(f"kill {name}", partial(domain.cut_power, owned.domain))
+    elif not old.killed:
         try:
             _act(blades, owned, spec, old, new)
         except RacklessError:
@@ -273,7 +280,7 @@ def _act(blades: Blades, owned: Owned, spec: BladeSpec, old: Faults, new: Faults
 
     if old.paused and not new.paused:
         domain.explain(f"resume {spec.name}", running.resume)
-    if differs(*model.LINK, "memory"):
+    if differs(*model.INSIDE):
         settle.inside(blades.paths, spec, new, blades.addresses)
     if differs("down"):
         settle.cable(running, spec, new)

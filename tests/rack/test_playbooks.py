@@ -182,6 +182,39 @@ def test_processor_time_and_memory(rack: Rack, rackless: Fault) -> None:
     assert states(rack)["mb1"] == ("ready", [])
 
 
+def test_a_disk_that_is_slow_full_or_fails_and_a_clock_that_jumps(rack: Rack, rackless: Fault) -> None:
+    file = "/srv/vnode/disk-test"
+
+    def written(mib: int) -> str:
+        """What dd says of so many MiB of direct writes to the disk."""
+        return rack.on("sb0", f"dd if=/dev/zero of={file} bs=1M count={mib} oflag=direct 2>&1; true")
+
+    def seconds(told: str) -> float:
+        return float(re.findall(r", ([\d.e-]+) s,", told)[0])
+
+    rackless("fault", "disk", "sb0", "--latency", "300 ms")
+    assert states(rack)["sb0"] == ("ready", ["disk latency 300 ms"])
+    assert seconds(written(4)) >= 1.2
+    rackless("heal", "sb0")
+    rackless("fault", "disk", "sb0", "--full")
+    assert "No space left" in written(8)
+    assert "disk-test" in rack.on("sb0", "ls -A /srv/vnode")
+    rackless("heal", "sb0")
+    assert "8+0 records out" in written(8)
+    digest = rack.on("sb0", f"sync; md5sum {file}")
+    rackless("fault", "disk", "sb0", "--errors", "all")
+    assert "Input/output error" in rack.on("sb0", f"cat {file} 2>&1 >/dev/null; true")
+    rackless("fault", "clock", "mb1", "+1 h")
+    ahead = int(rack.on("mb1", "date +%s")) - int(rack.on("mb0", "date +%s"))
+    assert 3500 < ahead < 3700
+    rackless("heal", "--all")
+    assert abs(int(rack.on("mb1", "date +%s")) - int(rack.on("mb0", "date +%s"))) < 100
+    assert states(rack)["sb0"] == ("ready", [])
+    assert rack.on("sb0", f"md5sum {file}") == digest
+    assert "8+0 records out" in written(8)
+    rack.on("sb0", f"rm {file}")
+
+
 def test_a_blade_is_killed_and_replaced(rack: Rack, rackless: Fault, play: Play) -> None:
     with program(rack) as digest:
         assert digest() == RIGHT
