@@ -182,7 +182,7 @@ def format_duration(seconds: float) -> str:
 def format_offset(seconds: float) -> str:
     """Write a number of seconds with its sign, in the largest unit that divides it: -5400.0 -> "-90 min"."""
     amount = Decimal(repr(abs(float(seconds))))
-    unit = next((unit for unit in reversed(OFFSET.units) if amount % OFFSET.units[unit] == 0), "s")
+    unit = ([unit for unit, size in OFFSET.units.items() if amount % size == 0] or ["s"])[-1]
     return f"{'-' if seconds < 0 else '+'}{_plain(_EXACT.divide(amount, OFFSET.units[unit]))} {unit}"
 
 
