@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.rack.conftest import PROJECT, Bench, Rack, unique
+from tests.rack.program import Program, end_all
 
 pytestmark = [pytest.mark.rack, pytest.mark.timeout(900)]
 
@@ -119,13 +120,36 @@ def test_a_blade_comes_and_goes_under_a_program(rack: Rack, play: Play) -> None:
         assert digest() == RIGHT
         tried = [rack.bench.rackless("blade", "remove", name, "--dry-run", "--rack", str(rack.file), check=False)
                  for name in ("mb0", "mb1")]  # fmt: skip
-        assert any("memory that others use" in done.stderr for done in tried)
+        assert any("memory of programs" in done.stderr for done in tried)
         assert play("remove_blade", name="mb2")
         assert "mb2" not in states(rack)
         assert not play("remove_blade", name="mb2")
         assert digest() == RIGHT
     assert rack.file.read_text() == before
     assert rack.bench.rackless("plan", str(rack.file)).returncode == 0
+
+
+def test_a_blade_is_drained_of_lmrs_that_are_used(rack: Rack, play: Play) -> None:
+    assert play("add_blade", kind="memory", name="mb2")
+    user = Program(rack, "pb0", """
+        box = node.malloc(8 << 20, "box", nodes=["mb2"])
+        box.write(b"first", 4 << 20)
+        say("ready")
+        input()
+        box.write(b"later", 0)
+        say(box.read(5, 4 << 20).decode(), box.read(5, 0).decode())
+    """)
+    try:
+        assert user.hear() == "ready"
+        dry = rack.bench.rackless("blade", "remove", "mb2", "--dry-run", "--rack", str(rack.file))
+        assert "8 MiB of LITE moved" in dry.stdout
+        assert play("remove_blade", name="mb2")
+        assert "mb2" not in states(rack)
+        user.tell()
+        assert user.hear() == "first later"
+        user.end()
+    finally:
+        end_all()
 
 
 def test_a_slow_link_is_seen_by_ping_and_healed(rack: Rack, rackless: Fault) -> None:

@@ -134,7 +134,7 @@ def test_blades_by_command(rack: BrokenRack, run: Run) -> None:
     rack.replies["mb1 memory.stats"] = {**IDLE, "bytes_allocated": 1 << 20}
     code, _, err = run("blade", "remove", "mb1")
     assert code == 1
-    assert "memory that others use (1 MiB)" in err
+    assert "memory of programs (1 MiB)" in err
     assert [only for _, only in rack.ups] == [{"mb2"}, {"mb0"}, {"mb1"}], "what is taken back was never done here"
 
 

@@ -177,7 +177,7 @@ class TestModules:
         rack.replies["mb1 memory.stats"] = {**IDLE, "bytes_allocated": 1 << 20}
         told = run("rackless_blade", state="absent", name="mb1", check=True)
         assert told["failed"]
-        assert "memory that others use (1 MiB)" in told["msg"]
+        assert "memory of programs (1 MiB)" in told["msg"]
         assert run("rackless_blade", state="absent", name="mb1", force=True, check=True)["changed"]
 
     def test_a_rolling_restart_is_refused_before_it_begins(self, rack: BrokenRack, run: Callable[..., Any]) -> None:
