@@ -12,7 +12,7 @@ from functools import partial
 from ipaddress import IPv4Interface
 from typing import Any
 
-from guest_agents import clock, control, disk, fabric, identity, load, mapper, pressure, version
+from guest_agents import balloon, clock, control, disk, fabric, identity, load, mapper, pressure, version
 from guest_agents.budget import Budget, budget_of
 from guest_agents.config import AgentConfig
 from guest_agents.hotpot.gate import Gate
@@ -100,11 +100,12 @@ class Agent:
             "agent.status": self.status,
             "agent.update": self._update,
             "agent.hosts": self._hosts,
+            "agent.resize": self._resize,
             **load.handlers(),
         }
         node = open_node(fabric.RXE)
         handlers |= {**node.handlers(), "verbs.ping": ping_handler(node, self.secret)}
-        budget = budget_of(mine.kind)
+        self.budget = budget = budget_of(mine.kind)
         tier, lite = self._lite(budget)
         hotpot = Gate(tier)
         line = self._managers(node)
@@ -186,6 +187,12 @@ class Agent:
         self.identity = replace(self.identity, hosts=request["hosts"])
         identity.write_hosts(self.identity.hosts)
         identity.save(self.identity)
+        return {}
+
+    def _resize(self, request: control.Message) -> control.Message:
+        """The host is about to take memory, or has given some."""
+        budget = self.budget if self.identity.kind == "memory" else None
+        balloon.resize(request["before"], request["after"], budget, bool(request.get("dry")))
         return {}
 
     def _update(self, request: control.Message) -> control.Message:

@@ -38,6 +38,7 @@ Messages known today (`?` marks an optional field, sizes are bytes, GIDs are str
     agent.update    link, excache, heartbeat, dead_after,         -
                     pressure?, disk_faults?, clock?
     agent.hosts     hosts                                         -
+    agent.resize    before, after, dry?                           -
     member.join     a blade's description, incarnation?, ...      node_id, incarnation, members, dead, version
     member.beat     node_id, incarnation, version                 known, members, dead, version
     member.leave    node_id, incarnation                          -

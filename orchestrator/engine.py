@@ -20,7 +20,7 @@ from orchestrator.events import Emit, Note, step
 from orchestrator.faults import settle
 from orchestrator.faults.model import Faults, cut_off
 from orchestrator.faults.model import of as faults_of
-from orchestrator.hypervisor import daemon, domain, probe
+from orchestrator.hypervisor import balloon, daemon, domain, probe
 from orchestrator.image import build as image_build
 from orchestrator.model import Link, Rack, warnings
 from orchestrator.network import bridge, place
@@ -282,7 +282,8 @@ def _observed(domains: dict[str, domain.Owned]) -> dict[str, Observed]:
         if found.metadata.get("ready"):  # a blade killed in the middle of its restore is paused, and half made
             states: dict[str, State] = {"paused": "paused", "running": "running", "off": "stopped"}
             state = states.get(found.state, "broken")
-        observed[name] = Observed(name, state, spec)
+        most = balloon.most(found.domain) if state in ("running", "paused") else None
+        observed[name] = Observed(name, state, spec, most)
     return observed
 
 

@@ -18,6 +18,7 @@ from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, ignore
 from orchestrator.faults.inject import inject
 from orchestrator.fields import KINDS, did_you_mean
+from orchestrator.hypervisor import balloon
 from orchestrator.model import Rack
 from orchestrator.plan import Action, Observed
 from orchestrator.settings import RackPaths, Settings
@@ -214,6 +215,12 @@ def _refuse_losses(settings: Settings, change: Change, observed: Mapping[str, Ob
     # How slow blades answer here is known only when there is one; without KVM all are.
     paths = RackPaths(settings.scaled("tcg"), change.rack.name)
     for action in change.actions:
+        spec, old = action.spec, action.old
+        shrinks = spec is not None and old is not None and spec.memory < old.memory
+        if action.kind == "update" and shrinks and observed[action.blade].state == "running":
+            assert spec is not None
+            assert old is not None
+            balloon.check(paths, spec, old.memory, spec.memory)
         if action.kind not in ("remove", "recreate") or action.blade not in observed:
             continue
         kept = action.kind == "recreate" and not action.loses

@@ -152,6 +152,19 @@ def test_a_blade_is_drained_of_lmrs_that_are_used(rack: Rack, play: Play) -> Non
         end_all()
 
 
+def test_memory_by_balloon(rack: Rack, play: Play) -> None:
+    def total() -> int:
+        return int(rack.on("mb1", "awk '/MemTotal/ {print $2}' /proc/meminfo")) >> 10
+
+    before = total()
+    assert play("resize_blade", name="mb1", memory="256MiB")
+    assert not play("resize_blade", name="mb1", memory="256MiB")
+    assert total() == before - 64
+    assert play("resize_blade", name="mb1", memory="320MiB")
+    assert total() == before
+    assert states(rack)["mb1"] == ("ready", [])
+
+
 def test_a_slow_link_is_seen_by_ping_and_healed(rack: Rack, rackless: Fault) -> None:
     before = ping(rack, "pb0", "mb1")
     assert before is not None

@@ -138,7 +138,7 @@ class BrokenRack:
             return reply
 
         ops = ("agent.update", "agent.status", "memory.stats", "process.stats", "vnode.list", "program.list",
-               "member.list", "lite.directory.drain", "hotpot.stat")
+               "member.list", "lite.directory.drain", "hotpot.stat", "agent.resize")
         words = f"-n {namespace.name_of(self.name)} addr add {spec.mgmt_address}/32 dev lo"
         subprocess.run(["ip", *words.split()], check=True)
         server = namespace.inside(self.name, lambda: control.Server(
