@@ -63,7 +63,7 @@ def load(name: str) -> Recipe:
     """The recipe called ``name``; RacklessError when there is none or it is not valid."""
     path = IMAGES / name / "recipe.yml"
     try:
-        return Recipe.model_validate(yaml.safe_load(path.read_text()))
+        return Recipe.model_validate(yaml.load(path.read_text(), Loader=_LOADER))
     except (FileNotFoundError, NotADirectoryError):
         known = ", ".join(names())
         raise RacklessError(f"there is no image recipe called {name!r}", hint=f"recipes here: {known}") from None
