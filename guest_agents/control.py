@@ -26,6 +26,7 @@ Messages known today (`?` marks an optional field, sizes are bytes, GIDs are str
                                                                   bytes_free
     process.stats   -                                             programs, storage, running (with their counters)
     process.kill    id, signal                                    -
+    process.drain   memory (a memory blade), cancel?              -
     vnode.create    name, processors?, memory?, storage?,         vnode
                     placement?
     vnode.delete    name                                          -

@@ -81,7 +81,7 @@ class Change:
         verbs = {"update": "changed while it runs", "create": "added", "recreate": "made anew", "remove": "removed"}
         done = [f"{a.blade}: {verbs[a.kind]} ({'; '.join(a.reasons)})" for a in self.actions]
         if self.moved:
-            done.insert(0, f"{self.blade}: {format_size(self.moved)} of LITE moved to other blades")
+            done.insert(0, f"{self.blade}: {format_size(self.moved)} moved to other blades")
         return done or [f"{self.blade}: {self.file} is changed; no blade that is up has to be"]
 
 
@@ -115,7 +115,7 @@ def remove(settings: Settings, file: Path, name: str, force: bool = False, dry: 
            missing_ok: bool = False) -> Change:  # fmt: skip
     """Remove a blade, with its link; undone by `undo`.
 
-    It is drained first: memory of LITE moves to other blades. Refused when something else would be lost with it (see
+    It is drained first: memory moves to other blades. Refused when something else would be lost with it (see
     drain.py), unless by `force`, which drains nothing. Never removed is the manager that keeps the books. With
     `missing_ok` it may be gone already.
     """

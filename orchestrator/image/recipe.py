@@ -16,6 +16,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 _INSTALLED = PROJECT / "orchestrator/data/images"
 IMAGES = _INSTALLED if _INSTALLED.is_dir() else PROJECT / "images"
 AGENTS = PROJECT / "guest_agents"
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where it is there: each command reads recipes
 _MADE = {"__pycache__", "build"}  # folders of made things, which belong to no content hash
 
 

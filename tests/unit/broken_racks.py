@@ -43,7 +43,7 @@ class BrokenRack:
     updates: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """What each agent was told by agent.update."""
     drains: list[dict[str, Any]] = field(default_factory=list)
-    """What LITE's directory was asked to move."""
+    """What LITE's directory and processor blades were asked to move."""
     drained: Callable[[], None] = lambda: None
     """Called when it has moved all; its answer is from before."""
     replies: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -133,12 +133,16 @@ class BrokenRack:
                 self.drains.append({k: v for k, v in request.items() if k != "op"})
                 if not {"dry", "cancel"} & request.keys():
                     self.drained()
+            if op == "process.drain":
+                self.drains.append({k: v for k, v in request.items() if k != "op"})
+                self.drained()
             if op == "agent.update":
                 self.updates[spec.name].append({k: v for k, v in request.items() if k != "op"})
             return reply
 
         ops = ("agent.update", "agent.status", "memory.stats", "process.stats", "vnode.list", "program.list",
-               "member.list", "lite.directory.drain", "hotpot.stat", "agent.resize")
+               "member.list", "lite.directory.drain", "hotpot.stat", "agent.resize",
+               "process.drain")
         words = f"-n {namespace.name_of(self.name)} addr add {spec.mgmt_address}/32 dev lo"
         subprocess.run(["ip", *words.split()], check=True)
         server = namespace.inside(self.name, lambda: control.Server(

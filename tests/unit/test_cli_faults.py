@@ -131,10 +131,10 @@ def test_blades_by_command(rack: BrokenRack, run: Run) -> None:
     assert run("blade", "link", "mb1", "--latency", "none", "--loss", "none")[0] == 0
     assert run("blade", "remove", "mb2")[0] == 0
     assert file.read_text() == before
-    rack.replies["mb1 memory.stats"] = {**IDLE, "bytes_allocated": 1 << 20}
+    rack.replies["mb1 memory.stats"] = {**IDLE, "bytes_allocated": 5 << 20}
     code, _, err = run("blade", "remove", "mb1")
     assert code == 1
-    assert "memory of programs (1 MiB)" in err
+    assert "memory of programs (5 MiB" in err
     assert [only for _, only in rack.ups] == [{"mb2"}, {"mb0"}, {"mb1"}], "what is taken back was never done here"
 
 
