@@ -189,7 +189,8 @@ class TestUp:
         assert [only for _, only in rack.ups] == [{"mb0"}]
 
     def test_what_comes_back_while_it_is_drained_keeps_it(self, rack: BrokenRack, file: Path) -> None:
-        rack.replies["mb0 hotpot.stat"] = told = {}
+        told: dict[str, Any] = {}
+        rack.replies["mb0 hotpot.stat"] = told
         rack.drained = lambda: told.update(datasets={"notes": {"owned_chunks": 1}})
         with pytest.raises(RacklessError, match=r"mb0 was drained, and is used again: chunks of Hotpot"):
             topology.remove(rack.paths.settings, file, "mb0")
