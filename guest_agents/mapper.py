@@ -29,15 +29,14 @@ def load_module() -> None:
 
 
 def device(name: str, below: Path) -> Path:
-    """The mapped device called `name`, made now over all of `below` if it is not there. OSError of the kernel."""
+    """The mapped device called `name`, which is all of `below` now; made if it is not there. OSError of the kernel."""
     try:
         number = _request(_DEV_STATUS, name)
     except OSError as error:
         if error.errno != errno.ENXIO:
             raise
-        _request(_DEV_CREATE, name)
-        switch(name, below, "linear", "0")
-        number = _request(_DEV_STATUS, name)
+        number = _request(_DEV_CREATE, name)
+    switch(name, below, "linear", "0")  # also one that was left half made
     return Path(f"/dev/dm-{os.minor(number)}")
 
 
