@@ -12,7 +12,7 @@ from functools import partial
 from ipaddress import IPv4Interface
 from typing import Any
 
-from guest_agents import control, disk, fabric, identity, load, nvdimm, pressure, version
+from guest_agents import balloon, clock, control, disk, fabric, identity, load, mapper, nvdimm, pressure, version
 from guest_agents.budget import Budget, budget_of
 from guest_agents.config import AgentConfig
 from guest_agents.hotpot import gate, media
@@ -44,6 +44,7 @@ def preload() -> None:
     for modules in MONITORS.values():
         for module in modules:
             importlib.import_module(module)
+    mapper.load_module()
     # One request to ourselves loads what a first handshake needs: OpenSSL alone takes a second.
     with control.Server(("127.0.0.1", 0), b"warm", {"hello": lambda _request: {}}).start() as server:
         control.call(server.address, b"warm", "hello")
@@ -95,6 +96,7 @@ class Agent:
             pressure.take(mine.pressure)
         if mine.disk:
             disk.mount()
+            disk.fill(disk.ROOT, bool(mine.disk_faults.get("full")))
         if mine.pmem:
             nvdimm.setup(mine.pmem)
             media.use_pmem(gate.FOLDER)
@@ -102,12 +104,13 @@ class Agent:
             "agent.status": self.status,
             "agent.update": self._update,
             "agent.hosts": self._hosts,
+            "agent.resize": self._resize,
             **load.handlers(),
             **nvdimm.handlers(mine.pmem, lambda: media.backing(gate.FOLDER)),
         }
         node = open_node(fabric.RXE)
         handlers |= {**node.handlers(), "verbs.ping": ping_handler(node, self.secret)}
-        budget = budget_of(mine.kind)
+        self.budget = budget = budget_of(mine.kind)
         tier, lite = self._lite(budget)
         hotpot = Gate(tier)
         line = self._managers(node)
@@ -191,13 +194,24 @@ class Agent:
         identity.save(self.identity)
         return {}
 
+    def _resize(self, request: control.Message) -> control.Message:
+        """The host is about to take memory, or has given some."""
+        budget = self.budget if self.identity.kind == "memory" else None
+        balloon.resize(request["before"], request["after"], budget, bool(request.get("dry")))
+        return {}
+
     def _update(self, request: control.Message) -> control.Message:
         """The host changed what can change while the blade runs."""
         fabric.shape(request["link"])
         if request.get("pressure", 0) != self.identity.pressure:
             pressure.take(int(request.get("pressure", 0)))
+        disk_faults, off = request.get("disk_faults", {}), request.get("clock", 0.0)
+        if disk_faults != self.identity.disk_faults:
+            disk.break_as(disk_faults)
+        if off != self.identity.clock:
+            clock.jump(off - self.identity.clock)
         changes = {name: request[name] for name in ("link", "excache", "heartbeat", "dead_after")}
-        changes["pressure"] = request.get("pressure", 0)
+        changes |= {"pressure": request.get("pressure", 0), "disk_faults": disk_faults, "clock": off}
         self.identity = replace(self.identity, **changes)
         self.membership.timing = Timing(request["heartbeat"], request["dead_after"])
         if self.manager is not None:

@@ -33,6 +33,14 @@ class Budget:
             self._taken[user] += size
             return True
 
+    def grow(self, size: int) -> bool:
+        """Have `size` bytes more, or fewer if negative; False when so many are not left."""
+        with self._lock:
+            if size < -self.room:
+                return False
+            self.total += size
+            return True
+
     def give(self, user: str, size: int) -> None:
         """Give back what was taken."""
         with self._lock:

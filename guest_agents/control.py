@@ -26,6 +26,7 @@ Messages known today (`?` marks an optional field, sizes are bytes, GIDs are str
                                                                   bytes_free
     process.stats   -                                             programs, storage, running (with their counters)
     process.kill    id, signal                                    -
+    process.drain   memory (a memory blade), cancel?              -
     vnode.create    name, processors?, memory?, storage?,         vnode
                     placement?
     vnode.delete    name                                          -
@@ -36,8 +37,9 @@ Messages known today (`?` marks an optional field, sizes are bytes, GIDs are str
     agent.status    -                                             name, kind, version, joined, rdma, ...
     agent.load      -                                             processor time, memory: guest_agents/load.py
     agent.update    link, excache, heartbeat, dead_after,         -
-                    pressure?
+                    pressure?, disk_faults?, clock?
     agent.hosts     hosts                                         -
+    agent.resize    before, after, dry?                           -
     member.join     a blade's description, incarnation?, ...      node_id, incarnation, members, dead, version
     member.beat     node_id, incarnation, version                 known, members, dead, version
     member.leave    node_id, incarnation                          -

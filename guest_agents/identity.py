@@ -11,7 +11,7 @@ import json
 import os
 import struct
 import time
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,14 @@ class Identity:
     pmem: dict[str, int] | None = None  # size, and addresses of vol and media: see nvdimm.py
     excache: int | None = None  # bytes
     pressure: int = 0  # bytes taken from it by a fault: see pressure.py
+    disk_faults: dict[str, Any] = field(default_factory=dict)  # what its disk has: see disk.break_as
+    clock: float = 0.0  # seconds that its wall clock was set on by a fault
 
     @classmethod
     def of(cls, message: dict[str, Any]) -> Identity:
         """From an ``identify`` request; KeyError when a field is missing that has no default."""
-        needed = [field.name for field in fields(cls) if field.name in message or field.default is MISSING]
+        needed = [f.name for f in fields(cls)
+                  if f.name in message or (f.default is MISSING and f.default_factory is MISSING)]  # fmt: skip
         return cls(**{name: message[name] for name in needed})
 
 

@@ -7,7 +7,7 @@ import mmap
 from guest_agents import control
 from guest_agents.budget import free_memory
 
-_KEPT = 24 << 20
+KEPT = 24 << 20
 """Bytes that stay free, or the kernel would end a process: most likely the agent, who could not undo it then."""
 
 _taken: list[mmap.mmap] = []
@@ -19,7 +19,7 @@ def take(size: int) -> None:
         _taken.pop().close()
     if not size:
         return
-    free = free_memory() - _KEPT
+    free = free_memory() - KEPT
     if size > free:
         raise control.ControlError(f"there are only {max(free, 0) >> 20} MiB that can be taken", "take less")
     # Blades have no swap: a page that was touched stays.

@@ -20,7 +20,7 @@ from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, step
 from orchestrator.faults import settle
 from orchestrator.faults.model import Faults, link_fields
-from orchestrator.hypervisor import domain, template
+from orchestrator.hypervisor import balloon, domain, template
 from orchestrator.hypervisor.domain import Guest
 from orchestrator.image.build import Image
 from orchestrator.network import bridge, place, shaping
@@ -107,6 +107,8 @@ def update(shop: Workshop, old: BladeSpec, spec: BladeSpec, running: libvirt.vir
     with step(shop.emit, paths.name, "update", spec.name):
         if domain.explain(f"look at {spec.name}", running.state)[0] == libvirt.VIR_DOMAIN_PAUSED:
             domain.explain(f"resume {spec.name}", running.resume)
+        if spec.memory != old.memory:
+            balloon.resize(paths, running, spec, old.memory)
         if spec.cpu_quota != old.cpu_quota:
             settle.cpus(running, spec, faults)
         if spec.disk and spec.disk != old.disk:

@@ -20,7 +20,7 @@ from orchestrator.events import Changed, Emit, Note, step
 from orchestrator.faults import settle
 from orchestrator.faults.model import Faults, cut_off
 from orchestrator.faults.model import of as faults_of
-from orchestrator.hypervisor import daemon, domain, probe
+from orchestrator.hypervisor import balloon, daemon, domain, probe
 from orchestrator.image import build as image_build
 from orchestrator.model import Link, Rack, warnings
 from orchestrator.network import bridge, place
@@ -73,9 +73,7 @@ def plan(settings: Settings, rack: Rack) -> Plan:
     return make_plan(rack, key, observe(settings, rack.name))
 
 
-def up(
-    settings: Settings, rack: Rack, emit: Emit, cold: bool = False, only: Collection[str] | None = None
-) -> UpResult:
+def up(settings: Settings, rack: Rack, emit: Emit, cold: bool = False, only: Collection[str] | None = None) -> UpResult:
     """Make the rack as the file says; ``cold`` boots every blade instead of restoring clones.
 
     With ``only``, blades that are not named there are left as they are. Blades that are killed or paused come back;
@@ -270,8 +268,13 @@ def as_it_is(domains: dict[str, domain.Owned], name: str) -> Rack:
     first = specs[0]
     fields = ("kind", "cpus", "memory", "cpu_quota", "excache", "pmem", "disk")
     said = {spec.name: spec.to_json() for spec in specs}
-    subnets = {part: str(IPv4Interface(f"{address}/{prefix}").network) for part, address, prefix in (
-        ("fabric", first.fabric_address, first.fabric_prefix), ("management", first.mgmt_address, first.mgmt_prefix))}
+    subnets = {
+        part: str(IPv4Interface(f"{address}/{prefix}").network)
+        for part, address, prefix in (
+            ("fabric", first.fabric_address, first.fabric_prefix),
+            ("management", first.mgmt_address, first.mgmt_prefix),
+        )
+    }
     return Rack.model_validate({
         "name": name,
         "image": str(domains[first.name].metadata.get("recipe", "debian13")),
@@ -299,7 +302,8 @@ def as_seen(domains: dict[str, domain.Owned]) -> dict[str, Observed]:
         if found.metadata.get("ready"):  # a blade killed in the middle of its restore is paused, and half made
             states: dict[str, State] = {"paused": "paused", "running": "running", "off": "stopped"}
             state = states.get(found.state, "broken")
-        seen[name] = Observed(name, state, spec)
+        most = balloon.most(found.domain) if state in ("running", "paused") else None
+        seen[name] = Observed(name, state, spec, most)
     return seen
 
 

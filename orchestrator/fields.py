@@ -28,6 +28,7 @@ PMEM_MAX = 30 * GIB  # two devices of it, in the 64 GiB of addresses that hyperv
 DISK_MIN, DISK_MAX = 64 * MIB, 64 * TIB
 CPUS_MAX = 64
 LATENCY_MAX_SECONDS = 10.0
+CLOCK_MAX_SECONDS = 366 * 86400.0
 MTU_MIN, MTU_MAX = 1500, 9000
 MTU_FOR_4096 = 4200
 """An RDMA path MTU of 4096 needs this: the payload and the RoCE v2 headers, with room for the IP options."""
@@ -181,6 +182,11 @@ Quota = Annotated[Percent, _between(0.01, 1.0, format_percent)]
 Loss = Annotated[Percent, _between(0.0, 0.99, format_percent)]
 Share = Annotated[Percent, _between(0.0, 1.0, format_percent)]
 Latency = Annotated[Duration, _between(0.0, LATENCY_MAX_SECONDS, units.format_duration)]
+DiskLatency = Annotated[Duration, _between(0.001, LATENCY_MAX_SECONDS, units.format_duration)]
+ClockOffset = Annotated[
+    float, BeforeValidator(units.parse_offset), PlainSerializer(units.format_offset, return_type=str, when_used="json"),
+    _between(-CLOCK_MAX_SECONDS, CLOCK_MAX_SECONDS, units.format_offset),
+]  # fmt: skip
 Heartbeat = Annotated[Duration, _between(0.1, 60.0, units.format_duration)]
 Patience = Annotated[Duration, _between(1.0, 600.0, units.format_duration)]
 LinkRate = Annotated[Bandwidth, _between(64_000, 400_000_000_000, units.format_bandwidth)]

@@ -13,19 +13,23 @@ from orchestrator.spec import BladeSpec
 DEFAULT_VNODE = "default"
 
 
-def lost_with(paths: RackPaths, blades: Mapping[str, Observed], name: str, keeps_files: bool = False) -> list[str]:
+def lost_with(paths: RackPaths, blades: Mapping[str, Observed], name: str, keeps_files: bool = False,
+              drained: bool = False) -> list[str]:  # fmt: skip
     """In words, what nobody has any more once blade `name` is gone, each such as "memory of programs (12 MiB)".
 
-    With `keeps_files` it is made anew with its disk and its persistent memory, as by a power cycle. Of a blade that
-    does not run, memory and programs are gone already. RacklessError when a blade that runs cannot be asked.
+    With `keeps_files` it is made anew with its disk and its persistent memory, as by a power cycle; with `drained`
+    its memory does not count, which moves before (see drain.py). Of a blade that does not run, memory and programs are
+    gone already. RacklessError when a blade that runs cannot be asked.
     """
     seen = blades[name]
     spec = seen.spec
     if spec is None:
         return []
     lost = [] if keeps_files else _files(paths, blades, spec)
-    if seen.state == "running":
-        lost += _memory(paths, spec) if spec.kind == "memory" else _programs(paths, spec)
+    if seen.state == "running" and spec.kind == "memory" and not drained:
+        lost += _memory(paths, spec)
+    elif seen.state == "running":
+        lost += _programs(paths, spec)
     if not keeps_files:
         lost += _places(paths, blades, spec)
     return lost
@@ -33,13 +37,19 @@ def lost_with(paths: RackPaths, blades: Mapping[str, Observed], name: str, keeps
 
 def used_memory(paths: RackPaths, spec: BladeSpec) -> int:
     """Bytes of a running memory blade that others have. RacklessError when it does not answer."""
-    stats = agents.call(paths, spec.name, spec.mgmt_address, "memory.stats", paths.settings.control_seconds)
+    stats = memory_stats(paths, spec)
     return int(stats["bytes_allocated"]) + int(stats["bytes_of_others"])
 
 
 def _memory(paths: RackPaths, spec: BladeSpec) -> list[str]:
-    used = used_memory(paths, spec)
-    return [f"memory that others use ({max(used >> 20, 1)} MiB)"] if used else []
+    stats = memory_stats(paths, spec)
+    found = {"memory of programs": int(stats["bytes_allocated"]), "memory of LITE": int(stats["bytes_of_others"])}
+    return [f"{what} ({max(used >> 20, 1)} MiB)" for what, used in found.items() if used]
+
+
+def memory_stats(paths: RackPaths, spec: BladeSpec) -> dict[str, Any]:
+    """What a running memory blade says of its memory. RacklessError when it does not answer."""
+    return agents.call(paths, spec.name, spec.mgmt_address, "memory.stats", paths.settings.control_seconds)
 
 
 def _programs(paths: RackPaths, spec: BladeSpec) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from orchestrator.errors import RacklessError
 from orchestrator.model import Rack, blade_capacity
-from orchestrator.spec import BladeSpec, changes, make_spec
+from orchestrator.spec import BladeSpec, Change, changes, make_spec
 from orchestrator.units import format_size
 
 State = Literal["running", "paused", "stopped", "broken", "absent"]
@@ -34,6 +34,8 @@ class Observed:
     name: str
     state: State
     spec: BladeSpec | None = None
+    memory_most: int | None = None
+    """Bytes of memory that it can have without being made anew; None when its memory cannot change while it runs."""
 
 
 @dataclass(frozen=True)
@@ -151,16 +153,27 @@ def _action(spec: BladeSpec, seen: Observed | None) -> Action:
     if old is None:
         return Action("recreate", spec.name, spec, None, ("it has no description that can be read",))
     differences = changes(old, spec)
-    reasons = [str(change) for change in differences]
+    reasons = [_why(change, spec, seen) for change in differences]
     if seen.state == "broken":
         return Action("recreate", spec.name, spec, old, ("it is half made or damaged", *reasons))
     if seen.state == "stopped":
         return Action("recreate", spec.name, spec, old, ("it is not running", *reasons))
     if seen.state == "paused":
         reasons.insert(0, "it is paused")
-    if not all(change.live for change in differences):
+    if not all(change.live or (change.field == "memory" and _fits(spec, seen)) for change in differences):
         return Action("recreate", spec.name, spec, old, tuple(reasons))
     return Action("update" if reasons else "keep", spec.name, spec, old, tuple(reasons))
+
+
+def _fits(spec: BladeSpec, seen: Observed) -> bool:
+    """Can it have the memory it shall have while it runs?"""
+    return seen.memory_most is not None and spec.memory <= seen.memory_most
+
+
+def _why(change: Change, spec: BladeSpec, seen: Observed) -> str:
+    if change.field != "memory" or seen.memory_most is None or _fits(spec, seen):
+        return str(change)
+    return f"{change}, and it was started with {format_size(seen.memory_most)}"
 
 
 def _places(rack: Rack, there: Mapping[str, Observed]) -> dict[str, int]:

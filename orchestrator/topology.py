@@ -12,16 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator import engine, holdings, rackedit, rackfile
+from orchestrator import drain, engine, holdings, rackedit, rackfile
 from orchestrator.engine import UpResult
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, ignore
 from orchestrator.faults.inject import inject
 from orchestrator.fields import KINDS, did_you_mean
+from orchestrator.hypervisor import balloon
 from orchestrator.model import Rack
 from orchestrator.plan import Action, Observed
 from orchestrator.settings import RackPaths, Settings
 from orchestrator.status import status
+from orchestrator.units import format_size
 
 USUAL: dict[str, dict[str, Any]] = {
     "manager": {"cpus": 1, "memory": "256 MiB"},
@@ -46,6 +48,8 @@ class Change:
     actions: tuple[Action, ...] = ()
     """What has to be done to blades of the rack that is up; nothing when it is not up."""
     result: UpResult | None = None
+    moved: int = 0
+    """Bytes that moved to other blades before, or would."""
 
     @property
     def changed(self) -> bool:
@@ -66,6 +70,7 @@ class Change:
             "file": str(self.file),
             "diff": self.diff,
             "actions": [action.to_json() for action in self.actions],
+            "moved": self.moved,
             "result": self.result.to_json() if self.result else None,
         }
 
@@ -75,6 +80,8 @@ class Change:
             return [f"{self.blade}: nothing to do"]
         verbs = {"update": "changed while it runs", "create": "added", "recreate": "made anew", "remove": "removed"}
         done = [f"{a.blade}: {verbs[a.kind]} ({'; '.join(a.reasons)})" for a in self.actions]
+        if self.moved:
+            done.insert(0, f"{self.blade}: {format_size(self.moved)} moved to other blades")
         return done or [f"{self.blade}: {self.file} is changed; no blade that is up has to be"]
 
 
@@ -108,8 +115,9 @@ def remove(settings: Settings, file: Path, name: str, force: bool = False, dry: 
            missing_ok: bool = False) -> Change:  # fmt: skip
     """Remove a blade, with its link; undone by `undo`.
 
-    Refused when something would be lost with it (see holdings.py), unless by `force`: nothing is moved to other
-    blades first. Never removed is the manager that keeps the books. With `missing_ok` it may be gone already.
+    It is drained first: memory moves to other blades. Refused when something else would be lost with it (see
+    drain.py), unless by `force`, which drains nothing. Never removed is the manager that keeps the books. With
+    `missing_ok` it may be gone already.
     """
     before, rack = _read(file)
     there = {name for name, seen in engine.observe(settings, rack.name).items() if seen.state != "absent"}
@@ -193,6 +201,9 @@ def _carry_out(settings: Settings, file: Path, name: str, before: str, after: st
                                                                                    "update"))  # fmt: skip
         if not force:
             _refuse_losses(settings, change, observed)
+            if any(action.kind == "remove" and action.blade in observed for action in change.actions):
+                paths = RackPaths(settings.scaled("tcg"), rack.name)
+                change = replace(change, moved=(drain.movable if dry else drain.drain)(paths, observed, name))
     if dry or not change.changed:
         return change
     if before != after:
@@ -204,19 +215,27 @@ def _refuse_losses(settings: Settings, change: Change, observed: Mapping[str, Ob
     # How slow blades answer here is known only when there is one; without KVM all are.
     paths = RackPaths(settings.scaled("tcg"), change.rack.name)
     for action in change.actions:
+        spec, old = action.spec, action.old
+        shrinks = spec is not None and old is not None and spec.memory < old.memory
+        if action.kind == "update" and shrinks and observed[action.blade].state == "running":
+            assert spec is not None
+            assert old is not None
+            balloon.check(paths, spec, old.memory, spec.memory)
         if action.kind not in ("remove", "recreate") or action.blade not in observed:
             continue
         kept = action.kind == "recreate" and not action.loses
         try:
-            lost = holdings.lost_with(paths, observed, action.blade, keeps_files=kept)
+            if action.kind == "remove":
+                lost = drain.lost_with(paths, observed, action.blade)
+            else:
+                lost = holdings.lost_with(paths, observed, action.blade, keeps_files=kept)
         except RacklessError as error:
             raise RacklessError(f"cannot tell what would be lost with {action.blade}: {error.message}",
                                 hint="see `rackless status`; --force asks nobody") from None  # fmt: skip
         lost += [what for what in action.loses if action.kind == "recreate" and what not in lost]
         if lost:
             verb = "removing" if action.kind == "remove" else f"making anew ({'; '.join(action.reasons)})"
-            raise RacklessError(f"{verb} {action.blade} would lose {' and '.join(lost)}; moving it to other blades "
-                                "first (draining) is not there yet",
+            raise RacklessError(f"{verb} {action.blade} would lose {' and '.join(lost)}",
                                 hint="wait until it is unused, or --force")  # fmt: skip
 
 

@@ -124,6 +124,13 @@ DURATION = Quantity(
     "50 us",
     _TIME_ALIASES,
 )
+OFFSET = Quantity(
+    "clock offset",
+    {"ms": Decimal("1e-3"), "s": Decimal(1), "min": Decimal(60), "h": Decimal(3600), "d": Decimal(86400)},
+    "s",
+    "+1 h",
+    {"m": "min", "sec": "s", "seconds": "s", "hours": "h", "hour": "h", "day": "d", "days": "d"},
+)
 BANDWIDTH = Quantity("bandwidth", _BIT_RATES | _binary("B/s", 8), "Mbit/s", "1 Gbit/s", _BIT_ALIASES)
 _BYTE_ALIASES = _aliases(("", "b", "b/s", "bps"), "B/s")
 BYTE_RATE = Quantity("bandwidth", _binary("B/s", 1), "MiB/s", "100 MiB/s", _BYTE_ALIASES)
@@ -138,6 +145,13 @@ def parse_size(value: object) -> int:
 def parse_duration(value: object) -> float:
     """Seconds of a duration such as "50 us"."""
     return float(DURATION.parse(value))
+
+
+def parse_offset(value: object) -> float:
+    """Seconds of a duration with a sign, such as "+1 h" or "-30 s"; without one it is ahead."""
+    text = str(value).strip()
+    amount = float(OFFSET.parse(text.lstrip("+-").strip() if text[:1] in ("+", "-") else value))
+    return -amount if text.startswith("-") else amount
 
 
 def parse_bandwidth(value: object) -> int:
@@ -163,6 +177,13 @@ def format_size(size_bytes: int) -> str:
 def format_duration(seconds: float) -> str:
     """Write a number of seconds: 5e-05 -> "50 us"."""
     return DURATION.format(Decimal(repr(float(seconds))))
+
+
+def format_offset(seconds: float) -> str:
+    """Write a number of seconds with its sign, in the largest unit that divides it: -5400.0 -> "-90 min"."""
+    amount = Decimal(repr(abs(float(seconds))))
+    unit = ([unit for unit, size in OFFSET.units.items() if amount % size == 0] or ["s"])[-1]
+    return f"{'-' if seconds < 0 else '+'}{_plain(_EXACT.divide(amount, OFFSET.units[unit]))} {unit}"
 
 
 def format_bandwidth(bits_per_second: int) -> str:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from guest_agents.control import Handler, Message
+from guest_agents.lite import drain
 from guest_agents.lite.barriers import Barriers
 from guest_agents.lite.errors import (
     BadArgument,
@@ -89,6 +90,7 @@ class Directory(Books):
         self._turn = itertools.count()
         self._undone: set[tuple[Life, int]] = set()
         self._rebuild = Rebuild()
+        self.leaving: set[Life] = set()  # that are drained: new blocks go elsewhere
         self.locks = LockBook(links, self.life_of, manager.is_alive, self._dead)
         self.barriers = Barriers(self._wake, manager.is_alive)
 
@@ -101,7 +103,7 @@ class Directory(Books):
                 "grant": self.grant, "revoke": self.revoke, "move": self.move, "lock_create": self.locks.create,
                 "lock_find": self.locks.find, "lock_close": self.locks.close,
                 "barrier": self.barriers.enter, "barrier_leave": self.barriers.leave,
-                "barrier_gone": self.barriers.gone,
+                "barrier_gone": self.barriers.gone, "drain": lambda request: drain.drain(self, request),
             }.items()
         }  # fmt: skip
 
@@ -123,10 +125,10 @@ class Directory(Books):
         self._rebuild.drop(life)
         self.locks.died(life)
         self.barriers.died(life)
+        self.leaving.discard(life)
         with self._lock:
             self._undone = {undone for undone in self._undone if undone[0] != life}
-            entries = list(self._entries.values())
-        for entry in entries:
+        for entry in self.entries():
             with entry.lock:
                 for ticket in [ticket for ticket, holder in entry.holders.items() if holder.life == life]:
                     del entry.holders[ticket]
@@ -166,7 +168,7 @@ class Directory(Books):
             self._entries[record.lmr] = entry
         with entry.lock:
             try:
-                record.blocks = self._place(record, self._candidates(request.get("nodes"), spread, caller), spread)
+                record.blocks = self._place(record, self.candidates(request.get("nodes"), spread, caller), spread)
                 if record.keep:
                     self._tell(record.hosts(), "lite.record.keep", record=record.to_json())
                 rights = Permission.ALL
@@ -225,8 +227,7 @@ class Directory(Books):
         life, opening = Life(*request["life"]), int(request["opening"])
         with self._lock:
             self._undone.add((life, opening))
-            entries = list(self._entries.values())
-        for entry in entries:
+        for entry in self.entries():
             with entry.lock:
                 found = [ticket for ticket, holder in entry.holders.items()
                          if (holder.life, holder.opening) == (life, opening)]  # fmt: skip
@@ -290,12 +291,15 @@ class Directory(Books):
             for turn, index in enumerate(chosen):
                 target = targets[turn % len(targets)]
                 if entry.record.blocks[index].life != target:
-                    self._move_block(entry, index, target)
+                    self.move_block(entry, index, target)
             return {"blocks": [{"node": self._name_of(p.life), "length": p.length} for p in entry.record.blocks]}
 
-    # Inside
+    def entries(self) -> list[Entry]:
+        """All LMRs there are now."""
+        with self._lock:
+            return list(self._entries.values())
 
-    def _move_block(self, entry: Entry, index: int, target: Life) -> None:
+    def move_block(self, entry: Entry, index: int, target: Life) -> None:
         """Freeze at all mappers, copy by RDMA, replace, thaw; then the old block's memory is given back."""
         record, old = entry.record, entry.record.blocks[index]
         new = self._allocate(target, record, [old.length])[0]
@@ -371,13 +375,14 @@ class Directory(Books):
                     log.warning("%s waits for node %d", op, life.node)
                     time.sleep(self._manager.timing.heartbeat / 2)
 
-    def _candidates(self, names: list[str] | None, spread: bool, caller: Life) -> list[Life]:
+    def candidates(self, names: list[str] | None, spread: bool, caller: Life) -> list[Life]:
         """Where an LMR may go. Without names: here; spread: over the memory blades, or all if there are none."""
         if names:
             return [self.life_of(name) for name in names]
         if not spread:
             return [caller]
-        members = sorted(self._manager.alive().values(), key=lambda member: member.life.node)
+        staying = (member for member in self._manager.alive().values() if member.life not in self.leaving)
+        members = sorted(staying, key=lambda member: member.life.node)
         return [m.life for m in members if m.kind == "memory"] or [m.life for m in members]
 
     def _place(self, record: Record, nodes: list[Life], spread: bool) -> list[Piece]:

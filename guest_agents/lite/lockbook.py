@@ -91,6 +91,13 @@ class LockBook:
         self._unused([(Life(*request["life"]), int(request["client"]))])
         return {}
 
+    def used_by_others(self, home: Life) -> list[str]:
+        """Names of the locks whose word is at `home`, and that clients of other nodes use."""
+        with self._lock:
+            entries = sorted(self._entries.items())
+        return [name for name, entry in entries
+                if entry.home == home and any(user[0] != home for user in set(entry.users))]  # fmt: skip
+
     def died(self, life: Life) -> None:
         """A node has ended: the locks it was home of, and its clients."""
         with self._lock:

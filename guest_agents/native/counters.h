@@ -50,7 +50,7 @@ struct counters {
     uint64_t replica_writes;    /* flushed pages that went to a second memory blade too */
     uint64_t failovers;         /* memory blades lost, and the program went on */
     uint64_t rereplicated_bytes;/* copied to give regions two copies again */
-    uint64_t degraded_regions;  /* vRegions that have one copy now, and should have two */
+    uint64_t degraded_regions;  /* vRegions that have one copy now, and should have two (or: on a blade that is drained) */
     uint64_t prefetched;        /* pages that came with a miss, unasked */
     uint64_t sets;              /* of lines; 1: fully associative */
     uint64_t dozes;             /* lines put out of sight, to see whether they are used (policy LRU) */

@@ -26,7 +26,8 @@ static int fail(struct monitor *m, int error, const char *format, ...)
 /* What came unasked before a reply. Nothing is missed: the blades that are there are asked for afterwards. */
 static int is_news(const char text[MESSAGE])
 {
-    return !strncmp(text, "lost ", 5) || !strncmp(text, "back ", 5);
+    return !strncmp(text, "lost ", 5) || !strncmp(text, "back ", 5) || !strncmp(text, "drain ", 6) ||
+           !strncmp(text, "keep ", 5);
 }
 
 /* One request, one reply: "ok words...", or "error ERRNO text". Returns the words after "ok" in `text`. */

@@ -34,16 +34,38 @@ static uint32_t present(const struct lines *l)
     return l->monitor.blades - (uint32_t)__builtin_popcount(absent(l));
 }
 
+/* Blades that nothing new goes to. */
+static uint32_t closed(const struct lines *l)
+{
+    return absent(l) | l->replica.leaving;
+}
+
+static uint32_t open(const struct lines *l)
+{
+    return l->monitor.blades - (uint32_t)__builtin_popcount(closed(l));
+}
+
+static bool leaves(const struct lines *l, uint32_t link)
+{
+    return l->replica.leaving & bit(link);
+}
+
 static bool whole(const struct region *region)
 {
     return region->at[1].link != NO_LINK && region->copied == REGION_PAGES;
+}
+
+/* Should it have another copy? */
+static bool degraded(const struct lines *l, const struct region *region)
+{
+    return (l->replica.copies > 1 || leaves(l, region->at[0].link)) && !whole(region);
 }
 
 static void count_degraded(struct lines *l)
 {
     uint64_t n = 0;
     for (size_t r = 0; r < l->regions; r++)
-        n += l->replica.copies > 1 && !whole(&l->region[r]);
+        n += degraded(l, &l->region[r]);
     l->count->degraded_regions = n;
 }
 
@@ -66,7 +88,7 @@ static bool lost_meanwhile(struct lines *l, pthread_mutex_t *lock, uint32_t copi
 {
     pthread_mutex_lock(lock);
     replica_news(l);
-    bool lost = present(l) < copies;
+    bool lost = open(l) < copies;
     pthread_mutex_unlock(lock);
     return lost;
 }
@@ -76,7 +98,7 @@ int replica_reserve(struct lines *l, pthread_mutex_t *lock)
     for (bool booked = false; !booked;) {
         struct region region = {.at = {{.link = NO_LINK}, {.link = NO_LINK}}, .copied = REGION_PAGES};
         pthread_mutex_lock(lock);
-        uint32_t without = absent(l), copies = present(l) < l->replica.copies ? present(l) : l->replica.copies;
+        uint32_t without = closed(l), copies = open(l) < l->replica.copies ? open(l) : l->replica.copies;
         pthread_mutex_unlock(lock);
         pthread_mutex_lock(&l->monitor.lock);
         int error = monitor_region(&l->monitor, (uint64_t)REGION_PAGES << PAGE_SHIFT, copies, without, region.at);
@@ -122,15 +144,18 @@ void replica_news(struct lines *l)
     for (char kind; (kind = monitor_news(&l->monitor, &link)) != 0;) {
         if (kind == 'l')
             replica_lost(l, link, "it has left the rack");
-        else if (!l->link[link].qp && l->replica.losses[link] < LOSSES_MOST)
+        l->replica.leaving = kind == 'd' ? l->replica.leaving | bit(link) :
+                             kind == 'k' || kind == 'l' ? l->replica.leaving & ~bit(link) : l->replica.leaving;
+        if ((kind == 'b' || kind == 'k') && !l->link[link].qp && !leaves(l, link) && l->replica.losses[link] < LOSSES_MOST)
             l->replica.back |= bit(link);
+        count_degraded(l);
     }
     l->fabric.other[0] = l->monitor.news;
 }
 
 static void tell(struct lines *l, const char *why)
 {
-    if (!l->replica.told)
+    if (!l->replica.told && l->replica.copies > 1)
         lines_say("%s: the program goes on with one copy of some of its memory", why);
     l->replica.told = true;
 }
@@ -164,7 +189,7 @@ static int find_place(struct lines *l)
 {
     struct region *region = &l->region[l->replica.cursor];
     struct place place[COPIES];
-    uint32_t without = absent(l) | bit(region->at[0].link);
+    uint32_t without = closed(l) | bit(region->at[0].link);
     if (monitor_region(&l->monitor, (uint64_t)REGION_PAGES << PAGE_SHIFT, 1, without, place)) {
         tell(l, l->monitor.error);
         return FULL_MS;
@@ -200,10 +225,19 @@ static size_t next_degraded(struct lines *l)
 {
     for (size_t i = 0; l->count->degraded_regions && i < l->regions; i++) {
         size_t r = (l->replica.cursor + i) % l->regions;
-        if (!whole(&l->region[r]))
+        if (degraded(l, &l->region[r]))
             return l->replica.cursor = r;
     }
     return l->regions;
+}
+
+/* Nothing has its only place on a blade that is drained: do without it. Is there more to do then? */
+static bool give_up_drained(struct lines *l)
+{
+    for (uint32_t link = 0; link < l->monitor.blades; link++)
+        if (leaves(l, link) && l->link[link].qp)
+            replica_lost(l, link, "it was drained");
+    return l->replica.release;
 }
 
 /* Do with `work` what needs the process monitor, unless a thread of the program is asking it. */
@@ -222,7 +256,7 @@ int replica_step(struct lines *l)
         return with_monitor(l, tidy);
     size_t r = next_degraded(l);
     if (r == l->regions)
-        return -1;
+        return give_up_drained(l) ? 0 : -1;
     if (present(l) < 2) {
         tell(l, "no second memory blade is left");
         return -1;

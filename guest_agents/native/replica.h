@@ -7,6 +7,9 @@
  * A blade is lost when a request to it fails (Soft-RoCE gives up after some 7 s) or when membership declares it dead.
  * Its queue pair is destroyed, so that nothing can arrive late. Flushes under way count as done when the other blade
  * has them, a READ is repeated there, and regions get a new second place, copied from the first piece by piece.
+ *
+ * A blade that is to be removed is drained: what has its only place there gets a second one elsewhere, also in a program
+ * that wants one copy, and then the blade is given up as if it were lost.
  */
 #ifndef RACKLESS_REPLICA_H
 #define RACKLESS_REPLICA_H
@@ -22,6 +25,7 @@ struct replica {
     uint32_t copies;            /* that every region should have: 1 or 2 */
     uint32_t release;           /* bit set: a lost blade that the process monitor has yet to be told of */
     uint32_t back;              /* bit set: a lost blade that can be used again */
+    uint32_t leaving;           /* bit set: a blade that is drained */
     uint8_t losses[16];         /* how often a blade was lost */
     size_t cursor;              /* region where the search for work goes on */
     pthread_mutex_t quiet;      /* held while a thread forks: the pager must not allocate or free memory then */

@@ -83,7 +83,10 @@ def remove(
     name: BladeArgument, force: ForceOption = False, dry: DryOption = False, rack: RackOption = None,
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Remove a blade from the rack file, and from the rack. Refused if memory, files or programs would be lost."""
+    """Remove a blade from the rack file, and from the rack, when its memory has moved to other blades.
+
+    Refused if memory, files or programs would be lost all the same.
+    """
     from orchestrator import topology
 
     _do(rack, as_json, lambda settings, file, emit: topology.remove(settings, file, name, force, dry, emit))
@@ -104,7 +107,10 @@ def resize(
     rack: RackOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Change a blade: quota, ExCache and limits of a disk while it runs, all else by making it anew."""
+    """Change a blade: quota, ExCache, limits of a disk, and memory up to what it was started with, while it runs.
+
+    All else makes it anew.
+    """
     from orchestrator import topology
 
     fields = _fields(memory, cpus, cpu_quota, excache, pmem, disk, disk_iops, disk_bandwidth)

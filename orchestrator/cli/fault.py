@@ -30,9 +30,10 @@ def register(app: typer.Typer) -> None:
     family = typer.Typer(help="Faults of blades and links, for as long as it takes to `heal` them.",
                          no_args_is_help=True)  # fmt: skip
     family.command("list")(list_faults)
-    for command in (kill, pause, resume, reset, slow, pressure, link, partition):
+    for command in (kill, pause, resume, reset, slow, pressure, link, disk, partition):
         family.command()(command)
     family.command("one-way")(one_way)
+    family.command(context_settings={"ignore_unknown_options": True})(clock)
     app.add_typer(family, name="fault")
     app.command()(heal)
     app.command()(scenario)
@@ -120,6 +121,30 @@ def link(
     if not wanted:
         raise RacklessError("no fault is named", hint="give --down, --latency, --loss or another; see --help")
     _inject(rack, as_json, dry, [blade], **wanted)
+
+
+def disk(
+    blade: BladeArgument,
+    latency: Annotated[Text, typer.Option(metavar="TIME", help='Added to each operation, such as "50 ms".')] = None,
+    errors: Annotated[Text, typer.Option(metavar="WHAT", help='What fails: "reads", "writes" or "all".')] = None,
+    full: Annotated[bool, typer.Option("--full", help="Take all room that is free.")] = False,
+    dry: DryOption = False, rack: RackOption = None, as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Make the data disk of a storage blade slow, full or fail. Healed of errors, the blade is power-cycled."""
+    wanted: dict[str, Any] = {"disk_latency": latency, "disk_errors": errors, "disk_full": full or None}
+    wanted = {key: value for key, value in wanted.items() if value is not None}
+    if not wanted:
+        raise RacklessError("no fault is named", hint="give --latency, --errors or --full")
+    _inject(rack, as_json, dry, [blade], **wanted)
+
+
+def clock(
+    blade: BladeArgument,
+    offset: Annotated[str, typer.Argument(metavar="OFFSET", help='Ahead or back, such as "+1 h" or "-30 s".')],
+    dry: DryOption = False, rack: RackOption = None, as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Set the wall clock of a blade off, at once; `heal` sets it back by as much."""
+    _inject(rack, as_json, dry, [blade], clock=offset)
 
 
 def one_way(

@@ -184,7 +184,7 @@ def change(settings: Settings, rack: str, transform: Transform, dry: bool = Fals
         if dry or not outcome.changed:
             return outcome
         emit, shown = journal.recording(paths, emit), emit
-        returning = {n for n in outcome.changed if blades.faults[n].killed and not outcome.after[n].killed}
+        returning = {name for name in outcome.changed if _returns(blades.faults[name], outcome.after[name])}
         with step(emit, rack, "faults"):
             _carry_out(blades, outcome, returning, emit)
             for name in outcome.changed:
@@ -249,6 +249,11 @@ def _carry_out(blades: Blades, outcome: Outcome, returning: set[str], emit: Emit
         settle.side(blades.paths, sides)
 
 
+def _returns(old: Faults, new: Faults) -> bool:
+    """Is it started again: it was killed, or has to be so that its disk can be used."""
+    return not new.killed and (old.killed or model.shuts_files(old, new))
+
+
 def _one(blades: Blades, name: str, outcome: Outcome, returns: bool, emit: Emit) -> None:
     """Change one blade. Its metadata name a fault before it is there, and until it is gone."""
     old, new = outcome.before[name], outcome.after[name]
@@ -259,7 +264,9 @@ def _one(blades: Blades, name: str, outcome: Outcome, returns: bool, emit: Emit)
         domain.explain(f"mark {name}", lambda: domain.write_metadata(owned.domain, metadata))
 
     note(Faults.model_validate({**old.to_json(), **new.to_json()}))
-    if not old.killed:
+    if returns and not old.killed:
+        _cut_power(blades, owned, spec, new, emit)
+    elif not old.killed:
         try:
             _act(blades, owned, spec, old, new, emit)
         except RacklessError:
@@ -280,7 +287,7 @@ def _act(blades: Blades, owned: Owned, spec: BladeSpec, old: Faults, new: Faults
 
     if old.paused and not new.paused:
         domain.explain(f"resume {spec.name}", running.resume)
-    if differs(*model.LINK, "memory"):
+    if differs(*model.INSIDE):
         settle.inside(blades.paths, spec, new, blades.addresses)
     if differs("down"):
         settle.cable(running, spec, new)
@@ -289,7 +296,11 @@ def _act(blades: Blades, owned: Owned, spec: BladeSpec, old: Faults, new: Faults
     if new.paused and not old.paused:
         domain.explain(f"pause {spec.name}", running.suspend)
     if new.killed and not old.killed:
-        domain.explain(f"kill {spec.name}", partial(domain.cut_power, running))
-        if spec.pmem:
-            crash = pmem.pull_power(blades.paths.blade(spec.name), new.survive or 0.0, new.seed or 0)
-            emit(Note(f"{spec.name}: {crash}"))
+        _cut_power(blades, owned, spec, new, emit)
+
+
+def _cut_power(blades: Blades, owned: Owned, spec: BladeSpec, faults: Faults, emit: Emit) -> None:
+    domain.explain(f"kill {spec.name}", partial(domain.cut_power, owned.domain))
+    if spec.pmem:
+        crash = pmem.pull_power(blades.paths.blade(spec.name), faults.survive or 0.0, faults.seed or 0)
+        emit(Note(f"{spec.name}: {crash}"))

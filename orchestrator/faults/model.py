@@ -7,12 +7,23 @@ fractions of one, bits per second and bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from orchestrator.errors import RacklessError
-from orchestrator.fields import BladeName, Latency, LinkRate, Loss, Quota, Share, Size, did_you_mean
+from orchestrator.fields import (
+    BladeName,
+    ClockOffset,
+    DiskLatency,
+    Latency,
+    LinkRate,
+    Loss,
+    Quota,
+    Share,
+    Size,
+    did_you_mean,
+)
 from orchestrator.model import Link
 from orchestrator.spec import BladeSpec
 
@@ -47,6 +58,10 @@ class Faults(BaseModel):
     bandwidth: LinkRate | None = Field(default=None, description="Most it sends, and most it gets.")
     cpu: Quota | None = Field(default=None, description="Share of each of its CPUs that is left.")
     memory: Annotated[Size, _Some] | None = Field(default=None, description="Memory taken from it.")
+    disk_latency: DiskLatency | None = Field(default=None, description="Added to each operation of its data disk.")
+    disk_errors: Literal["reads", "writes", "all"] | None = Field(default=None, description="What its disk refuses.")
+    disk_full: bool = Field(default=False, description="All room of its data disk is taken.")
+    clock: Annotated[ClockOffset, _Some] | None = Field(default=None, description="Its wall clock is set off by that.")
 
     def to_json(self) -> dict[str, Any]:
         """Only the faults that are there, units written out."""
@@ -65,7 +80,7 @@ class Faults(BaseModel):
         words = []
         for name, value in self.to_json().items():
             text = ",".join(value) if isinstance(value, list) else str(value)
-            words.append(name if value is True else f"{name.replace('_', ' ')} {text}")
+            words.append(name.replace("_", " ") if value is True else f"{name.replace('_', ' ')} {text}")
         return words
 
     def having(self, **changes: Any) -> Faults:
@@ -83,7 +98,6 @@ class Faults(BaseModel):
         names = (*names, *POWER) if "killed" in names else names
         return Faults.model_validate({n: v for n, v in self.to_json().items() if names and n not in names})
 
-
     @model_validator(mode="after")
     def _says_how_only_if_killed(self) -> Faults:
         if not self.killed and (self.survive is not None or self.seed is not None):
@@ -96,6 +110,9 @@ POWER = ("survive", "seed")
 """How a blade was killed."""
 LINK = ("latency", "jitter", "loss", "corruption", "duplication", "bandwidth", "deaf_to")
 """Faults that are made in the blade's own kernel and on its tap."""
+DISK = ("disk_latency", "disk_errors", "disk_full")
+INSIDE = (*LINK, *DISK, "memory", "clock")
+"""Faults for which the blade's agent is needed."""
 
 
 def of(state: str, metadata: Mapping[str, Any]) -> Faults:
@@ -145,6 +162,17 @@ def quota(spec: BladeSpec, faults: Faults) -> float | None:
     return min((share for share in (spec.cpu_quota, faults.cpu) if share), default=None)
 
 
+def disk_fields(faults: Faults) -> dict[str, Any]:
+    """What the blade's agent makes of its data disk, without what is as it should be; latency in seconds."""
+    wanted = {"latency": faults.disk_latency, "errors": faults.disk_errors, "full": faults.disk_full}
+    return {name: value for name, value in wanted.items() if value}
+
+
+def shuts_files(old: Faults, new: Faults) -> bool:
+    """Is a disk healed that refused operations? Its file system has given up by then: only a power cycle helps."""
+    return bool(old.disk_errors and not new.disk_errors)
+
+
 def check(name: str, old: Faults, new: Faults, spec: BladeSpec) -> None:
     """Refuse faults of blade `name` that contradict each other, or that would do nothing. Raises RacklessError."""
     added = {fault for fault, value in new.to_json().items() if old.to_json().get(fault) != value}
@@ -156,7 +184,7 @@ def check(name: str, old: Faults, new: Faults, spec: BladeSpec) -> None:
     first = f"`rackless heal {name} --only"
     if "killed" in added and old.paused:
         raise RacklessError(f"{name} is paused, and would be killed", hint=f"{first} paused` first")
-    inside = {fault for fault in (*LINK, "memory") if old.to_json().get(fault) != new.to_json().get(fault)}
+    inside = {fault for fault in INSIDE if old.to_json().get(fault) != new.to_json().get(fault)}
     if inside and (new.paused and (old.paused or inside & added)):
         raise RacklessError(f"{name} is paused: its own kernel cannot do that", hint=f"{first} paused` first")
     if new.down and (added & {"latency", "jitter", "loss", "corruption", "duplication", "bandwidth"}):
@@ -172,6 +200,12 @@ def check(name: str, old: Faults, new: Faults, spec: BladeSpec) -> None:
         raise RacklessError(f"{name} cannot be deaf to itself")
     if new.memory and new.memory >= spec.memory:
         raise RacklessError(f"{name} does not have so much memory to take", hint="take less")
+    disk_faults = set(DISK) & set(new.names)
+    if disk_faults and spec.disk is None:
+        raise RacklessError(f"{name} has no data disk that could be broken", hint="storage blades have one")
+    if new.disk_errors and len(disk_faults) > 1:
+        raise RacklessError(f"the disk of {name} fails: it cannot be slow or full as well",
+                            hint=f"{first} disk_errors` first, or leave that out")  # fmt: skip
 
 
 def sides(groups: list[list[str]], blades: Mapping[str, str], manager: str) -> dict[str, int]:

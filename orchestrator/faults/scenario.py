@@ -30,7 +30,7 @@ from orchestrator.fields import KINDS, did_you_mean
 from orchestrator.settings import Settings
 from orchestrator.units import parse_duration
 
-_WORD = re.compile(r"[0-9.]+ ?(?:%|[A-Za-zµ][A-Za-z/]*)|\S+")
+_WORD = re.compile(r"[+-]?[0-9.]+ ?(?:%|[A-Za-zµ][A-Za-z/]*)|\S+")
 _LINK = ("latency", "jitter", "loss", "corruption", "duplication", "bandwidth")
 _HINT = 'steps look like "at 10 s kill mb0"; docs/operate.md has them all'
 
@@ -203,6 +203,20 @@ def _reset(words: list[str]) -> tuple[Transform, ...] | None:
     return kill, inject.healing(words[:1], ("killed",))
 
 
+def _disk(words: list[str]) -> Transform | None:
+    wanted: dict[str, Any] = {}
+    rest = words[1:]
+    while rest:
+        name = rest.pop(0)
+        if name == "full":
+            wanted["disk_full"] = True
+        elif name in ("latency", "errors") and rest:
+            wanted[f"disk_{name}"] = rest.pop(0)
+        else:
+            return None
+    return inject.breaking({words[0]: wanted}) if wanted else None
+
+
 def _link(words: list[str]) -> Transform | None:
     wanted: dict[str, Any] = {}
     rest = words[1:]
@@ -224,6 +238,8 @@ _VERBS: dict[str, Callable[[list[str]], Transform | tuple[Transform, ...] | None
     "reset": _reset,
     "slow": _value("cpu"),
     "pressure": _value("memory"),
+    "clock": _value("clock"),
+    "disk": _disk,
     "link": _link,
     "one-way": lambda pair: inject.deafening(*pair) if len(pair) == 2 else None,
     "partition": lambda groups: inject.parting([group.split(",") for group in groups]) if groups else None,

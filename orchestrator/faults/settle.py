@@ -34,7 +34,7 @@ def side(paths: RackPaths, wanted: Mapping[int, int]) -> None:
 
 
 def inside(paths: RackPaths, spec: BladeSpec, faults: Faults, addresses: Mapping[str, str]) -> None:
-    """What its link is like, and how much memory is taken from it. `addresses` are the blades' on the fabric."""
+    """What its link, disk and clock are like, and how much memory it has left. `addresses` are those on the fabric."""
     shaping.limit(place.of(paths), spec.index, model.bandwidth(spec, faults))
     fields: dict[str, Any] = {
         "link": model.link_fields(spec, faults, addresses),
@@ -42,6 +42,8 @@ def inside(paths: RackPaths, spec: BladeSpec, faults: Faults, addresses: Mapping
         "heartbeat": spec.membership.heartbeat,
         "dead_after": spec.membership.dead_after,
         "pressure": faults.memory or 0,
+        "disk_faults": model.disk_fields(faults),
+        "clock": faults.clock or 0.0,
     }
     seconds = paths.settings.control_seconds
     agents.call(paths, spec.name, spec.mgmt_address, "agent.update", seconds, **fields)
@@ -51,7 +53,7 @@ def whole(paths: RackPaths, running: libvirt.virDomain, spec: BladeSpec, faults:
           addresses: Mapping[str, str]) -> None:  # fmt: skip
     """All of it, for a blade that has just been made."""
     cpus(running, spec, faults)
-    if any(name in faults.names for name in (*model.LINK, "memory")):
+    if any(name in faults.names for name in model.INSIDE):
         inside(paths, spec, faults, addresses)
     if faults.down:
         cable(running, spec, faults)

@@ -204,6 +204,16 @@ def limit_cpu(domain: libvirt.virDomain, quota: float | None) -> None:
                                        libvirt.VIR_DOMAIN_AFFECT_LIVE)  # fmt: skip
 
 
+def set_memory(domain: libvirt.virDomain, size: int) -> None:
+    """Ask a running domain's balloon for `size` bytes; it takes its time."""
+    domain.setMemoryFlags(size // 1024, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+
+
+def memory_of(domain: libvirt.virDomain) -> int:
+    """Bytes that a running domain has now, as its balloon says."""
+    return int(domain.memoryStats()["actual"]) * 1024
+
+
 def explain(action: str, call: Callable[[], Any]) -> Any:
     """Run a libvirt call; its error becomes one line that says what was tried."""
     try:

@@ -16,6 +16,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 _INSTALLED = PROJECT / "orchestrator/data/images"
 IMAGES = _INSTALLED if _INSTALLED.is_dir() else PROJECT / "images"
 AGENTS = PROJECT / "guest_agents"
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, where it is there: each command reads recipes
 _MADE = {"__pycache__", "build"}  # folders of made things, which belong to no content hash
 
 
@@ -63,7 +64,7 @@ def load(name: str) -> Recipe:
     """The recipe called ``name``; RacklessError when there is none or it is not valid."""
     path = IMAGES / name / "recipe.yml"
     try:
-        return Recipe.model_validate(yaml.safe_load(path.read_text()))
+        return Recipe.model_validate(yaml.load(path.read_text(), Loader=_LOADER))
     except (FileNotFoundError, NotADirectoryError):
         known = ", ".join(names())
         raise RacklessError(f"there is no image recipe called {name!r}", hint=f"recipes here: {known}") from None

@@ -16,8 +16,8 @@ options:
   faults:
     description: >-
       C(present) - a mapping such as C({latency: 20 ms, loss: 1 %, down: true}). Known are killed, paused, down,
-      latency, jitter, loss, corruption, duplication, bandwidth, deaf_to, cpu and memory; with killed also survive and
-      seed, for persistent memory.
+      latency, jitter, loss, corruption, duplication, bandwidth, deaf_to, cpu, memory, disk_latency, disk_errors (reads,
+      writes or all), disk_full and clock; with killed also survive and seed, for persistent memory.
     type: dict
   only: {description: C(absent) - heal only faults of these names., type: list, elements: str}
   partition: {description: "C(present) - groups of blades that hear each other, each such as gm0,pb0.", type: list,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +42,10 @@ class BrokenRack:
     conn: Any
     updates: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """What each agent was told by agent.update."""
+    drains: list[dict[str, Any]] = field(default_factory=list)
+    """What LITE's directory and processor blades were asked to move."""
+    drained: Callable[[], None] = lambda: None
+    """Called when it has moved all; its answer is from before."""
     replies: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By "BLADE OPERATION", what an agent answers; an exception is raised there."""
     limits: dict[str, float | None] = field(default_factory=dict)
@@ -124,11 +128,21 @@ class BrokenRack:
             reply = self.replies.get(f"{spec.name} {op}", {})
             if isinstance(reply, Exception):
                 raise reply
+            reply = dict(reply)
+            if op == "lite.directory.drain":
+                self.drains.append({k: v for k, v in request.items() if k != "op"})
+                if not {"dry", "cancel"} & request.keys():
+                    self.drained()
+            if op == "process.drain":
+                self.drains.append({k: v for k, v in request.items() if k != "op"})
+                self.drained()
             if op == "agent.update":
                 self.updates[spec.name].append({k: v for k, v in request.items() if k != "op"})
-            return dict(reply)
+            return reply
 
-        ops = ("agent.update", "agent.status", "memory.stats", "process.stats", "vnode.list", "program.list")
+        ops = ("agent.update", "agent.status", "memory.stats", "process.stats", "vnode.list", "program.list",
+               "member.list", "lite.directory.drain", "hotpot.stat", "agent.resize",
+               "process.drain")
         words = f"-n {namespace.name_of(self.name)} addr add {spec.mgmt_address}/32 dev lo"
         subprocess.run(["ip", *words.split()], check=True)
         server = namespace.inside(self.name, lambda: control.Server(
@@ -152,6 +166,10 @@ def broken_rack(patch: pytest.MonkeyPatch) -> Iterator[BrokenRack]:
         conn = libvirt.open("test:///default")
         stack.callback(conn.close)
         rack = BrokenRack(paths, specs, conn)
+        members = [{"name": name, "node_id": spec.index + 1, "incarnation": 1, "state": "alive"}
+                   for name, spec in specs.items()]  # fmt: skip
+        rack.replies["gm0 member.list"] = {"members": members}
+        rack.replies["gm0 lite.directory.drain"] = {"moved": 0, "own": 0, "locks": []}
         ensure_network(paths.name)
         for spec in specs.values():
             make_domain(conn, spec)

@@ -57,6 +57,9 @@ def test_faults_come_are_listed_and_go(rack: BrokenRack, run: Run) -> None:
     assert run("fault", "link", "mb0", "--latency", "20ms")[1] == "nothing to do\n"
     assert run("fault", "one-way", "pb0", "mb1")[1] == "mb1: deaf to pb0\n"
     assert run("fault", "pause", "pb0", "gm0")[1] == "gm0: paused\npb0: paused\n"
+    assert run("fault", "clock", "mb1", "-1 h", "--json")[0] == 0
+    assert run("heal", "mb1", "--only", "clock")[1] == "mb1: deaf to pb0\n"
+    assert [told["clock"] for told in rack.updates["mb1"][-2:]] == [-3600, 0]
     assert run("fault", "resume", "gm0")[1] == "gm0: no faults\n"
     assert run("fault", "partition", "mb0,mb1")[0] == 0
     assert run("fault", "list")[1].splitlines() == [
@@ -81,6 +84,10 @@ def test_faults_come_are_listed_and_go(rack: BrokenRack, run: Run) -> None:
         ("fault link mb0", "no fault is named"),
         ("fault link mb0 --latency 20", 'fault latency: "20" has no unit'),
         ("fault slow mb0 200%", "fault cpu"),
+        ("fault disk mb0", "no fault is named"),
+        ("fault disk mb0 --latency 5ms", "mb0 has no data disk"),
+        ("fault disk mb0 --errors some", "fault disk_errors"),
+        ("fault clock mb0 1", "has no unit"),
         ("fault partition gm0,mb9 mb0", "no blade mb9"),
         ("heal", "heal what?"),
         ("heal mb0 --all", "heal what?"),
@@ -124,10 +131,10 @@ def test_blades_by_command(rack: BrokenRack, run: Run) -> None:
     assert run("blade", "link", "mb1", "--latency", "none", "--loss", "none")[0] == 0
     assert run("blade", "remove", "mb2")[0] == 0
     assert file.read_text() == before
-    rack.replies["mb1 memory.stats"] = {**IDLE, "bytes_allocated": 1 << 20}
+    rack.replies["mb1 memory.stats"] = {**IDLE, "bytes_allocated": 5 << 20}
     code, _, err = run("blade", "remove", "mb1")
     assert code == 1
-    assert "memory that others use (1 MiB)" in err
+    assert "memory of programs (5 MiB" in err
     assert [only for _, only in rack.ups] == [{"mb2"}, {"mb0"}, {"mb1"}], "what is taken back was never done here"
 
 

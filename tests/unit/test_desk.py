@@ -155,6 +155,19 @@ def test_programs_hear_of_deaths_and_returns(blades: Blades, desk: Path) -> None
     eventually(lambda: not blades.books())
 
 
+def test_programs_hear_of_a_drain_and_get_nothing_there(blades: Blades, desk: Path) -> None:
+    with closing(Pager(desk)) as pager:
+        blades.lender.drain("mb0", True)
+        assert pager.news.recv(100) == b"drain mb0"
+        placed = [pager.ask(f"region {REGION} 1").split()[1] for _ in range(6)]
+        assert "0" not in placed
+        with closing(Pager(desk)) as later:
+            assert "mb0" not in later.blades
+        blades.lender.drain("mb0", False)
+        assert pager.news.recv(100) == b"keep mb0"
+        assert "0" in [pager.ask(f"region {REGION} 1").split()[1] for _ in range(6)]
+
+
 def test_a_blade_that_returns_at_once_is_another(blades: Blades, desk: Path) -> None:
     with closing(Pager(desk)) as pager:
         assert pager.region("mb0", "mb2") == ["mb1"]

@@ -18,7 +18,7 @@ from orchestrator.errors import RacklessError
 from orchestrator.faults import inject, model
 from orchestrator.faults.model import Faults, link_fields, sides
 from orchestrator.hypervisor import domain
-from orchestrator.model import Link
+from orchestrator.model import Disk, Link
 from tests.unit.broken_racks import BrokenRack, broken_rack, make_domain
 from tests.unit.netns_racks import needs_root
 from tests.unit.stand_in import blade_specs
@@ -28,7 +28,8 @@ pytestmark = pytest.mark.long
 SPEC = blade_specs("t", ("gm0", "mb0"))["mb0"]
 KINDS = {"gm0": "manager", "pb0": "processor", "mb0": "memory", "mb1": "memory"}
 ALL = {"latency": "20 ms", "jitter": "5 ms", "loss": "10 %", "corruption": "1 %", "duplication": "2 %",
-       "bandwidth": "10 Mbit/s", "deaf_to": ["gm0"], "cpu": "20 %", "memory": "16 MiB"}  # fmt: skip
+       "bandwidth": "10 Mbit/s", "deaf_to": ["gm0"], "cpu": "20 %", "memory": "16 MiB", "clock": "-90 s"}  # fmt: skip
+DISK = replace(SPEC, disk=Disk.model_validate({"size": "64 MiB"}))
 
 
 # The model
@@ -82,6 +83,13 @@ def test_faults_are_kept_and_read_back() -> None:
         ({}, {"killed": True, "survive": "101 %"}, "fault survive: .* too large"),
         ({}, {"killed": True, "seed": -1}, "fault seed"),
         ({}, {"survive": "50 %"}, "fault killed: only what is killed"),
+        ({}, {"disk_full": True}, "mb0 has no data disk"),
+        ({}, {"disk_latency": "10 us"}, "fault disk_latency: .* too small"),
+        ({}, {"disk_errors": "some"}, "fault disk_errors: "),
+        ({}, {"clock": "0 s"}, "fault clock: it is nothing"),
+        ({}, {"clock": "+400 d"}, "fault clock: .* too large"),
+        ({}, {"clock": "soon"}, "fault clock: .* is not a clock offset"),
+        ({"paused": True}, {"clock": "1 s"}, "mb0 is paused: its own kernel"),
     ],
 )
 def test_what_cannot_be_is_refused(old: dict[str, Any], new: dict[str, Any], message: str) -> None:
@@ -89,6 +97,18 @@ def test_what_cannot_be_is_refused(old: dict[str, Any], new: dict[str, Any], mes
     with pytest.raises(RacklessError, match=message) as caught:
         model.check("mb0", before, before.having(**new), SPEC)
     assert "\n" not in caught.value.message
+
+
+def test_a_disk_that_fails_has_no_other_faults() -> None:
+    slow, failing = Faults().having(disk_latency="20 ms", disk_full=True), Faults().having(disk_errors="reads")
+    model.check("sb0", Faults(), slow, DISK)
+    model.check("sb0", Faults(), failing, DISK)
+    assert slow.shown() == ["disk latency 20 ms", "disk full"]
+    assert model.disk_fields(slow) == {"latency": pytest.approx(0.02), "full": True}
+    assert model.disk_fields(failing) == {"errors": "reads"}
+    for old, new in ((slow, {"disk_errors": "all"}), (failing, {"disk_full": True})):
+        with pytest.raises(RacklessError, match="the disk of sb0 fails"):
+            model.check("sb0", old, old.having(**new), DISK)
 
 
 def test_sides_of_a_partition() -> None:
@@ -171,7 +191,7 @@ class TestBlades:
         (told,) = rack.updates["mb0"]
         addresses = {name: spec.fabric_address for name, spec in rack.specs.items()}
         assert told["link"] == link_fields(rack.specs["mb0"], Faults().having(**ALL), addresses)
-        assert told["pressure"] == 16 << 20
+        assert (told["pressure"], told["clock"], told["disk_faults"]) == (16 << 20, -90, {})
         assert rack.limits == {f"{rack.name}.mb0": 0.2}
         assert rack.metadata("mb0")["faults"] == ALL
         assert inject.faults(rack.paths.settings, rack.name)["mb0"] == Faults().having(**ALL)
@@ -182,7 +202,7 @@ class TestBlades:
         assert rack.updates["mb0"][-1]["link"]["latency"] == pytest.approx(0.03)
         inject.heal(rack.paths.settings, rack.name, ["mb0"])
         assert rack.updates["mb0"][-1]["link"] == link_fields(rack.specs["mb0"], Faults(), {})
-        assert rack.updates["mb0"][-1]["pressure"] == 0
+        assert (rack.updates["mb0"][-1]["pressure"], rack.updates["mb0"][-1]["clock"]) == (0, 0)
         assert rack.limits == {f"{rack.name}.mb0": None}
         assert rack.metadata("mb0")["faults"] == {}
 
@@ -230,6 +250,31 @@ class TestBlades:
         assert files.pmem.read_bytes() == lines
         inject.heal(settings, rack.name, ["mb0"])
         assert rack.ups[0][1] == {"mb0"}
+
+    def test_a_disk(self, rack: BrokenRack, change: Any) -> None:
+        spec = replace(rack.specs["mb0"], kind="storage", disk=DISK.disk)
+        domain.write_metadata(domain.owned(rack.conn, rack.name)["mb0"].domain,
+                              {**rack.metadata("mb0"), "spec": spec.to_json()})  # fmt: skip
+        settings, name = rack.paths.settings, rack.name
+        change("mb0", disk_latency="20 ms", disk_full=True)
+        assert rack.updates["mb0"][-1]["disk_faults"] == {"latency": 0.02, "full": True}
+        inject.heal(settings, name, ["mb0"])
+        assert rack.updates["mb0"][-1]["disk_faults"] == {}
+        assert (rack.state("mb0"), rack.ups) == ("running", [])
+        change("mb0", disk_errors="reads", cpu="30 %")
+        assert rack.updates["mb0"][-1]["disk_faults"] == {"errors": "reads"}
+        inject.heal(settings, name, ["mb0"], ("disk_errors",))
+        assert (rack.state("mb0"), rack.ups[0][1]) == ("off", {"mb0"}), "its file system is mounted again"
+        assert rack.metadata("mb0")["faults"] == {"killed": True, "cpu": "30 %"}
+
+    def test_a_disk_that_cannot_be_broken_keeps_its_power(self, rack: BrokenRack, change: Any) -> None:
+        spec = replace(rack.specs["mb0"], kind="storage", disk=DISK.disk)
+        domain.write_metadata(domain.owned(rack.conn, rack.name)["mb0"].domain,
+                              {**rack.metadata("mb0"), "spec": spec.to_json()})  # fmt: skip
+        rack.replies["mb0 agent.update"] = control.ControlError("no such target")  # type: ignore[assignment]
+        with pytest.raises(RacklessError, match="no such target"):
+            change("mb0", disk_errors="all")
+        assert (rack.state("mb0"), rack.metadata("mb0")["faults"], rack.ups) == ("running", {}, [])
 
     def test_a_cable(self, rack: BrokenRack, change: Any) -> None:
         change("mb1", down=True)

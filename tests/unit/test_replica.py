@@ -54,6 +54,25 @@ def test_every_byte_survives_many_deaths_and_returns(stage: Stage, seed: int) ->
     assert done.counted["rereplicated_bytes"] > 1 << 20
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize(("mode", "mebibytes", "rounds", "requests"), MODES)
+def test_every_byte_survives_a_drain(
+    stage: Stage, mode: str, mebibytes: int, rounds: int, requests: int, replicas: int
+) -> None:
+    chance = random.Random(f"{mode}{replicas}")
+    events = f"{chance.randrange(3)}d{chance.randrange(1, requests // 3)}"
+    done = stage.run(stage.stress, mode, str(mebibytes), str(rounds), events=events, replicas=replicas)
+    assert (done.code, done.stderr) == (0, ""), f"{events}: {done}"
+    assert done.counted["failovers"] == 1, f"{events}: {done}"
+
+
+def test_a_drain_without_room_elsewhere_changes_nothing(stage: Stage) -> None:
+    done = stage.run(stage.stress, "mixed", "12", "2", events="0d500", replicas=1, blades=2, regions=2)
+    assert (done.code, done.stderr, done.counted["failovers"]) == (0, "", 0), done
+    done = stage.run(stage.stress, "mixed", "12", "8", events="0d500 0k3000 1d3300", replicas=1, blades=2)
+    assert (done.code, done.stderr, done.counted["failovers"]) == (0, "", 2), done
+
+
 def test_two_blades_one_dies_and_comes_back(stage: Stage) -> None:
     done = stage.run(stage.stress, "mixed", "12", "8", events="0x600", blades=2)
     assert (done.code, done.counted["failovers"]) == (0, 1), done

@@ -57,6 +57,15 @@ def test_on_one_line(write: Any) -> None:
     ]  # fmt: skip
 
 
+def test_disks_and_clocks(write: Any) -> None:
+    story = "steps: at 1 s disk mb0 latency 20 ms full; at 2 s disk mb1 errors all; at 3 s clock gm0 -1 h"
+    acts = scenario.load(write(story)).acts(KINDS)
+    assert [act.text for act in acts] == ["disk mb0 latency 20 ms full", "disk mb1 errors all", "clock gm0 -1 h"]
+    for words in ("disk mb0", "disk mb0 errors", "clock mb0", "disk mb0 slow"):
+        with pytest.raises(RacklessError, match="too few or too many words"):
+            scenario.load(write(f"steps: at 1 s {words}")).acts(KINDS)
+
+
 @given(st.integers())
 def test_chance_comes_from_the_seed(seed: int) -> None:
     steps = tuple(scenario._step(f"at 0 s to {n} s kill any memory", "x:1") for n in range(1, 9))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ blades:
   mb0: {{kind: memory,    memory: 256 MiB}}
   mb1: {{kind: memory,    memory: 256 MiB}}
 """
-IDLE = {"bytes_allocated": 0, "bytes_of_others": 0}
+IDLE = {"bytes_allocated": 0, "bytes_of_others": 0, "bytes_total": 4 << 20}
+STAYS = {"moved": 0, "own": 0, "locks": []}
 DEFAULT = {"name": "default", "processors": ["pb0"], "memory": ["mb0", "mb1"], "storage": None}
 
 
@@ -153,8 +155,10 @@ class TestUp:
     @pytest.mark.parametrize(
         ("reply", "blade", "message"),
         [
-            (("mb0 memory.stats", {**IDLE, "bytes_allocated": 5 << 20}), "mb0", r"memory that others use \(5 MiB\)"),
-            (("mb0 memory.stats", {**IDLE, "bytes_of_others": 1}), "mb0", "memory that others use"),
+            (("mb0 memory.stats", {**IDLE, "bytes_allocated": 5 << 20}), "mb0", r"memory of programs \(5 MiB, .* 4 M"),
+            (("gm0 lite.directory.drain", {**STAYS, "own": 2}), "mb0", r"only its own programs use \(2 LMRs\)"),
+            (("gm0 lite.directory.drain", {**STAYS, "locks": ["door"]}), "mb0", r"locks of LITE \(door\)"),
+            (("mb0 hotpot.stat", {"datasets": {"notes": {"owned_chunks": 1}}}), "mb0", r"Hotpot datasets .*notes"),
             (("pb0 process.stats", {"programs": 2}), "pb0", r"programs that run on it \(2\)"),
             (("gm0 vnode.list", {"vnodes": [DEFAULT, {**DEFAULT, "name": "web"}]}), "mb1", "its place in vNode web"),
         ],
@@ -164,12 +168,52 @@ class TestUp:
     ) -> None:
         settings, before = rack.paths.settings, file.read_text()
         rack.replies.update([reply])
-        with pytest.raises(RacklessError, match=f"removing {blade} would lose {message}.*draining"):
+        with pytest.raises(RacklessError, match=f"removing {blade} would lose .*{message}"):
             topology.remove(settings, file, blade)
         assert file.read_text() == before
         assert rack.ups == []
         assert topology.remove(settings, file, blade, force=True).changed
         assert [only for _, only in rack.ups] == [{blade}]
+
+    def test_what_can_move_moves_first(self, rack: BrokenRack, file: Path) -> None:
+        settings = rack.paths.settings
+        held = rack.replies["gm0 lite.directory.drain"] = {**STAYS, "moved": 6 << 20}
+        rack.drained = lambda: held.update(moved=0)
+        told = topology.remove(settings, file, "mb0", dry=True)
+        assert (told.moved, rack.ups) == (6 << 20, [])
+        assert all(asked["dry"] for asked in rack.drains), rack.drains
+        done = topology.remove(settings, file, "mb0")
+        assert {"node": "mb0", "meant_for": [1, 1]} in rack.drains
+        assert rack.drains[-1] != {"memory": "mb0", "cancel": True}
+        assert done.lines() == ["mb0: 6 MiB moved to other blades", "mb0: removed (not in the rack file)"]
+        assert [only for _, only in rack.ups] == [{"mb0"}]
+
+    def test_what_comes_back_while_it_is_drained_keeps_it(self, rack: BrokenRack, file: Path) -> None:
+        told: dict[str, Any] = {}
+        rack.replies["mb0 hotpot.stat"] = told
+        rack.drained = lambda: told.update(datasets={"notes": {"owned_chunks": 1}})
+        with pytest.raises(RacklessError, match=r"mb0 was drained, and is used again: chunks of Hotpot"):
+            topology.remove(rack.paths.settings, file, "mb0")
+        assert [asked["cancel"] for asked in rack.drains if "cancel" in asked] == [True, True]
+        assert "mb0" in file.read_text()
+        assert rack.ups == []
+
+    def test_programs_take_their_memory_elsewhere_first(self, rack: BrokenRack, file: Path) -> None:
+        held = rack.replies["mb0 memory.stats"] = {**IDLE, "bytes_allocated": 3 << 20}
+        rack.drained = lambda: held.update(bytes_allocated=0) if {"memory": "mb0"} in rack.drains else None
+        assert topology.remove(rack.paths.settings, file, "mb0").moved == 3 << 20
+        assert {"memory": "mb0"} in rack.drains
+
+    def test_programs_that_cannot_keep_it(
+        self, rack: BrokenRack, file: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rack.replies["mb0 memory.stats"] = {**IDLE, "bytes_allocated": 1 << 20}
+        monkeypatch.setattr("orchestrator.drain._SLOWEST", 1 << 40)
+        impatient = replace(rack.paths.settings, control_seconds=0.3)
+        with pytest.raises(RacklessError, match=r"would lose memory of programs .* no place"):
+            topology.remove(impatient, file, "mb0")
+        assert {"memory": "mb0", "cancel": True} in rack.drains
+        assert "mb0" in file.read_text()
 
     def test_one_that_cannot_be_asked_is_not_removed(self, rack: BrokenRack, file: Path) -> None:
         rack.replies["mb0 memory.stats"] = control.ControlError("busy")  # type: ignore[assignment]
@@ -180,7 +224,7 @@ class TestUp:
     def test_a_new_size_makes_it_anew_unless_it_is_in_use(self, rack: BrokenRack, file: Path) -> None:
         settings = rack.paths.settings
         rack.replies["mb0 memory.stats"] = {**IDLE, "bytes_allocated": 5 << 20}
-        with pytest.raises(RacklessError, match=r"making anew \(memory 256 MiB -> 300 MiB\) mb0 would lose memory"):
+        with pytest.raises(RacklessError, match=r"making anew \(memory 256 MiB -> 300 MiB\) mb0 would lose memory of"):
             topology.resize(settings, file, "mb0", {"memory": "300 MiB"})
         assert topology.resize(settings, file, "mb1", {"memory": "300 MiB"}).actions[0].kind == "recreate"
         assert topology.resize(settings, file, "mb0", {"cpu_quota": "50 %"}).actions[0].kind == "update"

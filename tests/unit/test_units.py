@@ -69,6 +69,9 @@ def test_refuse(parse: Callable[[object], float], given_value: object, message: 
         (units.format_size(0), "0 MiB"),
         (units.format_duration(0.00125), "1.25 ms"),
         (units.format_duration(90.0), "90 s"),
+        (units.format_offset(90.0), "+90 s"),
+        (units.format_offset(-5400.0), "-90 min"),
+        (units.format_offset(86400.0), "+1 d"),
         (units.format_bandwidth(2_500_000_000), "2.5 Gbit/s"),
         (units.format_percent(0.001), "0.1 %"),
         (units.format_percent(1.0), "100 %"),
@@ -91,6 +94,11 @@ def test_bandwidths_round_trip(rate: int) -> None:
     assert units.parse_bandwidth(units.format_bandwidth(rate)) == rate
 
 
+@given(st.floats(1e-6, 1e8) | st.floats(-1e8, -1e-6))
+def test_offsets_round_trip(number: float) -> None:
+    assert units.parse_offset(units.format_offset(number)) == number
+
+
 @given(st.floats(1e-12, 1e6) | st.just(0.0))
 def test_durations_and_fractions_round_trip(number: float) -> None:
     assert units.parse_duration(units.format_duration(number)) == number
@@ -105,7 +113,8 @@ def test_anything_else_is_a_value_error(value: object) -> None:
 
 
 @given(
-    st.sampled_from([units.SIZE, units.DURATION, units.BANDWIDTH, units.BYTE_RATE, units.PERCENT]), st.data()
+    st.sampled_from([units.SIZE, units.DURATION, units.BANDWIDTH, units.BYTE_RATE, units.PERCENT, units.OFFSET]),
+    st.data(),
 )
 def test_every_suggestion_is_accepted(quantity: units.Quantity, data: st.DataObject) -> None:
     """Following the advice for a wrong unit never leads to the same error again."""

@@ -15,7 +15,8 @@ SOCK_SEQPACKET, one text message each way; replies are "ok ..." or "error ERRNO 
     connect BLADE QPN PSN GIDHEX   -> ok QPN PSN GIDHEX
     region BYTES COPIES [INDEX...] -> ok [INDEX ADDRESS RKEY]...     on as many blades, none with one of these indices
     release BLADE                  -> ok                             what it has there is given up: it is out of reach
-    watch                          -> ok                             "lost BLADE" and "back BLADE" come unasked then
+    watch                          -> ok                             "lost BLADE" and "back BLADE" come unasked then,
+                                                                     and "drain BLADE" (take all elsewhere) and "keep"
     heir NUMBER                    -> (no answer)                    a child was forked; three descriptors: see heirs.py
     forgo NUMBER                   -> (no answer)                    it has called exec or ended
 

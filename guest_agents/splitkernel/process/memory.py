@@ -70,13 +70,24 @@ class Lender:
         self._port = port
         self._clients: dict[str, control.ControlClient] = {}
         self._lives: dict[str, int] = {}
+        self._leaving: set[str] = set()
         self._watchers: list[Callable[[str, str], None]] = []
         self._lock = threading.Lock()
 
     def open(self, pid: int, among: Collection[str] | None, place: Place) -> Loan:
         """A loan for the program `pid`, on the blades there are now, of `among` if that is given."""
         blades = sorted(name for name in self._lives if among is None or name in among)
-        return Loan(self, pid, blades, place)
+        return Loan(self, pid, [name for name in blades if self.stays(name)] or blades, place)
+
+    def drain(self, blade: str, leaving: bool) -> None:
+        """Have programs take all they have on `blade` elsewhere, and ask for nothing there; or no more so."""
+        with self._lock:
+            (self._leaving.add if leaving else self._leaving.discard)(blade)
+        self.announce("drain" if leaving else "keep", blade)
+
+    def stays(self, blade: str) -> bool:
+        """Is it a blade that is not drained?"""
+        return blade not in self._leaving
 
     def call(self, blade: str, op: str, **fields: Any) -> control.Message:
         """A request to a memory blade, over a connection that is made again once if it has broken."""
@@ -112,6 +123,7 @@ class Lender:
         """
         with self._lock:
             before, self._lives = self._lives, dict(lives)
+            self._leaving &= {name for name in lives if before.get(name) == lives[name]}
             lost = [name for name, life in before.items() if lives.get(name) != life]
             silent = [self._clients.pop(name) for name in lost if name in self._clients]
         for name in lost:
@@ -127,7 +139,7 @@ class Lender:
         return self._lives.get(blade)
 
     def watch(self, told: Callable[[str, str], None]) -> None:
-        """Have `told("lost" | "back", blade)` called; it must be quick."""
+        """Have `told("lost" | "back" | "drain" | "keep", blade)` called; it must be quick."""
         with self._lock:
             self._watchers.append(told)
 
@@ -212,6 +224,7 @@ class Loan:
         """The manager's choice, then the others in turn."""
         in_turn = [*range(self._next, len(self.blades)), *range(self._next)]
         usable = [self.blades[n] for n in in_turn if n not in without and self._reached(self.blades[n])]
+        usable = [blade for blade in usable if self._lender.stays(blade)]
         chosen = [blade for blade in self._place(usable, size, copies) if blade in usable]
         return list(dict.fromkeys([*chosen, *usable]))
 

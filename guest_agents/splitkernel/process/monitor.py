@@ -72,7 +72,11 @@ def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control
         belonging.kill(str(request["id"]), str(request["signal"]))
         return {}
 
-    return {"process.stats": stats, "process.kill": kill}
+    def drain(request: control.Message) -> control.Message:
+        lender.drain(str(request["memory"]), not request.get("cancel"))
+        return {}
+
+    return {"process.stats": stats, "process.kill": kill, "process.drain": drain}
 
 
 def _vnode(config: AgentConfig, port: int, client: str, blade: str | None = None) -> Vnode:

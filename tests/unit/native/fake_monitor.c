@@ -5,7 +5,7 @@
  *   FAKE_ASKED     when so many vRegions have been asked for, blade 0 dies in silence
  *   FAKE_EVENTS    what happens after how many requests: "1x500 1+900 0s2000 2l2500": blade 1 dies, is there again
  *                  (empty), blade 0 dies in silence, which membership notices a little later; and blade 2 is
- *                  declared dead while it still answers
+ *                  declared dead while it still answers; "0d500 0k600": it is drained, and is not any more
  *   FAKE_HEIRS     a socket where a test listens to what the process monitor would be told of forked children
  *   FAKE_MEMORY    the blades' memory is in files FAKE_MEMORY.0, ..., which outlive the program; blade 0's is at
  *                  address 1 << 44, and each of the others 1 << 36 higher
@@ -86,7 +86,7 @@ static void happen(uint64_t carried)
         } else {
             if (now.kind == '+')
                 blade->dead = false;
-            announce(now.kind == 'l' ? 'l' : 'b', now.blade);
+            announce(now.kind == '+' ? 'b' : now.kind, now.blade);
         }
     }
 }
@@ -171,6 +171,7 @@ int monitor_release(struct monitor *m, uint32_t number)
 {
     (void)m;
     blades[number].held = 0;
+    memset(blades[number].memory, 0xdb, blades[number].given * REGION_BYTES); /* what was drained is not read again */
     return 0;
 }
 

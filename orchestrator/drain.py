@@ -1,0 +1,121 @@
+"""Empty a blade before it is removed: what can move to other blades, and what would be lost all the same.
+
+Memory moves while programs use it: that of LITE by its own means (guest_agents/lite/drain.py), that of programs of the
+splitkernel by the machinery of copies (native/replica.h): each gets a second place elsewhere, and then does without the
+blade. Files and Hotpot's chunks do not move: a blade that has the last copy of any is not removed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator import agents, holdings, managers
+from orchestrator.errors import RacklessError
+from orchestrator.plan import Observed
+from orchestrator.settings import RackPaths
+from orchestrator.spec import BladeSpec
+
+_SLOWEST = 1 << 20
+"""Bytes per second that programs copy at least, without KVM and while they work."""
+_POLL_SECONDS = 0.2
+
+
+def lost_with(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> list[str]:
+    """In words, what nobody has any more once blade `name` is drained and gone. RacklessError if nobody can tell."""
+    lost = holdings.lost_with(paths, blades, name, drained=True)
+    spec = blades[name].spec
+    if spec is None or blades[name].state != "running":
+        return lost
+    used = _of_programs(paths, spec)
+    room = sum(_room(paths, other) for other in _running(blades, "memory") if other != spec) if used else 0
+    if used > room:
+        lost.append(f"memory of programs ({max(used >> 20, 1)} MiB, and others have room for {room >> 20} MiB)")
+    held = _ask(paths, blades, spec, dry=True)
+    if held["own"]:
+        lost.append(f"memory of LITE that only its own programs use ({held['own']} LMRs)")
+    if held["locks"]:
+        lost.append(f"locks of LITE ({', '.join(held['locks'])})")
+    told = agents.call(paths, name, spec.mgmt_address, "hotpot.stat", paths.settings.control_seconds)
+    owned = [dataset for dataset, has in told.get("datasets", {}).items() if has["owned_chunks"]]
+    if owned:
+        lost.append(f"chunks of Hotpot datasets that it owns ({', '.join(owned)})")
+    return lost
+
+
+def drain(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> int:
+    """Move what can be moved; the bytes that were. Nothing new is put on the blade from now on, until it is gone.
+
+    RacklessError when there is no room on other blades, when programs do not give it up, or when somebody took memory
+    there meanwhile: then blade `name` is used as before, without what has moved.
+    """
+    spec = blades[name].spec
+    if spec is None or blades[name].state != "running":
+        return 0
+    try:
+        moved = int(_ask(paths, blades, spec)["moved"]) + _programs(paths, blades, spec)
+        lost = lost_with(paths, blades, name)
+        if lost or movable(paths, blades, name):
+            raise RacklessError(f"{name} was drained, and is used again: {' and '.join(lost) or 'memory'}",
+                                hint="try again, or --force")  # fmt: skip
+    except BaseException:
+        _tell_programs(paths, blades, name, cancel=True)
+        _ask(paths, blades, spec, cancel=True)
+        raise
+    return moved
+
+
+def movable(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> int:
+    """Bytes that `drain` would move now."""
+    spec = blades[name].spec
+    if spec is None or blades[name].state != "running":
+        return 0
+    return int(_ask(paths, blades, spec, dry=True)["moved"]) + _of_programs(paths, spec)
+
+
+def _programs(paths: RackPaths, blades: Mapping[str, Observed], spec: BladeSpec) -> int:
+    """Have programs take their memory elsewhere; bytes they had. RacklessError when they do not."""
+    used = _of_programs(paths, spec)
+    if spec.kind == "memory":
+        _tell_programs(paths, blades, spec.name)
+    deadline = time.monotonic() + paths.settings.control_seconds + used / _SLOWEST
+    while left := _of_programs(paths, spec):
+        if time.monotonic() > deadline:
+            raise RacklessError(f"removing {spec.name} would lose memory of programs ({max(left >> 20, 1)} MiB): they "
+                                "found no place for it on the blades they know",
+                                hint="wait for them to end, or --force")  # fmt: skip
+        time.sleep(_POLL_SECONDS)
+    return used
+
+
+def _tell_programs(paths: RackPaths, blades: Mapping[str, Observed], name: str, **fields: bool) -> None:
+    for other in _running(blades, "processor"):
+        agents.call(paths, other.name, other.mgmt_address, "process.drain", paths.settings.control_seconds,
+                    memory=name, **fields)  # fmt: skip
+
+
+def _of_programs(paths: RackPaths, spec: BladeSpec) -> int:
+    return int(holdings.memory_stats(paths, spec)["bytes_allocated"]) if spec.kind == "memory" else 0
+
+
+def _room(paths: RackPaths, spec: BladeSpec) -> int:
+    stats = holdings.memory_stats(paths, spec)
+    return int(stats["bytes_total"]) - int(stats["bytes_of_others"]) - int(stats["bytes_allocated"])
+
+
+def _running(blades: Mapping[str, Observed], kind: str) -> list[BladeSpec]:
+    return [seen.spec for seen in blades.values() if seen.state == "running" and seen.spec and seen.spec.kind == kind]
+
+
+def _ask(paths: RackPaths, blades: Mapping[str, Observed], spec: BladeSpec, **fields: bool) -> dict[str, Any]:
+    """One request to LITE's directory, which is on the manager and answers for one life of it."""
+    running = {name: seen.spec for name, seen in blades.items() if seen.state == "running" and seen.spec}
+    members = managers.ask(paths, running, "member.list")["members"]
+    first = min(_running(blades, "manager"), key=lambda other: other.index)
+    life = next(([m["node_id"], m["incarnation"]] for m in members if m["name"] == first.name), None)
+    if life is None:
+        raise RacklessError(f"{first.name} is no member of its own rack", hint=f"see `rackless logs {first.name}`")
+    if not any(m["name"] == spec.name and m["state"] == "alive" for m in members):
+        return {"moved": 0, "own": 0, "locks": []}  # dead to all others: they have done without it for long
+    return managers.ask(paths, running, "lite.directory.drain", node=spec.name, meant_for=life, **fields)
