@@ -67,7 +67,7 @@ const char *swap_open(struct swap *s, uint64_t bytes)
         snprintf(why, sizeof why, "no RDMA device: %s", strerror(-error));
         return why;
     }
-    s->fabric.other = -1;
+    s->fabric.other[0] = s->fabric.other[1] = -1;
     unsigned connected = 0;
     for (uint32_t i = 0; i < s->monitor.blades; i++) {
         if (fabric_link_create(&s->fabric, &s->link[i]))

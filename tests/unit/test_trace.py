@@ -20,7 +20,7 @@ from tests.unit.paging_counters import write_counters, write_trace
 from tests.unit.paging_stage import NATIVE, Stage, missing
 from tests.unit.split_blades import Rack, eventually
 
-SPLIT = [NATIVE / f"{name}.c" for name in ("split", "desk", "results")]
+SPLIT = [NATIVE / f"{name}.c" for name in ("split", "desk", "results", "tier")]
 MS = 10**6
 T0 = 10**12
 """When the process of these tests began, on a clock that began long before."""
