@@ -50,7 +50,7 @@ test-long: setup-tests ## those that need no blade either, but more time: storms
 	@$(PYTEST) tests/unit -m long -n 4 --dist loadfile $(ARGS)
 
 test-rack: setup-tests ## the tests on real blades (minutes; root)
-	@$(PYTEST) tests/rack $(ARGS)
+	@$(PYTEST) tests/rack -n 2 --dist loadfile $(ARGS)
 
 images: setup ## build the blades' images (cached by content)
 	@$(RACKLESS) image build

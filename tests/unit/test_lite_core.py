@@ -558,6 +558,7 @@ def test_nonsense_from_a_peer_is_counted_and_breaks_with_it(pair: Pair, immediat
 
 
 @needs_verbs
+@pytest.mark.long
 def test_programs_that_read_no_answers_hinder_nobody(pair: Pair) -> None:
     pair.lmr(1, (2, 65536))
     busy = Program(pair.nodes[1])

@@ -125,6 +125,7 @@ def rack(monkeypatch: pytest.MonkeyPatch) -> Iterator[BrokenRack]:
 @pytest.mark.netns
 @needs_root
 class TestOnARack:
+    @pytest.mark.long
     def test_it_is_played(self, rack: BrokenRack, write: Any) -> None:
         text = """
             steps:

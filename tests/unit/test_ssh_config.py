@@ -169,6 +169,7 @@ def test_client_accepts_only_the_pinned_host_key(stand_in_rack: StandInRack) -> 
         pass
 
 
+@pytest.mark.long
 def test_a_handshake_that_takes_too_long_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     paths = RackPaths(Settings(tmp_path, tmp_path, tmp_path, handshake_seconds=3), "demo")
     keys.ensure_rack_keys(paths)
