@@ -85,6 +85,14 @@ def unique(prefix: str) -> str:
     return f"{prefix}{secrets.token_hex(3)}"
 
 
+LONGEST = ("test_kill.py", "test_replication.py", "test_lite.py", "test_playbooks.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: `make test-rack` has two workers, and both shall end at the same time."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """Folders for this session's racks; all racks in them are taken down at the end, whatever happened."""
