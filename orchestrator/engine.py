@@ -113,6 +113,7 @@ def up(settings: Settings, rack: Rack, emit: Emit, cold: bool = False, only: Col
                 hosts={spec.name: spec.mgmt_address for spec in specs},
                 emit=emit,
                 recipe=rack.image,
+                flavour=rack.flavour,
                 fabric={spec.name: spec.fabric_address for spec in specs},
                 faults={name: faults_of(found.state, found.metadata) for name, found in domains.items()},
             )
@@ -278,6 +279,7 @@ def as_it_is(domains: dict[str, domain.Owned], name: str) -> Rack:
     return Rack.model_validate({
         "name": name,
         "image": str(domains[first.name].metadata.get("recipe", "debian13")),
+        "flavour": str(domains[first.name].metadata.get("flavour", "blade")),
         "fabric": {"subnet": subnets["fabric"], "mtu": first.fabric_mtu},
         "management": {"subnet": subnets["management"]},
         "membership": said[first.name]["membership"],
