@@ -217,11 +217,11 @@ def _carry_out(
 
 
 def _end(paths: RackPaths, domains: dict[str, domain.Owned]) -> None:
-    """End blades. Those that run end in order: their persistent memory is as they leave it, persisted or not."""
+    """End blades. Those not killed end in order: their persistent memory is as they leave it, persisted or not."""
 
     def end(name: str) -> None:
         domain.destroy(domains[name].domain)
-        if domains[name].state == "running":
+        if domains[name].state in ("running", "paused"):  # a pause is no power failure: stores are all there
             pmem.shut_down(paths.blade(name))
 
     together({name: name for name in domains}, end)
