@@ -215,6 +215,20 @@ class TestUp:
         assert {"memory": "mb0", "cancel": True} in rack.drains
         assert "mb0" in file.read_text()
 
+    @pytest.mark.parametrize("silent", ["pb0 process.drain", "gm0 lite.directory.drain"])
+    def test_a_drain_that_fails_is_cancelled_wherever_it_can_be(
+        self, rack: BrokenRack, file: Path, monkeypatch: pytest.MonkeyPatch, silent: str
+    ) -> None:
+        def fail(*_words: object) -> int:
+            rack.replies[silent] = control.ControlError("gone")  # type: ignore[assignment]
+            raise RacklessError("no room")
+
+        monkeypatch.setattr("orchestrator.drain._programs", fail)
+        with pytest.raises(RacklessError, match="no room"):
+            topology.remove(rack.paths.settings, file, "mb0")
+        (told,) = (asked for asked in rack.drains if asked.get("cancel"))
+        assert ("memory" in told) == silent.startswith("gm0")
+
     def test_one_that_cannot_be_asked_is_not_removed(self, rack: BrokenRack, file: Path) -> None:
         rack.replies["mb0 memory.stats"] = control.ControlError("busy")  # type: ignore[assignment]
         with pytest.raises(RacklessError, match="cannot tell what would be lost with mb0: mb0: busy"):
