@@ -229,6 +229,26 @@ class TestUp:
         (told,) = (asked for asked in rack.drains if asked.get("cancel"))
         assert ("memory" in told) == silent.startswith("gm0")
 
+    @pytest.mark.parametrize("failure", [RacklessError("rack t is being changed by 1"), KeyboardInterrupt()])
+    def test_a_drain_is_cancelled_when_the_blade_is_not_removed_then(
+        self, rack: BrokenRack, file: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+    ) -> None:
+        settings, before, up = rack.paths.settings, file.read_text(), engine.up
+
+        def fail(*_words: object, **_more: object) -> None:
+            raise failure
+
+        monkeypatch.setattr(engine, "up", fail)
+        with pytest.raises(type(failure)):
+            topology.remove(settings, file, "mb0")
+        cancels = [asked for asked in rack.drains if asked.get("cancel")]
+        assert [asked.get("node") or asked["memory"] for asked in cancels] == ["mb0", "mb0"]
+        rack.drains.clear()
+        monkeypatch.setattr(engine, "up", up)
+        topology.undo(settings, topology.Change("mb0", file, before, file.read_text(), rackfile.load(file)))
+        assert file.read_text() == before
+        assert [asked["cancel"] for asked in rack.drains] == [True, True]
+
     def test_one_that_cannot_be_asked_is_not_removed(self, rack: BrokenRack, file: Path) -> None:
         rack.replies["mb0 memory.stats"] = control.ControlError("busy")  # type: ignore[assignment]
         with pytest.raises(RacklessError, match="cannot tell what would be lost with mb0: mb0: busy"):
