@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator import drain, engine, holdings, rackedit, rackfile
+from orchestrator import drain, engine, holdings, journal, rackedit, rackfile
 from orchestrator.engine import UpResult
 from orchestrator.errors import RacklessError
-from orchestrator.events import Emit, ignore
+from orchestrator.events import Emit, ignore, step
 from orchestrator.faults.inject import inject
 from orchestrator.fields import KINDS, did_you_mean
 from orchestrator.hypervisor import balloon
@@ -205,8 +205,12 @@ def _carry_out(settings: Settings, file: Path, name: str, before: str, after: st
             _refuse_losses(settings, change, observed)
             if any(action.kind == "remove" and action.blade in observed for action in change.actions):
                 paths = RackPaths(settings.scaled("tcg"), rack.name)
-                change = replace(change, moved=(drain.movable if dry else drain.drain)(paths, observed, name))
-                drained = not dry
+                if dry:
+                    change = replace(change, moved=drain.movable(paths, observed, name))
+                else:
+                    with step(journal.recording(paths, emit), rack.name, "drain", name):
+                        change = replace(change, moved=drain.drain(paths, observed, name))
+                    drained = True
     if dry or not change.changed:
         return change
     try:

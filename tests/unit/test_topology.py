@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from guest_agents import control
-from orchestrator import engine, rackfile, topology
+from orchestrator import engine, journal, rackfile, topology
 from orchestrator.errors import RacklessError
 from orchestrator.hypervisor import domain
 from orchestrator.image import build as image_build
@@ -187,6 +187,8 @@ class TestUp:
         assert rack.drains[-1] != {"memory": "mb0", "cancel": True}
         assert done.lines() == ["mb0: 6 MiB moved to other blades", "mb0: removed (not in the rack file)"]
         assert [only for _, only in rack.ups] == [{"mb0"}]
+        steps = [(event["phase"], event["blade"], event["state"]) for event in journal.Tail(rack.paths.events).new()]
+        assert steps == [("drain", "mb0", "start"), ("drain", "mb0", "done")], "a dry run is no event"
 
     def test_what_comes_back_while_it_is_drained_keeps_it(self, rack: BrokenRack, file: Path) -> None:
         told: dict[str, Any] = {}
