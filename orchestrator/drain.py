@@ -2,7 +2,8 @@
 
 Memory moves while programs use it: that of LITE by its own means (guest_agents/lite/drain.py), that of programs of the
 splitkernel by the machinery of copies (native/replica.h): each gets a second place elsewhere, and then does without the
-blade. Files and Hotpot's chunks do not move: a blade that has the last copy of any is not removed.
+blade. Memory of static programs does not move. Neither do files and Hotpot's chunks: a blade that owns chunks is not
+removed, even if there are copies; one that only has copies is.
 """
 
 from __future__ import annotations
@@ -38,10 +39,6 @@ def lost_with(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> li
         lost.append(f"memory of LITE that only its own programs use ({held['own']} LMRs)")
     if held["locks"]:
         lost.append(f"locks of LITE ({', '.join(held['locks'])})")
-    told = agents.call(paths, name, spec.mgmt_address, "hotpot.stat", paths.settings.control_seconds)
-    owned = [dataset for dataset, has in told.get("datasets", {}).items() if has["owned_chunks"]]
-    if owned:
-        lost.append(f"chunks of Hotpot datasets that it owns ({', '.join(owned)})")
     return lost
 
 

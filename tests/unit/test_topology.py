@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from guest_agents import control
-from orchestrator import engine, journal, rackfile, topology
+from orchestrator import engine, holdings, journal, rackfile, topology
 from orchestrator.errors import RacklessError
 from orchestrator.hypervisor import domain
 from orchestrator.image import build as image_build
@@ -264,6 +264,16 @@ class TestUp:
             topology.resize(settings, file, "mb0", {"memory": "300 MiB"})
         assert topology.resize(settings, file, "mb1", {"memory": "300 MiB"}).actions[0].kind == "recreate"
         assert topology.resize(settings, file, "mb0", {"cpu_quota": "50 %"}).actions[0].kind == "update"
+
+    def test_chunks_of_hotpot_are_in_use_too_unless_they_are_persistent(self, rack: BrokenRack) -> None:
+        rack.replies["mb0 hotpot.stat"] = {"datasets": {"notes": {"owned_chunks": 2}, "old": {"owned_chunks": 0}}}
+        blades = engine.observe(rack.paths.settings, rack.name)
+        lost = holdings.lost_with(rack.paths, blades, "mb0", keeps_files=True)
+        assert lost == ["chunks of Hotpot datasets that it owns (notes)"]
+        assert blades["mb0"].spec is not None
+        blades["mb0"] = replace(blades["mb0"], spec=replace(blades["mb0"].spec, pmem=16 << 20))
+        assert holdings.lost_with(rack.paths, blades, "mb0", keeps_files=True) == []
+        assert holdings.lost_with(rack.paths, blades, "mb0") == ["its persistent memory"]
 
     def test_one_that_died_is_made_again(self, rack: BrokenRack, file: Path) -> None:
         domain.destroy(domain.owned(rack.conn, rack.name)["mb0"].domain)
