@@ -44,13 +44,15 @@ class Workshop:
     hosts: dict[str, str]  # name -> management address of every blade
     emit: Emit
     recipe: str = "debian13"  # name of the image's recipe
+    flavour: str = "blade"  # of that recipe
     fabric: Mapping[str, str] = field(default_factory=dict)  # name -> fabric address of every blade
     faults: Mapping[str, Faults] = field(default_factory=dict)  # of blades that are there already
 
     def metadata(self, spec: BladeSpec, faults: Faults, ready: bool) -> dict[str, Any]:
         """What a blade's libvirt metadata say."""
         return {"rack": self.paths.name, "blade": spec.name, "ready": ready, "accelerator": self.accelerator,
-                "recipe": self.recipe, "spec": spec.to_json(), "faults": faults.to_json()}  # fmt: skip
+                "recipe": self.recipe, "flavour": self.flavour, "spec": spec.to_json(),
+                "faults": faults.to_json()}  # fmt: skip
 
 
 def ensure_template(shop: Workshop, memory: int, cpus: int) -> Path:

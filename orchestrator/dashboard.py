@@ -174,6 +174,8 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
     server_version = "rackless"
     sys_version = ""
+    timeout = 30
+    """Seconds until one that asks nothing, or does not take its answer, is let go: each has a thread."""
 
     def do_GET(self) -> None:
         where = urlsplit(self.path)

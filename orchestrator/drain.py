@@ -2,13 +2,15 @@
 
 Memory moves while programs use it: that of LITE by its own means (guest_agents/lite/drain.py), that of programs of the
 splitkernel by the machinery of copies (native/replica.h): each gets a second place elsewhere, and then does without the
-blade. Files and Hotpot's chunks do not move: a blade that has the last copy of any is not removed.
+blade. Memory of static programs does not move. Neither do files and Hotpot's chunks: a blade that owns chunks is not
+removed, even if there are copies; one that only has copies is.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from orchestrator import agents, holdings, managers
@@ -37,10 +39,6 @@ def lost_with(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> li
         lost.append(f"memory of LITE that only its own programs use ({held['own']} LMRs)")
     if held["locks"]:
         lost.append(f"locks of LITE ({', '.join(held['locks'])})")
-    told = agents.call(paths, name, spec.mgmt_address, "hotpot.stat", paths.settings.control_seconds)
-    owned = [dataset for dataset, has in told.get("datasets", {}).items() if has["owned_chunks"]]
-    if owned:
-        lost.append(f"chunks of Hotpot datasets that it owns ({', '.join(owned)})")
     return lost
 
 
@@ -60,10 +58,21 @@ def drain(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> int:
             raise RacklessError(f"{name} was drained, and is used again: {' and '.join(lost) or 'memory'}",
                                 hint="try again, or --force")  # fmt: skip
     except BaseException:
-        _tell_programs(paths, blades, name, cancel=True)
-        _ask(paths, blades, spec, cancel=True)
+        cancel(paths, blades, name)
         raise
     return moved
+
+
+def cancel(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> None:
+    """Have blade `name` used again, which was to be drained. Who does not answer is left out, and so is not told."""
+    spec = blades[name].spec if name in blades else None
+    if spec is None or blades[name].state != "running":
+        return
+    with suppress(RacklessError):  # one that cannot be told must not keep the others from it
+        _ask(paths, blades, spec, cancel=True)
+    for other in _running(blades, "processor"):
+        with suppress(RacklessError):
+            _tell(paths, other, name, cancel=True)
 
 
 def movable(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> int:
@@ -78,7 +87,8 @@ def _programs(paths: RackPaths, blades: Mapping[str, Observed], spec: BladeSpec)
     """Have programs take their memory elsewhere; bytes they had. RacklessError when they do not."""
     used = _of_programs(paths, spec)
     if spec.kind == "memory":
-        _tell_programs(paths, blades, spec.name)
+        for other in _running(blades, "processor"):
+            _tell(paths, other, spec.name)
     deadline = time.monotonic() + paths.settings.control_seconds + used / _SLOWEST
     while left := _of_programs(paths, spec):
         if time.monotonic() > deadline:
@@ -89,10 +99,9 @@ def _programs(paths: RackPaths, blades: Mapping[str, Observed], spec: BladeSpec)
     return used
 
 
-def _tell_programs(paths: RackPaths, blades: Mapping[str, Observed], name: str, **fields: bool) -> None:
-    for other in _running(blades, "processor"):
-        agents.call(paths, other.name, other.mgmt_address, "process.drain", paths.settings.control_seconds,
-                    memory=name, **fields)  # fmt: skip
+def _tell(paths: RackPaths, processor: BladeSpec, name: str, **fields: bool) -> None:
+    agents.call(paths, processor.name, processor.mgmt_address, "process.drain", paths.settings.control_seconds,
+                memory=name, **fields)  # fmt: skip
 
 
 def _of_programs(paths: RackPaths, spec: BladeSpec) -> int:

@@ -113,6 +113,7 @@ def up(settings: Settings, rack: Rack, emit: Emit, cold: bool = False, only: Col
                 hosts={spec.name: spec.mgmt_address for spec in specs},
                 emit=emit,
                 recipe=rack.image,
+                flavour=rack.flavour,
                 fabric={spec.name: spec.fabric_address for spec in specs},
                 faults={name: faults_of(found.state, found.metadata) for name, found in domains.items()},
             )
@@ -216,11 +217,11 @@ def _carry_out(
 
 
 def _end(paths: RackPaths, domains: dict[str, domain.Owned]) -> None:
-    """End blades. Those that run end in order: their persistent memory is as they leave it, persisted or not."""
+    """End blades. Those not killed end in order: their persistent memory is as they leave it, persisted or not."""
 
     def end(name: str) -> None:
         domain.destroy(domains[name].domain)
-        if domains[name].state == "running":
+        if domains[name].state in ("running", "paused"):  # a pause is no power failure: stores are all there
             pmem.shut_down(paths.blade(name))
 
     together({name: name for name in domains}, end)
@@ -278,6 +279,7 @@ def as_it_is(domains: dict[str, domain.Owned], name: str) -> Rack:
     return Rack.model_validate({
         "name": name,
         "image": str(domains[first.name].metadata.get("recipe", "debian13")),
+        "flavour": str(domains[first.name].metadata.get("flavour", "blade")),
         "fabric": {"subnet": subnets["fabric"], "mtu": first.fabric_mtu},
         "management": {"subnet": subnets["management"]},
         "membership": said[first.name]["membership"],

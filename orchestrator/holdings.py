@@ -30,6 +30,8 @@ def lost_with(paths: RackPaths, blades: Mapping[str, Observed], name: str, keeps
         lost += _memory(paths, spec)
     elif seen.state == "running":
         lost += _programs(paths, spec)
+    if seen.state == "running" and not spec.pmem:  # in persistent memory they are, and that is kept or named above
+        lost += _chunks(paths, spec)
     if not keeps_files:
         lost += _places(paths, blades, spec)
     return lost
@@ -57,6 +59,12 @@ def _programs(paths: RackPaths, spec: BladeSpec) -> list[str]:
         return []
     stats = agents.call(paths, spec.name, spec.mgmt_address, "process.stats", paths.settings.control_seconds)
     return [f"programs that run on it ({stats['programs']})"] if stats["programs"] else []
+
+
+def _chunks(paths: RackPaths, spec: BladeSpec) -> list[str]:
+    told = agents.call(paths, spec.name, spec.mgmt_address, "hotpot.stat", paths.settings.control_seconds)
+    owned = [dataset for dataset, has in told.get("datasets", {}).items() if has["owned_chunks"]]
+    return [f"chunks of Hotpot datasets that it owns ({', '.join(owned)})"] if owned else []
 
 
 def _files(paths: RackPaths, blades: Mapping[str, Observed], spec: BladeSpec) -> list[str]:

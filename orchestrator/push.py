@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from orchestrator import agents, lock
+from orchestrator import agents, journal, lock
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, step
 from orchestrator.hypervisor import daemon, domain
@@ -31,6 +31,7 @@ def push(paths: RackPaths, blades: Mapping[str, BladeSpec], image: str, emit: Em
     Programs that run on the blades lose the agents they talk to.
     RacklessError when an agent does not come back.
     """
+    emit = journal.recording(paths, emit)
     with lock.hold(paths):
         built = build.build(image, paths.settings.cache_dir / "images", emit)
         archive = built.agents.with_name("agents.tar")

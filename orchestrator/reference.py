@@ -67,6 +67,7 @@ _RULES = f"""\
 | change | effect |
 |---|---|
 | `cpu_quota`, `excache`, `membership`, the blade's link, the disk's `iops` and `bandwidth` | applied while it runs |
+| `memory`, up to what the blade was started with, if it has no `pmem` | applied while it runs |
 | anything else | the blade is made anew |
 | the disk's `size`, the size of `pmem` | made anew, and what was on it is lost |
 | the order of blades | nothing: a blade keeps its addresses while it lives |

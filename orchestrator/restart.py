@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from orchestrator import engine, holdings
+from orchestrator import engine, holdings, journal
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, ignore, step
 from orchestrator.faults import inject
@@ -70,9 +70,9 @@ def rolling(
             raise RacklessError(f"restarting {turn.blade} would lose {' and '.join(lost)}",
                                 hint="wait until it is unused, or force it")  # fmt: skip
     for turn in todo if not dry else ():
-        with step(emit, rack, "restart", turn.blade):
+        with step(journal.recording(paths, emit), rack, "restart", turn.blade):
             if what == "blades":
-                inject.reset(settings, rack, turn.blade, emit)
+                inject.reset(settings, rack, turn.blade, emit)  # which records by itself
             else:
                 with client.connect(paths, turn.blade, turn.address) as connection:
                     client.run(connection, _RESTART)

@@ -59,9 +59,20 @@ def bundle(settings: Settings, rack: str, rack_file: Path | None, target: Path) 
         archive = Path(scratch) / "archive"
         with tarfile.open(archive, "w:gz") as opened:
             opened.add(folder, arcname=name)
-        shutil.copyfile(archive, target.with_name(f".{target.name}.new"))
-        target.with_name(f".{target.name}.new").rename(target)
+        _publish(archive, target)
         return [str(file.relative_to(folder)) for file in files]
+
+
+def _publish(archive: Path, target: Path) -> None:
+    """Copy the archive to where it was asked for: its owner's alone, and through no link that somebody put there."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)  # 0600, O_EXCL, O_NOFOLLOW
+    try:
+        with archive.open("rb") as source, open(descriptor, "wb") as copy:
+            shutil.copyfileobj(source, copy)
+        Path(name).rename(target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def scrubbed(data: bytes, secrets: list[bytes]) -> bytes:

@@ -8,14 +8,15 @@ nothing, and `undo` takes one back.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator import drain, engine, holdings, rackedit, rackfile
+from orchestrator import drain, engine, holdings, journal, rackedit, rackfile
 from orchestrator.engine import UpResult
 from orchestrator.errors import RacklessError
-from orchestrator.events import Emit, ignore
+from orchestrator.events import Emit, ignore, step
 from orchestrator.faults.inject import inject
 from orchestrator.fields import KINDS, did_you_mean
 from orchestrator.hypervisor import balloon
@@ -196,6 +197,7 @@ def _carry_out(settings: Settings, file: Path, name: str, before: str, after: st
     engine.check_room(rack)
     observed = engine.observe(settings, rack.name)
     change = Change(name, file, before, after, rack)
+    drained = False
     if observed:
         change = replace(change, actions=engine.plan(settings, rack).only({name}).of("remove", "recreate", "create",
                                                                                    "update"))  # fmt: skip
@@ -203,12 +205,31 @@ def _carry_out(settings: Settings, file: Path, name: str, before: str, after: st
             _refuse_losses(settings, change, observed)
             if any(action.kind == "remove" and action.blade in observed for action in change.actions):
                 paths = RackPaths(settings.scaled("tcg"), rack.name)
-                change = replace(change, moved=(drain.movable if dry else drain.drain)(paths, observed, name))
+                if dry:
+                    change = replace(change, moved=drain.movable(paths, observed, name))
+                else:
+                    with step(journal.recording(paths, emit), rack.name, "drain", name):
+                        change = replace(change, moved=drain.drain(paths, observed, name))
+                    drained = True
     if dry or not change.changed:
         return change
-    if before != after:
-        rackedit.write(file, after)
-    return replace(change, result=engine.up(settings, rack, emit, only={name})) if change.actions else change
+    try:
+        if before != after:
+            rackedit.write(file, after)
+        result = engine.up(settings, rack, emit, only={name}) if change.actions else None
+    except BaseException:
+        if drained:
+            _use_again(settings, rack.name, name)
+        raise
+    if name in rack.blades and name in observed and name not in rackfile.parse(before, str(file)).blades:
+        _use_again(settings, rack.name, name)  # its removal was begun, and is taken back
+    return replace(change, result=result)
+
+
+def _use_again(settings: Settings, rack: str, name: str) -> None:
+    """Take back a drain of a blade that was not removed then."""
+    with suppress(RacklessError):  # why it was not is what the user has to hear
+        drain.cancel(RackPaths(settings.scaled("tcg"), rack), engine.observe(settings, rack), name)
 
 
 def _refuse_losses(settings: Settings, change: Change, observed: Mapping[str, Observed]) -> None:

@@ -76,6 +76,8 @@ def _token(file: Path | None) -> str:
     if not file.exists():
         file.touch(mode=0o600)
         file.write_text(secrets.token_urlsafe(24) + "\n")
+    if file.stat().st_mode & 0o077:
+        raise RacklessError(f"others than its owner may read or change {file}", hint=f"chmod 600 {file}")
     token = file.read_text().strip()
     if len(token) < _LEAST_TOKEN or not token.isascii() or not token.isprintable():
         raise RacklessError(f"{file} does not have a token of {_LEAST_TOKEN} characters or more",

@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator import yamltext
+from orchestrator import journal, yamltext
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, Note
 from orchestrator.faults import inject
 from orchestrator.faults.inject import Transform
 from orchestrator.faults.model import POWER
 from orchestrator.fields import KINDS, did_you_mean
-from orchestrator.settings import Settings
+from orchestrator.settings import RackPaths, Settings
 from orchestrator.units import parse_duration
 
 _WORD = re.compile(r"[+-]?[0-9.]+ ?(?:%|[A-Za-zµ][A-Za-z/]*)|\S+")
@@ -127,13 +127,14 @@ def rehearse(settings: Settings, rack: str, scenario: Scenario) -> list[Act]:
 def play(settings: Settings, rack: str, acts: list[Act], emit: Emit) -> list[dict[str, Any]]:
     """Do what was rehearsed, each when its time has come or those before it are done; when each began and ended."""
     started = time.monotonic()
+    told = journal.recording(RackPaths(settings, rack), emit)
     done = []
     for act in acts:
         time.sleep(max(0.0, started + act.at - time.monotonic()))
         begun = time.monotonic() - started
-        emit(Note(f"{rack}: {act.text}"))
+        told(Note(f"{rack}: {act.text}"))
         for transform in act.transforms:
-            inject.change(settings, rack, transform, emit=emit)
+            inject.change(settings, rack, transform, emit=emit)  # which records by itself
         done.append({**act.to_json(), "begun": round(begun, 3), "ended": round(time.monotonic() - started, 3)})
     return done
 

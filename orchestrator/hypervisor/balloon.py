@@ -7,6 +7,7 @@ the size is what it should be only when libvirt says so.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from xml.etree import ElementTree
 
 import libvirt
@@ -42,16 +43,20 @@ def check(paths: RackPaths, spec: BladeSpec, before: int, after: int) -> None:
 
 
 def resize(paths: RackPaths, running: libvirt.virDomain, spec: BladeSpec, before: int) -> None:
-    """Give a running blade of `before` bytes the memory of `spec`. RacklessError, and it has what it had, if it
-    cannot."""
+    """Give a running blade of `before` bytes the memory of `spec`.
+
+    RacklessError if it cannot; then it has what it had, as far as its balloon still moves.
+    """
     if spec.memory < before:
         _tell(paths, spec, before, spec.memory)
     try:
         _set(paths, running, spec.name, spec.memory)
     except RacklessError:
-        _set(paths, running, spec.name, before)
+        with suppress(RacklessError):  # the first error is the one to be told, and the agent is told in any case
+            _set(paths, running, spec.name, before)
         if spec.memory < before:
-            _tell(paths, spec, spec.memory, before)
+            with suppress(RacklessError):
+                _tell(paths, spec, spec.memory, before)
         raise
     if spec.memory > before:
         _tell(paths, spec, before, spec.memory)

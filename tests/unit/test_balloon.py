@@ -131,6 +131,19 @@ class TestOnBlades:
         assert running.asked == [200, 256]
         assert running.actual == 256 * MIB
 
+    def test_a_balloon_that_cannot_be_undone_is_told_to_the_agent(
+        self, rack: BrokenRack, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        told: list[tuple[int, int]] = []
+        monkeypatch.setattr(balloon, "_tell", lambda _paths, _spec, before, after: told.append((before, after)))
+        running, spec = Running(least=220 * MIB), replace(rack.specs["mb0"], memory=200 * MIB)
+        monkeypatch.setattr(running, "memoryStats", lambda: {"actual": 220 * 1024})
+        paths = replace(rack.paths, settings=replace(rack.paths.settings, control_seconds=0.2))
+        with pytest.raises(RacklessError, match="mb0 has 220 MiB and not 200 MiB"):
+            balloon.resize(paths, running, spec, 256 * MIB)
+        assert running.asked == [200, 256]
+        assert told == [(256 * MIB, 200 * MIB), (200 * MIB, 256 * MIB)]
+
     def test_below_what_is_in_use_it_is_refused_before_anything_is_touched(
         self, rack: BrokenRack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

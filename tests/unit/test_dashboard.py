@@ -17,7 +17,7 @@ import pytest
 
 from orchestrator import dashboard
 from orchestrator.cli.dashboard import _token
-from orchestrator.dashboard import Feed, Server
+from orchestrator.dashboard import Feed, Handler, Server
 from orchestrator.errors import RacklessError
 from orchestrator.observer import Snapshot
 from tests.unit import browser
@@ -176,12 +176,24 @@ def test_a_port_that_is_taken_is_one_line(served: Served, monkeypatch: pytest.Mo
         dashboard.serve(None, TOKEN, served.port, 1.0, lambda _address: None)  # type: ignore[arg-type]
 
 
+def test_one_that_asks_nothing_is_let_go(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Handler.timeout == 30
+    monkeypatch.setattr(Handler, "timeout", 0.1)
+    with socket.create_connection(("127.0.0.1", served.port), timeout=20) as silent:
+        assert silent.recv(1) == b""
+
+
 def test_the_file_of_a_token_is_its_owners_and_stays(tmp_path: Path) -> None:
     file = tmp_path / "token"
     token = _token(file)
     assert _token(file) == token
     assert file.stat().st_mode & 0o777 == 0o600
     assert _token(None) != _token(None)
+    for mode in (0o640, 0o604, 0o620):
+        file.chmod(mode)
+        with pytest.raises(RacklessError, match="others than its owner"):
+            _token(file)
+    file.chmod(0o600)
     file.write_text("short\n")
     with pytest.raises(RacklessError, match="does not have a token"):
         _token(file)

@@ -146,6 +146,9 @@ def test_an_archive_has_what_is_known_and_no_secret(
     rack_file = tmp_path / "demo.yml"
     rack_file.write_text("name: demo  # a comment\n")
     target = tmp_path / "out.tar.gz"
+    elsewhere = tmp_path / "elsewhere"
+    for planted in (target, target.with_name(".out.tar.gz.new")):
+        planted.symlink_to(elsewhere)
     names = support.bundle(paths.settings, "demo", rack_file, target)
     found = contents(target)
     assert {f"rackless-demo/{name}" for name in names} == set(found)
@@ -161,7 +164,8 @@ def test_an_archive_has_what_is_known_and_no_secret(
         assert private not in everything
     assert not any("ssh" in name or name.endswith(("secret", ".raw")) for name in names)
     assert public  # public keys may be told
-    assert [file.name for file in tmp_path.glob("*.new")] == []
+    assert (target.is_symlink(), target.stat().st_mode & 0o777, elsewhere.exists()) == (False, 0o600, False)
+    assert [file.name for file in tmp_path.glob(".out*")] == [".out.tar.gz.new"]
 
 
 def test_an_archive_of_nothing_is_refused(paths: RackPaths, tmp_path: Path) -> None:

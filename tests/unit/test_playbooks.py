@@ -16,6 +16,7 @@ import pytest
 import yaml
 from ansible.module_utils.testing import patch_module_args
 
+from orchestrator import journal
 from orchestrator.faults import inject
 from orchestrator.image import build as image_build
 from tests.unit.broken_racks import BrokenRack, broken_rack
@@ -187,6 +188,11 @@ class TestModules:
         assert "restarting mb1 would lose memory" in run("rackless_restart")["msg"]
         run("rackless_power", name="mb0", state="paused")
         assert "mb0 is paused: no other blade is restarted" in run("rackless_restart", blades=["gm0"])["msg"]
+
+    def test_a_rolling_restart_is_in_the_journal(self, rack: BrokenRack, run: Callable[..., Any]) -> None:
+        assert run("rackless_restart", blades=["mb0"])["failed"], "there is no SSH server"
+        steps = [(event["phase"], event["blade"], event["state"]) for event in journal.Tail(rack.paths.events).new()]
+        assert steps == [("restart", "mb0", "start"), ("restart", "mb0", "fail")]
 
     def test_a_rack(self, rack: BrokenRack, run: Callable[..., Any]) -> None:
         assert not run("rackless_rack")["changed"]

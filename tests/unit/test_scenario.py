@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator import journal
 from orchestrator.errors import RacklessError
 from orchestrator.events import ignore
 from orchestrator.faults import inject, scenario
@@ -141,6 +142,8 @@ class TestOnARack:
         assert not any(inject.faults(settings, name).values()), "a rehearsal touches nothing"
         done = scenario.play(settings, name, acts, ignore)
         assert [step["step"] for step in done][2:] == ["pause mb0", "partition mb0 mb1", "resume mb0", "slow gm0 50 %"]
+        told = [event["message"] for event in journal.Tail(rack.paths.events).new() if event["event"] == "note"]
+        assert [line for line in told if line.startswith(f"{name}: ")] == [f"{name}: {step['step']}" for step in done]
         assert all(step["begun"] >= step["at"] for step in done)
         shown = {blade: faults.shown() for blade, faults in inject.faults(settings, name).items()}
         assert shown == {"gm0": ["side 0", "cpu 50 %"], "pb0": ["side 0", "deaf to mb0,mb1"],

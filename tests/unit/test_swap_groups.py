@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
@@ -118,3 +119,24 @@ def test_no_device_is_an_error_that_says_why(stage: Stage, script: str, said: st
         stage.swap.enter("/jobs/one", 1)
     assert said in caught.value.error
     assert stage.swap.figures("/jobs/one") == {}
+
+
+def test_a_memory_blade_is_not_drained_while_there_are_groups(stage: Stage) -> None:
+    from guest_agents.splitkernel.process import monitor  # now: split_blades has put something in place of pyverbs
+
+    class Books:
+        told: ClassVar[list[tuple[str, bool]]] = []
+
+        def drain(self, blade: str, leaving: bool) -> None:
+            self.told.append((blade, leaving))
+
+    lender: Any = Books()
+    group = stage.swap.enter("/jobs/one", 1)
+    with pytest.raises(ControlError, match="static programs run on it"):
+        monitor.drain(lender, stage.swap, {"memory": "mb0"})
+    monitor.drain(lender, stage.swap, {"memory": "mb0", "cancel": True})
+    assert lender.told == [("mb0", False)]
+    stage.swap.leave("/jobs/one")
+    eventually(lambda: not group.exists() and not stage.swap.used)
+    monitor.drain(lender, stage.swap, {"memory": "mb0"})
+    assert lender.told[1:] == [("mb0", True)]

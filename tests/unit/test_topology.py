@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from guest_agents import control
-from orchestrator import engine, rackfile, topology
+from orchestrator import engine, holdings, journal, rackfile, topology
 from orchestrator.errors import RacklessError
 from orchestrator.hypervisor import domain
 from orchestrator.image import build as image_build
@@ -187,6 +187,8 @@ class TestUp:
         assert rack.drains[-1] != {"memory": "mb0", "cancel": True}
         assert done.lines() == ["mb0: 6 MiB moved to other blades", "mb0: removed (not in the rack file)"]
         assert [only for _, only in rack.ups] == [{"mb0"}]
+        steps = [(event["phase"], event["blade"], event["state"]) for event in journal.Tail(rack.paths.events).new()]
+        assert steps == [("drain", "mb0", "start"), ("drain", "mb0", "done")], "a dry run is no event"
 
     def test_what_comes_back_while_it_is_drained_keeps_it(self, rack: BrokenRack, file: Path) -> None:
         told: dict[str, Any] = {}
@@ -215,6 +217,40 @@ class TestUp:
         assert {"memory": "mb0", "cancel": True} in rack.drains
         assert "mb0" in file.read_text()
 
+    @pytest.mark.parametrize("silent", ["pb0 process.drain", "gm0 lite.directory.drain"])
+    def test_a_drain_that_fails_is_cancelled_wherever_it_can_be(
+        self, rack: BrokenRack, file: Path, monkeypatch: pytest.MonkeyPatch, silent: str
+    ) -> None:
+        def fail(*_words: object) -> int:
+            rack.replies[silent] = control.ControlError("gone")  # type: ignore[assignment]
+            raise RacklessError("no room")
+
+        monkeypatch.setattr("orchestrator.drain._programs", fail)
+        with pytest.raises(RacklessError, match="no room"):
+            topology.remove(rack.paths.settings, file, "mb0")
+        (told,) = (asked for asked in rack.drains if asked.get("cancel"))
+        assert ("memory" in told) == silent.startswith("gm0")
+
+    @pytest.mark.parametrize("failure", [RacklessError("rack t is being changed by 1"), KeyboardInterrupt()])
+    def test_a_drain_is_cancelled_when_the_blade_is_not_removed_then(
+        self, rack: BrokenRack, file: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+    ) -> None:
+        settings, before, up = rack.paths.settings, file.read_text(), engine.up
+
+        def fail(*_words: object, **_more: object) -> None:
+            raise failure
+
+        monkeypatch.setattr(engine, "up", fail)
+        with pytest.raises(type(failure)):
+            topology.remove(settings, file, "mb0")
+        cancels = [asked for asked in rack.drains if asked.get("cancel")]
+        assert [asked.get("node") or asked["memory"] for asked in cancels] == ["mb0", "mb0"]
+        rack.drains.clear()
+        monkeypatch.setattr(engine, "up", up)
+        topology.undo(settings, topology.Change("mb0", file, before, file.read_text(), rackfile.load(file)))
+        assert file.read_text() == before
+        assert [asked["cancel"] for asked in rack.drains] == [True, True]
+
     def test_one_that_cannot_be_asked_is_not_removed(self, rack: BrokenRack, file: Path) -> None:
         rack.replies["mb0 memory.stats"] = control.ControlError("busy")  # type: ignore[assignment]
         with pytest.raises(RacklessError, match="cannot tell what would be lost with mb0: mb0: busy"):
@@ -228,6 +264,16 @@ class TestUp:
             topology.resize(settings, file, "mb0", {"memory": "300 MiB"})
         assert topology.resize(settings, file, "mb1", {"memory": "300 MiB"}).actions[0].kind == "recreate"
         assert topology.resize(settings, file, "mb0", {"cpu_quota": "50 %"}).actions[0].kind == "update"
+
+    def test_chunks_of_hotpot_are_in_use_too_unless_they_are_persistent(self, rack: BrokenRack) -> None:
+        rack.replies["mb0 hotpot.stat"] = {"datasets": {"notes": {"owned_chunks": 2}, "old": {"owned_chunks": 0}}}
+        blades = engine.observe(rack.paths.settings, rack.name)
+        lost = holdings.lost_with(rack.paths, blades, "mb0", keeps_files=True)
+        assert lost == ["chunks of Hotpot datasets that it owns (notes)"]
+        assert blades["mb0"].spec is not None
+        blades["mb0"] = replace(blades["mb0"], spec=replace(blades["mb0"].spec, pmem=16 << 20))
+        assert holdings.lost_with(rack.paths, blades, "mb0", keeps_files=True) == []
+        assert holdings.lost_with(rack.paths, blades, "mb0") == ["its persistent memory"]
 
     def test_one_that_died_is_made_again(self, rack: BrokenRack, file: Path) -> None:
         domain.destroy(domain.owned(rack.conn, rack.name)["mb0"].domain)

@@ -16,6 +16,7 @@ from guest_agents.splitkernel.process.desk import Desk, Stock
 from guest_agents.splitkernel.process.memory import Lender
 from guest_agents.splitkernel.process.patience import Patient
 from guest_agents.splitkernel.process.roots import Roots
+from guest_agents.splitkernel.process.swap import Swap
 from guest_agents.splitkernel.process.vnode import Vnode
 from guest_agents.verbs.rpc import Client
 
@@ -61,7 +62,8 @@ def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control
     lender = Lender(config.name, config.secret, lambda: config.peers("memory"), port, config.node.introduction,
                     config.node.device)  # fmt: skip
     config.watch("memory", lender.members)
-    desk = Desk(SOCKET, Stock(JOBS, config.excache, lender, belonging, storage))
+    swap = Swap()
+    desk = Desk(SOCKET, Stock(JOBS, config.excache, lender, belonging, storage, swap=swap))
     desk.start()
 
     def stats(request: control.Message) -> control.Message:
@@ -72,11 +74,21 @@ def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control
         belonging.kill(str(request["id"]), str(request["signal"]))
         return {}
 
-    def drain(request: control.Message) -> control.Message:
-        lender.drain(str(request["memory"]), not request.get("cancel"))
-        return {}
+    return {"process.stats": stats, "process.kill": kill,
+            "process.drain": lambda request: drain(lender, swap, request)}  # fmt: skip
 
-    return {"process.stats": stats, "process.kill": kill, "process.drain": drain}
+
+def drain(lender: Lender, swap: Swap, request: control.Message) -> control.Message:
+    """process.drain: have programs take what they have on the blade `memory` elsewhere; no more so with `cancel`.
+
+    ControlError while programs of the second tier run: where their pages are only the kernel knows, and they stay.
+    """
+    leaving = not request.get("cancel")
+    if leaving and swap.used:
+        raise control.ControlError("static programs run on it, and their memory cannot move to other memory blades",
+                                   "wait for them to end, or --force: those with memory there end")  # fmt: skip
+    lender.drain(str(request["memory"]), leaving)
+    return {}
 
 
 def _vnode(config: AgentConfig, port: int, client: str, blade: str | None = None) -> Vnode:

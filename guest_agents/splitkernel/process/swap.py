@@ -75,6 +75,11 @@ class Swap:
         if group is not None:
             threading.Thread(target=self._leave, args=(job, group), name="swap group", daemon=True).start()
 
+    @property
+    def used(self) -> bool:
+        """Are there programs whose memory is in the swap space, and so stays on the memory blades where it is?"""
+        return bool(self._groups)
+
     def figures(self, job: str) -> dict[str, Any]:
         """What a job had and has here and at memory blades; empty without a group.
 
