@@ -14,6 +14,7 @@ from pathlib import Path
 
 from guest_agents import lite
 from guest_agents.control import ControlError, Handler, Message
+from guest_agents.hotpot import media
 from guest_agents.hotpot.errors import HotpotError, NotJoined
 from guest_agents.hotpot.programs import Programs
 from guest_agents.hotpot.service import BOOK, Service
@@ -50,13 +51,13 @@ class Gate:
     def start(self) -> None:
         """Let programs connect; take over what an earlier life has left."""
         self._programs.start()
-        if (self._folder / BOOK).exists():
-            threading.Thread(target=self._come_back, name="hotpot recovery", daemon=True).start()
+        threading.Thread(target=self._come_back, name="hotpot recovery", daemon=True).start()
 
     def _come_back(self) -> None:
         while not self._closed.wait(_AGAIN_SECONDS):
             try:
-                self.service()
+                if media.holds(self._folder, BOOK):
+                    self.service()
             except (HotpotError, lite.LiteError) as failure:
                 log.info("Hotpot does not start yet: %s", failure)
             except Exception:

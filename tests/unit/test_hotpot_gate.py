@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from guest_agents import control
+from guest_agents import control, pmem
+from guest_agents.hotpot import media
 from guest_agents.hotpot.gate import Gate
 from orchestrator import agents
 from orchestrator.cli import hotpot as cli
 from tests.unit import lite_pair
-from tests.unit.hotpot_rack import Place, shells
+from tests.unit.hotpot_rack import Place, plug, shells
 from tests.unit.lite_blades import SECRET, Rack, eventually
 from tests.unit.lite_stack import whole
 
@@ -87,6 +89,38 @@ def test_an_agent_that_restarts_has_its_datasets_again(rack: Rack, gates: Gates,
         shell.do("d.memory[8193] = 8\nd.commit((8193, 1))")
         with shells(Place(tmp_path / "mb1.hotpot")) as [other]:
             assert other.do("bytes(session.open('set').memory[8192:8194])") == b"\7\10"
+        shell.do("d.close()")
+
+
+def power_cycle(rack: Rack, gates: Gates, tmp_path: Path, name: str) -> Gate:
+    """An agent that finds of what Hotpot had on its blade only what is on its device, if it has one."""
+    folder = tmp_path / f"media-{name}"
+    gates[name].close()
+    shutil.rmtree(folder, ignore_errors=True)
+    if (tmp_path / f"device-{name}").exists():
+        plug(tmp_path / f"device-{name}")
+        media.use_pmem(folder)
+    gate = gates[name] = Gate(rack[name].tier, folder, tmp_path / f"{name}.hotpot")
+    rack[name].server._handlers.update(gate.handlers())  # type: ignore[attr-defined]
+    gate.start()
+    return gate
+
+
+def test_after_a_power_failure_a_blade_with_pmem_has_its_datasets_again(
+    rack: Rack, gates: Gates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without anybody on that blade asking, though its folder is empty."""
+    (tmp_path / "device-mb1").mkdir()
+    monkeypatch.setattr(pmem, "FILE", tmp_path / "device-mb1" / media.DEVICE)
+    power_cycle(rack, gates, tmp_path, "mb1")  # this one finds a device that was never used
+    with shells(Place(tmp_path / "mb0.hotpot")) as [shell]:
+        shell.do("d = session.create('set', 3 * 4096, chunk=4096)")
+        shell.do("d.memory[8192] = 7\nd.commit((8192, 1))")  # of the third blade, and nowhere else
+        assert media.backing(tmp_path / "media-mb1") == "pmem"
+        again = power_cycle(rack, gates, tmp_path, "mb1")
+        eventually(lambda: again._service is not None and all(home.ready for home in again._service.owner.homes()))
+        with shells(Place(tmp_path / "mb1.hotpot")) as [other]:
+            assert other.do("session.open('set').memory[8192]") == 7
         shell.do("d.close()")
 
 
