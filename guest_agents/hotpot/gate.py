@@ -24,6 +24,7 @@ from guest_agents.membership import Life
 FOLDER = Path("/var/lib/rackless/hotpot")
 SOCKET = Path("/run/rackless/hotpot.sock")
 _START_SECONDS = 120.0
+_WAKE_SECONDS = 5.0
 _AGAIN_SECONDS = 1.0
 
 log = logging.getLogger("rackless.hotpot")
@@ -90,11 +91,20 @@ class Gate:
             self._tier.links.call(manager, "hotpot.start", _START_SECONDS)
         node = lite.connect(str(self._tier.settings.socket))
         try:
-            service = Service(node, self._folder, manager.node, self._gather)
+            service = Service(node, self._folder, manager.node, self._gather, wake=self._wake)
             return service.start()
         except BaseException:
             node.close()
             raise
+
+    def _wake(self) -> None:
+        """Have Hotpot on the manager, which may have begun a new life, without its media. It need not be ready yet."""
+        try:
+            own, manager = self._tier.life(), self._tier.find_manager()
+            if own != manager:  # whose own service may call this while it starts
+                self._tier.links.call(manager, "hotpot.start", _WAKE_SECONDS)
+        except lite.LiteError as failure:
+            log.info("Hotpot does not start on the manager yet: %s", failure)
 
     def _gather(self, started: set[int]) -> None:
         """On the manager, before a dataset is made: all blades shall be able to own parts of it."""

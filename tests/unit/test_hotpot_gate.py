@@ -124,6 +124,22 @@ def test_after_a_power_failure_a_blade_with_pmem_has_its_datasets_again(
         shell.do("d.close()")
 
 
+def test_after_a_power_failure_of_the_manager_others_wake_hotpot_there(
+    rack: Rack, gates: Gates, tmp_path: Path
+) -> None:
+    """It has no media any more, and no program connects there; the book is on the other blades."""
+    with shells(Place(tmp_path / "mb0.hotpot")) as [shell]:
+        shell.do("d = session.create('set', 4096, owners=[2])")
+        shell.do("d.memory[0] = 7\nd.commit((0, 1))")
+        again = power_cycle(rack, gates, tmp_path, "gm0")
+        for name in ("mb0", "mb1"):
+            gates[name].service().lease._until = 0.0  # so that nobody has to wait until it ends by itself
+        eventually(lambda: again._service is not None and all(gates[name].service().lease.valid for name in gates))
+        shell.do("d.memory[0] = 8\nd.commit((0, 1))")
+        assert shell.do("[one['name'] for one in session.datasets()]") == ["set"]
+        shell.do("d.close()")
+
+
 def command(rack: Rack, monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
     """What `rackless hotpot ...` does."""
     specs = {name: SimpleNamespace(mgmt_address=blade.address) for name, blade in rack.blades.items()}
