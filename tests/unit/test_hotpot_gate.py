@@ -93,13 +93,14 @@ def test_an_agent_that_restarts_has_its_datasets_again(rack: Rack, gates: Gates,
 
 
 def power_cycle(rack: Rack, gates: Gates, tmp_path: Path, name: str) -> Gate:
-    """An agent that finds of what Hotpot had on its blade only what is on its device, if it has one."""
+    """A new agent, which finds of what Hotpot had on its blade only what is on its device, if there is one."""
     folder = tmp_path / f"media-{name}"
     gates[name].close()
     shutil.rmtree(folder, ignore_errors=True)
     if (tmp_path / f"device-{name}").exists():
         plug(tmp_path / f"device-{name}")
         media.use_pmem(folder)
+    rack.restart(name, list(gates).index(name))
     gate = gates[name] = Gate(rack[name].tier, folder, tmp_path / f"{name}.hotpot")
     rack[name].server._handlers.update(gate.handlers())  # type: ignore[attr-defined]
     gate.start()
@@ -138,6 +139,34 @@ def test_after_a_power_failure_of_the_manager_others_wake_hotpot_there(
         shell.do("d.memory[0] = 8\nd.commit((0, 1))")
         assert shell.do("[one['name'] for one in session.datasets()]") == ["set"]
         shell.do("d.close()")
+
+
+def test_a_dataset_can_be_made_after_a_power_failure_of_a_blade_that_had_hotpot(
+    rack: Rack, gates: Gates, tmp_path: Path
+) -> None:
+    """It has nothing that it could come back for, but it can own chunks again."""
+    with shells(Place(tmp_path / "mb0.hotpot")) as [shell]:
+        shell.do("session.create('first', 3 * 4096, chunk=4096).close()")
+        power_cycle(rack, gates, tmp_path, "mb1")
+        dispatcher = gates["gm0"].service()._dispatcher
+        assert dispatcher is not None
+        dispatcher.heard[3] = float("-inf")  # as if it had been off for long
+        shell.do("session.create('second', 3 * 4096, chunk=4096).close()")
+        owners = shell.do("{one['name']: one['owners'] for one in session.datasets()}")
+        assert owners["second"] == [1, 2, 3]
+
+
+def test_a_blade_that_is_away_gets_no_chunks(rack: Rack, gates: Gates, tmp_path: Path) -> None:
+    with shells(Place(tmp_path / "mb0.hotpot")) as [shell]:
+        shell.do("session.create('first', 3 * 4096, chunk=4096).close()")
+        gates["mb1"].close()
+        rack["mb1"].server._handlers["hotpot.start"] = lambda _request: {}  # type: ignore[attr-defined]
+        dispatcher = gates["gm0"].service()._dispatcher
+        assert dispatcher is not None
+        dispatcher.heard[3] = float("-inf")
+        shell.do("session.create('second', 3 * 4096, chunk=4096).close()")
+        owners = shell.do("{one['name']: one['owners'] for one in session.datasets()}")
+        assert owners["second"] == [1, 2]
 
 
 def command(rack: Rack, monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
