@@ -15,7 +15,7 @@ from pathlib import Path
 from guest_agents import lite
 from guest_agents.control import ControlError, Handler, Message
 from guest_agents.hotpot import media
-from guest_agents.hotpot.errors import HotpotError, NotJoined
+from guest_agents.hotpot.errors import Corrupt, HotpotError, NotJoined, OldMedia
 from guest_agents.hotpot.programs import Programs
 from guest_agents.hotpot.service import BOOK, Service
 from guest_agents.lite.tier import Tier
@@ -59,6 +59,9 @@ class Gate:
             try:
                 if media.holds(self._folder, BOOK):
                     self.service()
+            except (OldMedia, Corrupt) as failure:  # as it will be next time
+                log.error("Hotpot does not start, and what it had here is not in reach: %s", failure)
+                return
             except (HotpotError, lite.LiteError) as failure:
                 log.info("Hotpot does not start yet: %s", failure)
             except Exception:

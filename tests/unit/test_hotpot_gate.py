@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 from guest_agents import control, pmem
 from guest_agents.hotpot import media
 from guest_agents.hotpot.gate import Gate
+from guest_agents.hotpot.service import BOOK, BOOK_BYTES
 from orchestrator import agents
 from orchestrator.cli import hotpot as cli
 from tests.unit import lite_pair
@@ -90,6 +93,28 @@ def test_an_agent_that_restarts_has_its_datasets_again(rack: Rack, gates: Gates,
         with shells(Place(tmp_path / "mb1.hotpot")) as [other]:
             assert other.do("bytes(session.open('set').memory[8192:8194])") == b"\7\10"
         shell.do("d.close()")
+
+
+@pytest.mark.parametrize("damage", ["Corrupt", "OldMedia"])
+def test_what_cannot_be_taken_over_is_tried_once(
+    rack: Rack, gates: Gates, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    """It would be the same each time. Nothing of it is touched."""
+    folder = tmp_path / "media-mb1"
+    gates["mb1"].close()
+    folder.mkdir()
+    (folder / BOOK).write_bytes((b"x" if damage == "Corrupt" else b"\0") * BOOK_BYTES)
+    (folder / "home-1").write_bytes(b"precious")
+    again = gates["mb1"] = Gate(rack["mb1"].tier, folder, tmp_path / "mb1.hotpot")
+    recovery = threading.Thread(target=again._come_back, daemon=True)
+    recovery.start()
+    recovery.join(30)
+    assert not recovery.is_alive()
+    [said] = [record for record in caplog.records if "not in reach" in record.message]
+    assert said.levelno == logging.ERROR
+    assert ("corrupt" if damage == "Corrupt" else "no book of them") in said.message
+    assert again._service is None
+    assert (folder / "home-1").read_bytes() == b"precious"
 
 
 def power_cycle(rack: Rack, gates: Gates, tmp_path: Path, name: str) -> Gate:

@@ -44,9 +44,7 @@ def survivors(blade: Blade, folder: Path, prefix: str) -> list[bytes]:
 
 
 @pytest.mark.parametrize("mode", ["mrmw", "mrsw"])
-def test_what_is_acknowledged_is_on_media_and_nothing_else(
-    blades: dict[str, Blade], tmp_path: Path, mode: str
-) -> None:
+def test_what_is_acknowledged_is_on_media_and_nothing_else(blades: dict[str, Blade], tmp_path: Path, mode: str) -> None:
     with shells(blades["mb0"]) as (program,):
         program.do(f"d = session.create({mode!r}, {PAGES * PAGE}, chunk={PAGE}, mode={mode!r})")
         for turn in range(1, 4):
