@@ -185,7 +185,7 @@ def test_a_blade_that_is_away_gets_no_chunks(rack: Rack, gates: Gates, tmp_path:
     with shells(Place(tmp_path / "mb0.hotpot")) as [shell]:
         shell.do("session.create('first', 3 * 4096, chunk=4096).close()")
         gates["mb1"].close()
-        rack["mb1"].server._handlers["hotpot.start"] = lambda _request: {}  # type: ignore[attr-defined]
+        rack["mb1"].server._handlers["hotpot.start"] = lambda _request: {}  # type: ignore[index]
         dispatcher = gates["gm0"].service()._dispatcher
         assert dispatcher is not None
         dispatcher.heard[3] = float("-inf")
