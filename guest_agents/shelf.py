@@ -43,6 +43,11 @@ class Different(PmemError):
     """A piece has another size."""
 
 
+def begun(device: Device) -> bool:
+    """Whether a device is a shelf. One that is not stays as it is, while `Shelf` makes an empty one of a new device."""
+    return bytes(device.memory[: len(_MAGIC)]) == _MAGIC
+
+
 class Shelf:
     """The pieces of a device. A device that is all zero at its beginning becomes an empty shelf. Thread-safe."""
 

@@ -66,7 +66,7 @@ class Listed:
 class Dispatcher:
     """All datasets of the rack. Thread-safe.
 
-    gather -- called before a dataset is made, with the nodes that have registered: let the others do it too
+    gather -- called before a dataset is made, with the nodes that are there: let the others register, too
     """
 
     def __init__(self, links: Links, book: Book, gather: Callable[[set[int]], None], timing: Timing) -> None:
@@ -178,6 +178,10 @@ class Dispatcher:
         with self.lock:
             return set(self._registered)
 
+    def able(self) -> set[int]:
+        """Those of them that are there: they have called lately."""
+        return {node for node in self.nodes() if not self.silent(node, self.timing.lease)}
+
     def silent(self, node: int, seconds: float) -> bool:
         """Whether a node has not called for so long."""
         return time.monotonic() - self.heard.get(node, 0.0) > seconds
@@ -227,7 +231,7 @@ class Dispatcher:
 
     def _create(self, _source: int, header: Message, _payload: memoryview) -> Message:
         """Make a dataset and its homes. DatasetExists, NoSpace, BadArgument, NodeLost."""
-        self._gather(self.nodes())
+        self._gather(self.able())
         with self.lock:
             record = self._plan(header)
             made: list[int] = []
@@ -263,7 +267,7 @@ class Dispatcher:
         if chunks * 24 > MAX_REPLY:
             raise BadArgument(f"{chunks} chunks of {chunk} bytes", hint="make the chunks larger")
         living = self.links.living()
-        able = self.nodes()
+        able = self.able()
         nodes = [node for node in header.get("owners") or sorted(able) if node in living]
         if unknown := set(nodes) - able:
             raise BadArgument(f"no Hotpot on nodes {sorted(unknown)}")

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from guest_agents import lite
 from guest_agents.control import ControlError, Handler, Message
-from guest_agents.hotpot.errors import HotpotError, NotJoined
+from guest_agents.hotpot import media
+from guest_agents.hotpot.errors import Corrupt, HotpotError, NotJoined, OldMedia
 from guest_agents.hotpot.programs import Programs
 from guest_agents.hotpot.service import BOOK, Service
 from guest_agents.lite.tier import Tier
@@ -23,6 +24,7 @@ from guest_agents.membership import Life
 FOLDER = Path("/var/lib/rackless/hotpot")
 SOCKET = Path("/run/rackless/hotpot.sock")
 _START_SECONDS = 120.0
+_WAKE_SECONDS = 5.0
 _AGAIN_SECONDS = 1.0
 
 log = logging.getLogger("rackless.hotpot")
@@ -50,13 +52,16 @@ class Gate:
     def start(self) -> None:
         """Let programs connect; take over what an earlier life has left."""
         self._programs.start()
-        if (self._folder / BOOK).exists():
-            threading.Thread(target=self._come_back, name="hotpot recovery", daemon=True).start()
+        threading.Thread(target=self._come_back, name="hotpot recovery", daemon=True).start()
 
     def _come_back(self) -> None:
         while not self._closed.wait(_AGAIN_SECONDS):
             try:
-                self.service()
+                if media.holds(self._folder, BOOK):
+                    self.service()
+            except (OldMedia, Corrupt) as failure:  # as it will be next time
+                log.error("Hotpot does not start, and what it had here is not in reach: %s", failure)
+                return
             except (HotpotError, lite.LiteError) as failure:
                 log.info("Hotpot does not start yet: %s", failure)
             except Exception:
@@ -89,11 +94,20 @@ class Gate:
             self._tier.links.call(manager, "hotpot.start", _START_SECONDS)
         node = lite.connect(str(self._tier.settings.socket))
         try:
-            service = Service(node, self._folder, manager.node, self._gather)
+            service = Service(node, self._folder, manager.node, self._gather, wake=self._wake)
             return service.start()
         except BaseException:
             node.close()
             raise
+
+    def _wake(self) -> None:
+        """Have Hotpot on the manager, which may have begun a new life, without its media. It need not be ready yet."""
+        try:
+            own, manager = self._tier.life(), self._tier.find_manager()
+            if own != manager:  # whose own service may call this while it starts
+                self._tier.links.call(manager, "hotpot.start", _WAKE_SECONDS)
+        except lite.LiteError as failure:
+            log.info("Hotpot does not start on the manager yet: %s", failure)
 
     def _gather(self, started: set[int]) -> None:
         """On the manager, before a dataset is made: all blades shall be able to own parts of it."""

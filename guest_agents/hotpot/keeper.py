@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -24,6 +25,8 @@ _REPAIRED = 64
 _LOOKED = 512
 _REPAIR = (1 << 63) + 1
 """Whose the pages are meanwhile; no transaction has this number."""
+_WAKE_SECONDS = 3.0
+"""From one try to wake the dispatcher to the next."""
 _LISTED = 40_000
 """Copies of one part that are looked at after a crash: what goes in a message. Others are made again."""
 
@@ -34,12 +37,14 @@ class Keeper:
     revalidate -- gets again what is cached and may be old; whether the node was cut off
     suspect -- told of a dataset and a part of which what is cached may be old, as copies here were
     about -- what the dispatcher is told when this node registers
+    wake -- called now and then while the dispatcher is silent: its blade may have begun a new life that has no Hotpot
     """
 
     def __init__(
         self, lease: Lease, owner: Owner, copies: DataNode, coordinator: Coordinator, resolver: Resolver,
         dispatcher: Dispatcher | None, media: str, revalidate: Callable[..., None],
         suspect: Callable[[int, int], None], about: Callable[[], Message],
+        wake: Callable[[], None],
     ) -> None:  # fmt: skip
         self._lease = lease
         self._links = lease.links
@@ -52,6 +57,8 @@ class Keeper:
         self._revalidate = revalidate
         self._suspect = suspect
         self._about = about
+        self._wake = wake
+        self._woken = float("-inf")
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._cut_off = False
@@ -100,6 +107,9 @@ class Keeper:
                 log.warning("the dispatcher: %s", failure)
                 return
             answer = self._lease.renew({"media": self._media})
+        if answer is None and not self._lease.valid and time.monotonic() - self._woken > _WAKE_SECONDS:
+            self._wake()
+            self._woken = time.monotonic()
         if answer is None or "unknown" in answer:
             return
         self.reunite()

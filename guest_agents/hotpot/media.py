@@ -22,7 +22,7 @@ from pathlib import Path
 
 from guest_agents import pmem
 from guest_agents.hotpot.errors import Corrupt, NoSpace, VersionMismatch
-from guest_agents.shelf import Damaged, Different, Foreign, Full, Piece, Shelf
+from guest_agents.shelf import Damaged, Different, Foreign, Full, Piece, Shelf, begun
 
 DEVICE = "pmem.json"
 """In a folder of media: on which device they are (pmem.Places). Without it, they are files."""
@@ -129,6 +129,22 @@ def use_pmem(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DEVICE).unlink(missing_ok=True)
     (folder / DEVICE).symlink_to(pmem.FILE)
+
+
+def holds(folder: Path, name: str) -> bool:
+    """Whether an earlier life has left media of this name. What it looks at stays as it is, also a new device.
+
+    After a power failure only the device can tell: the files that stand for its pieces are gone. Corrupt, NoSpace: as
+    Media.
+    """
+    if (folder / name).exists():
+        return True
+    if _unfit(folder) is not None:
+        return False
+    with _explained(folder), pmem.Device((folder / DEVICE).resolve(), exclusive=False) as device:
+        if not begun(device):
+            return False
+    return name in Folder(folder).names()
 
 
 def backing(folder: Path) -> str:

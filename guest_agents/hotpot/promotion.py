@@ -46,7 +46,7 @@ def _is_gone(dispatcher: Dispatcher, listed: Listed, part: int) -> bool:
 def _candidates(dispatcher: Dispatcher, listed: Listed, part: int) -> list[int]:
     """Nodes that can be the home of a part, the best first; none if it is better to wait for nodes to come back."""
     record, synced = listed.record, listed.synced[part]
-    able = {node for node in dispatcher.nodes() if not dispatcher.silent(node, dispatcher.timing.lease)}
+    able = dispatcher.able()
     if not synced <= able:
         return []  # what those have that are away may be all there is of some pages
     if (record.id, part) not in dispatcher.lost:
@@ -85,9 +85,8 @@ def _move(dispatcher: Dispatcher, listed: Listed, part: int, candidates: list[in
 
 def _claims(dispatcher: Dispatcher, number: int, part: int) -> list[Message]:
     """Commits that may still change pages of a part, as those who commit and their other owners say. NodeLost."""
-    able = [node for node in dispatcher.nodes() if not dispatcher.silent(node, dispatcher.timing.lease)]
     about = {"dataset": number, "part": part}
-    calls = [(node, op, about, b"") for node in able for op in ("claims", "owner_claims")]
+    calls = [(node, op, about, b"") for node in dispatcher.able() for op in ("claims", "owner_claims")]
     claims: dict[int, Message] = {}
     for reply in dispatcher.links.call_all(calls, LEAF):
         if isinstance(reply, HotpotError):

@@ -63,13 +63,14 @@ class Service:
     folder -- where its media are; what an earlier life has left there is taken over. OldMedia, Corrupt: it cannot be
     manager -- node id of the blade that has the dispatcher
     gather -- on the manager: lets nodes that have not registered do so (dispatcher.py)
+    wake -- lets the manager's service start, if it has not (keeper.py)
     log_bytes -- size of each of its logs
     """
 
     def __init__(
         self, node: lite.Node, folder: Path | Folder, manager: int,
         gather: Callable[[set[int]], None] = lambda _known: None,
-        timing: Timing = USUAL, log_bytes: int = LOG_BYTES,
+        timing: Timing = USUAL, log_bytes: int = LOG_BYTES, wake: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self.node = node
         self.manager = manager
@@ -109,7 +110,7 @@ class Service:
         ours["stat"] = lambda _source, _header, _payload: self.stat()
         self.links.handlers = {PORT: ours, LEAF: leaf}
         self.keeper = Keeper(self.lease, self.owner, self.copies, self.coordinator, resolver, self._dispatcher,
-                             self._media, self._revalidate, self._suspect, self._about)  # fmt: skip
+                             self._media, self._revalidate, self._suspect, self._about, wake)  # fmt: skip
         self._recover(media)
 
     def _recover(self, media: Folder) -> None:

@@ -15,12 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from guest_agents import lite
+from guest_agents.hotpot import media
 from guest_agents.hotpot.programs import Programs
 from guest_agents.hotpot.service import Service
+from guest_agents.pmem import Places
+from orchestrator import pmem
+from orchestrator.settings import BladePaths
 from tests.unit.lite_stack import stack
 
 PROJECT = Path(__file__).parents[2]
 SECONDS = 120
+_PMEM = 32 << 20
 _PREAMBLE = """
 import sys
 from guest_agents import hotpot
@@ -78,17 +83,24 @@ def rack(
         for name, lite_socket in sockets.items():
             node = exits.enter_context(lite.connect(lite_socket))
             manager = manager or node.node_id
-            media = folder / f"media-{name}"
-            media.mkdir()
-            prepare(media)
-            service = Service(node, media, manager)
+            own = folder / f"media-{name}"
+            own.mkdir()
+            prepare(own)
+            service = Service(node, own, manager)
             exits.callback(service.close)
             service.start()
             path = folder / f"{name}.hotpot"
             programs = Programs(partial(_given, service), path).start()
             exits.callback(programs.close)
-            blades[name] = Blade(path, service, media)
+            blades[name] = Blade(path, service, own)
         yield blades
+
+
+def plug(folder: Path) -> None:
+    """Give a blade a device whose files are in a folder; with the power back on, it has there what was persisted."""
+    files = BladePaths(folder)
+    pmem.prepare(files, _PMEM)
+    Places("devdax", _PMEM, str(files.pmem_vol), 0, str(files.pmem), 0).save(folder / media.DEVICE)
 
 
 def _given(service: Service) -> Service:

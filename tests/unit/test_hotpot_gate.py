@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +15,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from guest_agents import control
+from guest_agents import control, pmem
+from guest_agents.hotpot import media
 from guest_agents.hotpot.gate import Gate
+from guest_agents.hotpot.service import BOOK, BOOK_BYTES
 from orchestrator import agents
 from orchestrator.cli import hotpot as cli
 from tests.unit import lite_pair
-from tests.unit.hotpot_rack import Place, shells
+from tests.unit.hotpot_rack import Place, plug, shells
 from tests.unit.lite_blades import SECRET, Rack, eventually
 from tests.unit.lite_stack import whole
 
@@ -88,6 +93,105 @@ def test_an_agent_that_restarts_has_its_datasets_again(rack: Rack, gates: Gates,
         with shells(Place(tmp_path / "mb1.hotpot")) as [other]:
             assert other.do("bytes(session.open('set').memory[8192:8194])") == b"\7\10"
         shell.do("d.close()")
+
+
+@pytest.mark.parametrize("damage", ["Corrupt", "OldMedia"])
+def test_what_cannot_be_taken_over_is_tried_once(
+    rack: Rack, gates: Gates, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    """It would be the same each time. Nothing of it is touched."""
+    folder = tmp_path / "media-mb1"
+    gates["mb1"].close()
+    folder.mkdir()
+    (folder / BOOK).write_bytes((b"x" if damage == "Corrupt" else b"\0") * BOOK_BYTES)
+    (folder / "home-1").write_bytes(b"precious")
+    again = gates["mb1"] = Gate(rack["mb1"].tier, folder, tmp_path / "mb1.hotpot")
+    recovery = threading.Thread(target=again._come_back, daemon=True)
+    recovery.start()
+    recovery.join(30)
+    assert not recovery.is_alive()
+    [said] = [record for record in caplog.records if "not in reach" in record.message]
+    assert said.levelno == logging.ERROR
+    assert ("corrupt" if damage == "Corrupt" else "no book of them") in said.message
+    assert again._service is None
+    assert (folder / "home-1").read_bytes() == b"precious"
+
+
+def power_cycle(rack: Rack, gates: Gates, tmp_path: Path, name: str) -> Gate:
+    """A new agent, which finds of what Hotpot had on its blade only what is on its device, if there is one."""
+    folder = tmp_path / f"media-{name}"
+    gates[name].close()
+    shutil.rmtree(folder, ignore_errors=True)
+    if (tmp_path / f"device-{name}").exists():
+        plug(tmp_path / f"device-{name}")
+        media.use_pmem(folder)
+    rack.restart(name, list(gates).index(name))
+    gate = gates[name] = Gate(rack[name].tier, folder, tmp_path / f"{name}.hotpot")
+    rack[name].server._handlers.update(gate.handlers())  # type: ignore[attr-defined]
+    gate.start()
+    return gate
+
+
+def test_after_a_power_failure_a_blade_with_pmem_has_its_datasets_again(
+    rack: Rack, gates: Gates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without anybody on that blade asking, though its folder is empty."""
+    (tmp_path / "device-mb1").mkdir()
+    monkeypatch.setattr(pmem, "FILE", tmp_path / "device-mb1" / media.DEVICE)
+    power_cycle(rack, gates, tmp_path, "mb1")  # this one finds a device that was never used
+    with shells(Place(tmp_path / "mb0.hotpot")) as [shell]:
+        shell.do("d = session.create('set', 3 * 4096, chunk=4096)")
+        shell.do("d.memory[8192] = 7\nd.commit((8192, 1))")  # of the third blade, and nowhere else
+        assert media.backing(tmp_path / "media-mb1") == "pmem"
+        again = power_cycle(rack, gates, tmp_path, "mb1")
+        eventually(lambda: again._service is not None and all(home.ready for home in again._service.owner.homes()))
+        with shells(Place(tmp_path / "mb1.hotpot")) as [other]:
+            assert other.do("session.open('set').memory[8192]") == 7
+        shell.do("d.close()")
+
+
+def test_after_a_power_failure_of_the_manager_others_wake_hotpot_there(
+    rack: Rack, gates: Gates, tmp_path: Path
+) -> None:
+    """It has no media any more, and no program connects there; the book is on the other blades."""
+    with shells(Place(tmp_path / "mb0.hotpot")) as [shell]:
+        shell.do("d = session.create('set', 4096, owners=[2])")
+        shell.do("d.memory[0] = 7\nd.commit((0, 1))")
+        again = power_cycle(rack, gates, tmp_path, "gm0")
+        for name in ("mb0", "mb1"):
+            gates[name].service().lease._until = 0.0  # so that nobody has to wait until it ends by itself
+        eventually(lambda: again._service is not None and all(gates[name].service().lease.valid for name in gates))
+        shell.do("d.memory[0] = 8\nd.commit((0, 1))")
+        assert shell.do("[one['name'] for one in session.datasets()]") == ["set"]
+        shell.do("d.close()")
+
+
+def test_a_dataset_can_be_made_after_a_power_failure_of_a_blade_that_had_hotpot(
+    rack: Rack, gates: Gates, tmp_path: Path
+) -> None:
+    """It has nothing that it could come back for, but it can own chunks again."""
+    with shells(Place(tmp_path / "mb0.hotpot")) as [shell]:
+        shell.do("session.create('first', 3 * 4096, chunk=4096).close()")
+        power_cycle(rack, gates, tmp_path, "mb1")
+        dispatcher = gates["gm0"].service()._dispatcher
+        assert dispatcher is not None
+        dispatcher.heard[3] = float("-inf")  # as if it had been off for long
+        shell.do("session.create('second', 3 * 4096, chunk=4096).close()")
+        owners = shell.do("{one['name']: one['owners'] for one in session.datasets()}")
+        assert owners["second"] == [1, 2, 3]
+
+
+def test_a_blade_that_is_away_gets_no_chunks(rack: Rack, gates: Gates, tmp_path: Path) -> None:
+    with shells(Place(tmp_path / "mb0.hotpot")) as [shell]:
+        shell.do("session.create('first', 3 * 4096, chunk=4096).close()")
+        gates["mb1"].close()
+        rack["mb1"].server._handlers["hotpot.start"] = lambda _request: {}  # type: ignore[index]
+        dispatcher = gates["gm0"].service()._dispatcher
+        assert dispatcher is not None
+        dispatcher.heard[3] = float("-inf")
+        shell.do("session.create('second', 3 * 4096, chunk=4096).close()")
+        owners = shell.do("{one['name']: one['owners'] for one in session.datasets()}")
+        assert owners["second"] == [1, 2]
 
 
 def command(rack: Rack, monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:

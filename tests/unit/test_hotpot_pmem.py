@@ -11,30 +11,20 @@ import pytest
 from guest_agents.hotpot import media
 from guest_agents.hotpot.blocks import PAGE, STRIDE, unseal
 from guest_agents.hotpot.media import Folder
-from guest_agents.pmem import Places
-from orchestrator import pmem
 from orchestrator.settings import BladePaths
 from tests.unit import lite_pair
-from tests.unit.hotpot_rack import Blade, rack, shells
+from tests.unit.hotpot_rack import Blade, plug, rack, shells
 
 pytestmark = [
     pytest.mark.skipif(lite_pair.missing() is not None, reason=str(lite_pair.missing())),
     pytest.mark.long,
 ]
-SIZE = 32 << 20
 PAGES = 6
-
-
-def _plug(folder: Path) -> None:
-    """Give the blade of a folder a device."""
-    files = BladePaths(folder)
-    pmem.prepare(files, SIZE)
-    Places("devdax", SIZE, str(files.pmem_vol), 0, str(files.pmem), 0).save(folder / media.DEVICE)
 
 
 @pytest.fixture(scope="module")
 def blades(tmp_path_factory: pytest.TempPathFactory, lite_core: Path) -> Iterator[dict[str, Blade]]:
-    with rack(tmp_path_factory.mktemp("hotpot"), lite_core, "gm0", "mb0", "mb1", prepare=_plug) as made:
+    with rack(tmp_path_factory.mktemp("hotpot"), lite_core, "gm0", "mb0", "mb1", prepare=plug) as made:
         yield made
 
 
@@ -42,7 +32,7 @@ def survivors(blade: Blade, folder: Path, prefix: str) -> list[bytes]:
     """The pages that a power failure at this moment would leave in a blade's media of these names."""
     folder.mkdir()
     shutil.copy(BladePaths(blade.folder).pmem, folder / "pmem.raw")
-    _plug(folder)
+    plug(folder)
     found = []
     there = Folder(folder)
     for name in there.names():
@@ -54,9 +44,7 @@ def survivors(blade: Blade, folder: Path, prefix: str) -> list[bytes]:
 
 
 @pytest.mark.parametrize("mode", ["mrmw", "mrsw"])
-def test_what_is_acknowledged_is_on_media_and_nothing_else(
-    blades: dict[str, Blade], tmp_path: Path, mode: str
-) -> None:
+def test_what_is_acknowledged_is_on_media_and_nothing_else(blades: dict[str, Blade], tmp_path: Path, mode: str) -> None:
     with shells(blades["mb0"]) as (program,):
         program.do(f"d = session.create({mode!r}, {PAGES * PAGE}, chunk={PAGE}, mode={mode!r})")
         for turn in range(1, 4):

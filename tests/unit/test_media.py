@@ -134,6 +134,25 @@ def test_a_device_that_others_were_given_is_left_alone(node: Node) -> None:
     one.close()
 
 
+def test_looking_for_what_is_there_changes_nothing(node: Node) -> None:
+    """A device is given to Hotpot by its first media, not by a look; after a power failure it alone can tell."""
+    new = node.files.pmem.read_bytes()
+    assert not media.holds(node.folder, "node")
+    assert node.files.pmem.read_bytes() == node.files.pmem_vol.read_bytes() == new == bytes(len(new))
+    Media(node.folder / "node", 4096).close()
+    (node.folder / "node").unlink()
+    assert media.holds(node.folder, "node")
+    assert not media.holds(node.folder, "other")
+    with open_device(node.folder / media.DEVICE) as device:
+        device.memory[4100] ^= 1
+    (node.folder / "node").unlink(missing_ok=True)
+    with pytest.raises(Corrupt):
+        media.holds(node.folder, "node")
+    with open_device(node.folder / media.DEVICE) as device:
+        device.memory[:4] = b"else"
+    assert not media.holds(node.folder, "node")
+
+
 def test_damage_is_reported_and_nothing_is_used(node: Node) -> None:
     Media(node.folder / "home-1", 4096).close()
     with open_device(node.folder / media.DEVICE) as device:
