@@ -30,7 +30,7 @@
 #include <unistd.h>
 
 enum {
-    MESSAGES = 16,
+    MESSAGES = 1024,            /* threads that may wait while one forks: the kernel tells of their faults first */
     DRAIN_MOST = 16,            /* faults answered before the pager looks at what else there is to do */
     IDLE_MS = 1,                /* without faults, until pages are evicted ahead of need */
 };

@@ -385,11 +385,40 @@ static void children(void)
     munmap(at, N * PAGE);
 }
 
+static volatile bool enough;
+
+static void *wander(void *argument)
+{
+    for (unsigned at = (unsigned)(uintptr_t)argument; !enough; at = at * 1103515245u + 12345)
+        (void)((volatile char *)ballast)[(at >> 8) % ballast_pages * PAGE];
+    return NULL;
+}
+
+/* A fork while many threads wait for memory: its event comes behind their faults. */
+static void crowd(void)
+{
+    pthread_t thread[64];
+    for (size_t i = 0; i < sizeof thread / sizeof *thread; i++)
+        EXPECT(!pthread_create(&thread[i], NULL, wander, (void *)(i + 1)));
+    for (int round = 0; round < 10; round++) {
+        pid_t child = fork();
+        if (!child)
+            _exit(7);
+        int status;
+        waitpid(child, &status, 0);
+        EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 7);
+    }
+    enough = true;
+    for (size_t i = 0; i < sizeof thread / sizeof *thread; i++)
+        pthread_join(thread[i], NULL);
+}
+
 int main(int argc, char **argv)
 {
     static const struct { const char *name; void (*run)(void); } cases[] = {
         {"protection", protection}, {"unmapping", unmapping}, {"remapping", remapping}, {"advice", advice},
-        {"signals", signals}, {"threads", threads}, {"calls", calls}, {"children", children}};
+        {"signals", signals}, {"threads", threads}, {"calls", calls}, {"children", children},
+        {"crowd", crowd}};
     ballast_pages = argc > 1 ? strtoul(argv[1], NULL, 10) * 256 : 0;
     ballast = map(ballast_pages);
     uint64_t random = 88172645463325252ull; /* so that it does not pack */
