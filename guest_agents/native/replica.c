@@ -231,13 +231,16 @@ static size_t next_degraded(struct lines *l)
     return l->regions;
 }
 
-/* Nothing has its only place on a blade that is drained: do without it. Is there more to do then? */
+/* Nothing has its only place on a blade that is drained: do without one of these. There may be regions whose places are
+ * on two of them: they need another place before the second goes. Is there more to do then? */
 static bool give_up_drained(struct lines *l)
 {
     for (uint32_t link = 0; link < l->monitor.blades; link++)
-        if (leaves(l, link) && l->link[link].qp)
+        if (leaves(l, link) && l->link[link].qp) {
             replica_lost(l, link, "it was drained");
-    return l->replica.release;
+            return true;
+        }
+    return false;
 }
 
 /* Do with `work` what needs the process monitor, unless a thread of the program is asking it. */

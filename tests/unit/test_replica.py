@@ -73,6 +73,12 @@ def test_a_drain_without_room_elsewhere_changes_nothing(stage: Stage) -> None:
     assert (done.code, done.stderr, done.counted["failovers"]) == (0, "", 2), done
 
 
+def test_two_blades_are_drained_at_once(stage: Stage) -> None:
+    """Some regions have both their places on these."""
+    done = stage.run(stage.stress, "mixed", "12", "8", events="0d500 1d500", blades=4)
+    assert (done.code, done.stderr, done.counted["failovers"]) == (0, "", 2), done
+
+
 def test_two_blades_one_dies_and_comes_back(stage: Stage) -> None:
     done = stage.run(stage.stress, "mixed", "12", "8", events="0x600", blades=2)
     assert (done.code, done.counted["failovers"]) == (0, 1), done
