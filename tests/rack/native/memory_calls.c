@@ -413,12 +413,46 @@ static void crowd(void)
         pthread_join(thread[i], NULL);
 }
 
+static void *sweep_on(void *unused)
+{
+    while (!enough)
+        sweep();
+    return unused;
+}
+
+/* Permissions that change while pages leave. */
+static void toggling(void)
+{
+    pthread_t thread;
+    enough = false;
+    EXPECT(!pthread_create(&thread, NULL, sweep_on, NULL));
+    char *at = map(N);
+    fill(at, N, 10);
+    for (int round = 0; round < 400; round++) {
+        EXPECT(!mprotect(at, N * PAGE, PROT_NONE) && !mprotect(at, N * PAGE, PROT_READ));
+        EXPECT(holds(at, N, 0, 10));
+        char *other = map(N);
+        fill(other, N, round);
+        EXPECT(!mprotect(other, N * PAGE, PROT_NONE));
+        if (round % 2) {
+            char *over = mmap(other, N / 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+            EXPECT(over == other && zero(over, N / 2 * PAGE));
+            over = mmap(other, N / 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+            EXPECT(over == other);
+        }
+        munmap(other, N * PAGE);
+    }
+    enough = true;
+    pthread_join(thread, NULL);
+    munmap(at, N * PAGE);
+}
+
 int main(int argc, char **argv)
 {
     static const struct { const char *name; void (*run)(void); } cases[] = {
         {"protection", protection}, {"unmapping", unmapping}, {"remapping", remapping}, {"advice", advice},
         {"signals", signals}, {"threads", threads}, {"calls", calls}, {"children", children},
-        {"crowd", crowd}};
+        {"crowd", crowd}, {"toggling", toggling}};
     ballast_pages = argc > 1 ? strtoul(argv[1], NULL, 10) * 256 : 0;
     ballast = map(ballast_pages);
     uint64_t random = 88172645463325252ull; /* so that it does not pack */
