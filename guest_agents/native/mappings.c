@@ -103,15 +103,18 @@ static void *map_over(struct heap *heap, void *address, size_t bytes, int prot, 
         pthread_mutex_unlock(&heap->lock);
         return MAP_FAILED;
     }
-    arena->drop(arena, page, count);
     for (size_t i = page; i < page + count; i++) {
-        (same && prot & PROT_READ ? bit_clear : bit_set)(arena->unreadable, i);
+        bit_set(arena->unreadable, i); /* before they are dropped, or neighbours might bring them back at once */
         if (!same)
             arena->use[i] = PAGE_FOREIGN;
     }
+    arena->drop(arena, page, count);
+    bool failed = same && syscall(SYS_mprotect, address, count << PAGE_SHIFT, prot);
+    for (size_t i = page; same && !failed && prot & PROT_READ && i < page + count; i++)
+        bit_clear(arena->unreadable, i);
     pthread_mutex_unlock(&heap->lock);
     if (same)
-        return syscall(SYS_mprotect, address, count << PAGE_SHIFT, prot) ? MAP_FAILED : address;
+        return failed ? MAP_FAILED : address;
     return kernel_mmap(address, bytes, prot, flags, file, offset);
 }
 
