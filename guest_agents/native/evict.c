@@ -347,15 +347,18 @@ bool evict_ahead(struct lines *l)
 {
     wire_reap(l, false);
     size_t taken = l->lined + pool_pages(&l->pool), slots = l->nslots - l->dirty_slots - l->flushing_slots;
-    if (l->sets.count > 1 || !l->lined || taken + l->run_most <= l->budget)
+    size_t needed = l->nslots / 4 < AHEAD_SLOTS ? l->nslots / 4 : AHEAD_SLOTS;
+    size_t pages = needed * AHEAD_PAGES / AHEAD_SLOTS;
+    if (l->sets.count > 1 || !l->lined || !pages || taken + l->run_most <= l->budget)
         return false;
-    if (slots < AHEAD_SLOTS) {
-        wire_flush(l, wire_fair_share(l, 1));
+    if (slots < needed) {
+        if (!l->flushing_slots)
+            wire_flush(l, 1); /* no blade may have its fair share waiting */
         return false; /* evicting might have to wait for them */
     }
     uint64_t begin = trace_begin(), before = l->count->evictions;
     struct victims victims = {.n = 0};
-    evict(l, 0, AHEAD_PAGES, &victims);
+    evict(l, 0, pages, &victims);
     send_away(l, &victims);
     sample(l, 0);
     l->count->evicted_ahead += l->count->evictions - before;

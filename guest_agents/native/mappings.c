@@ -63,11 +63,13 @@ static void release(struct heap *heap, size_t page, size_t count)
         if (n) {
             for (size_t i = page; i < page + n; i++) {
                 bit_set(arena->sealed, i);
-                bit_clear(arena->unreadable, i);
+                bit_set(arena->unreadable, i); /* until they are gone: nor may neighbours bring them back */
             }
             arena_give(arena, page, n, true);
             /* A later touch is the program's bug and must end in SIGSEGV, not in a fresh page. */
             syscall(SYS_mprotect, arena_address(arena, page), n << PAGE_SHIFT, PROT_NONE);
+            for (size_t i = page; i < page + n; i++)
+                bit_clear(arena->unreadable, i);
         }
         page += n ? n : 1;
     }
@@ -101,15 +103,18 @@ static void *map_over(struct heap *heap, void *address, size_t bytes, int prot, 
         pthread_mutex_unlock(&heap->lock);
         return MAP_FAILED;
     }
-    arena->drop(arena, page, count);
     for (size_t i = page; i < page + count; i++) {
-        (same && prot & PROT_READ ? bit_clear : bit_set)(arena->unreadable, i);
+        bit_set(arena->unreadable, i); /* before they are dropped, or neighbours might bring them back at once */
         if (!same)
             arena->use[i] = PAGE_FOREIGN;
     }
+    arena->drop(arena, page, count);
+    bool failed = same && syscall(SYS_mprotect, address, count << PAGE_SHIFT, prot);
+    for (size_t i = page; same && !failed && prot & PROT_READ && i < page + count; i++)
+        bit_clear(arena->unreadable, i);
     pthread_mutex_unlock(&heap->lock);
     if (same)
-        return syscall(SYS_mprotect, address, count << PAGE_SHIFT, prot) ? MAP_FAILED : address;
+        return failed ? MAP_FAILED : address;
     return kernel_mmap(address, bytes, prot, flags, file, offset);
 }
 
@@ -172,19 +177,24 @@ void *mremap(void *address, size_t old, size_t new, int flags, ...)
     return moved;
 }
 
+/* The pager reads pages at any time: those that lose permission are marked before, others when they have it again. */
 int mprotect(void *address, size_t bytes, int prot)
 {
     struct heap *heap = shim_managed(address);
-    if (heap && (uintptr_t)address % PAGE_SIZE == 0) {
-        size_t page = arena_page(&heap->arena, address), end = page + pages_of(bytes);
-        pthread_mutex_lock(&heap->lock);
-        for (; page < end && page < heap->arena.pages; page++)
-            if (heap->arena.use[page] != PAGE_FOREIGN)
-                (prot & PROT_READ ? bit_clear : bit_set)(heap->arena.unreadable, page);
-        heap->arena.settle(&heap->arena);
-        pthread_mutex_unlock(&heap->lock);
-    }
-    return (int)syscall(SYS_mprotect, address, bytes, prot);
+    if (!heap || (uintptr_t)address % PAGE_SIZE)
+        return (int)syscall(SYS_mprotect, address, bytes, prot);
+    struct arena *arena = &heap->arena;
+    size_t first = arena_page(arena, address), end = first + pages_of(bytes);
+    pthread_mutex_lock(&heap->lock);
+    for (size_t page = first; !(prot & PROT_READ) && page < end && page < arena->pages; page++)
+        bit_set(arena->unreadable, page);
+    arena->settle(arena);
+    int failed = (int)syscall(SYS_mprotect, address, bytes, prot);
+    for (size_t page = first; !failed && prot & PROT_READ && page < end && page < arena->pages; page++)
+        if (arena->use[page] != PAGE_FOREIGN)
+            bit_clear(arena->unreadable, page);
+    pthread_mutex_unlock(&heap->lock);
+    return failed;
 }
 
 /* Advice that changes nothing of what a program sees. */

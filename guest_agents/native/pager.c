@@ -30,7 +30,7 @@
 #include <unistd.h>
 
 enum {
-    MESSAGES = 16,
+    MESSAGES = 1024,            /* threads that may wait while one forks: the kernel tells of their faults first */
     DRAIN_MOST = 16,            /* faults answered before the pager looks at what else there is to do */
     IDLE_MS = 1,                /* without faults, until pages are evicted ahead of need */
 };
@@ -127,9 +127,9 @@ static void on_arrival(struct lines *l, size_t page, const char *data)
 static void drain(int uffd)
 {
     struct uffd_msg message;
-    for (int most = DRAIN_MOST;; most--) {
-        overlapping = most > 0; /* what has been started must be answered before the lock is given up */
-        while (n_waiting) {
+    for (int most = DRAIN_MOST;;) {
+        while (n_waiting) { /* what has been started must be answered before the lock is given up, */
+            overlapping = most-- > 0; /* but threads that take turns to miss would start something for ever */
             struct waiting next = waiting[0];
             memmove(waiting, waiting + 1, --n_waiting * sizeof *waiting);
             answer(next.uffd, &next.message);
@@ -139,6 +139,7 @@ static void drain(int uffd)
         /* One at a time: answering may need to read a fork's event, and must find it in its order. */
         if (read(uffd, &message, sizeof message) != sizeof message)
             return;
+        overlapping = most-- > 0;
         answer(uffd, &message);
     }
 }

@@ -148,6 +148,7 @@ void replica_news(struct lines *l)
                              kind == 'k' || kind == 'l' ? l->replica.leaving & ~bit(link) : l->replica.leaving;
         if ((kind == 'b' || kind == 'k') && !l->link[link].qp && !leaves(l, link) && l->replica.losses[link] < LOSSES_MOST)
             l->replica.back |= bit(link);
+        l->replica.stuck = 0;
         count_degraded(l);
     }
     l->fabric.other[0] = l->monitor.news;
@@ -192,7 +193,8 @@ static int find_place(struct lines *l)
     uint32_t without = closed(l) | bit(region->at[0].link);
     if (monitor_region(&l->monitor, (uint64_t)REGION_PAGES << PAGE_SHIFT, 1, without, place)) {
         tell(l, l->monitor.error);
-        return FULL_MS;
+        l->replica.stuck |= bit(region->at[0].link);
+        return 0;
     }
     region->at[1] = place[0];
     region->copied = 0;
@@ -220,24 +222,42 @@ static void copy_some(struct lines *l, size_t r)
         count_degraded(l);
 }
 
-/* A region that should have another copy, or l->regions. */
+/* Is no place to be had for it, because none was for another on the same blade? */
+static bool stuck(const struct lines *l, const struct region *region)
+{
+    return region->at[1].link == NO_LINK && l->replica.stuck & bit(region->at[0].link);
+}
+
+/* A region that should, and perhaps can, have another copy, or l->regions. */
 static size_t next_degraded(struct lines *l)
 {
     for (size_t i = 0; l->count->degraded_regions && i < l->regions; i++) {
         size_t r = (l->replica.cursor + i) % l->regions;
-        if (degraded(l, &l->region[r]))
+        if (degraded(l, &l->region[r]) && !stuck(l, &l->region[r]))
             return l->replica.cursor = r;
     }
     return l->regions;
 }
 
-/* Nothing has its only place on a blade that is drained: do without it. Is there more to do then? */
+/* Has nothing its only place with everything on this blade? */
+static bool dispensable(const struct lines *l, uint32_t link)
+{
+    for (size_t r = 0; r < l->regions; r++)
+        if (l->region[r].at[0].link == link && !whole(&l->region[r]))
+            return false;
+    return true;
+}
+
+/* Do without one blade that is drained and no longer needed. There may be regions whose places are on two such blades:
+ * they need another place before the second goes. Was there one? */
 static bool give_up_drained(struct lines *l)
 {
     for (uint32_t link = 0; link < l->monitor.blades; link++)
-        if (leaves(l, link) && l->link[link].qp)
+        if (leaves(l, link) && l->link[link].qp && dispensable(l, link)) {
             replica_lost(l, link, "it was drained");
-    return l->replica.release;
+            return true;
+        }
+    return false;
 }
 
 /* Do with `work` what needs the process monitor, unless a thread of the program is asking it. */
@@ -254,9 +274,14 @@ int replica_step(struct lines *l)
 {
     if (l->replica.release || l->replica.back)
         return with_monitor(l, tidy);
+    if (give_up_drained(l))
+        return 0;
     size_t r = next_degraded(l);
-    if (r == l->regions)
-        return give_up_drained(l) ? 0 : -1;
+    if (r == l->regions) {
+        int pause = l->replica.stuck ? FULL_MS : -1;
+        l->replica.stuck = 0;
+        return pause;
+    }
     if (present(l) < 2) {
         tell(l, "no second memory blade is left");
         return -1;

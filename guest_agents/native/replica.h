@@ -26,6 +26,7 @@ struct replica {
     uint32_t release;           /* bit set: a lost blade that the process monitor has yet to be told of */
     uint32_t back;              /* bit set: a lost blade that can be used again */
     uint32_t leaving;           /* bit set: a blade that is drained */
+    uint32_t stuck;             /* bit set: what is on this blade found no second place, this time round */
     uint8_t losses[16];         /* how often a blade was lost */
     size_t cursor;              /* region where the search for work goes on */
     pthread_mutex_t quiet;      /* held while a thread forks: the pager must not allocate or free memory then */

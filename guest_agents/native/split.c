@@ -171,6 +171,7 @@ static _Noreturn void become(char **argv, const struct options *o, const char *j
             die(USAGE, "%s: --replicas 2 is not to be had in the second tier: swap space has one copy%s", argv[0], "");
         if (o->tier && !strcmp(o->tier, "excache"))
             die(CANNOT_RUN, "%s: is linked statically and cannot have an ExCache (leave --tier out)%s", argv[0], "");
+        unsetenv("RACKLESS_EXCACHE"); /* or a shim that is inherited would page, too */
         tier_enter(job);
     } else {
         preload("/proc/self/exe");

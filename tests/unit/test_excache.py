@@ -66,7 +66,8 @@ def test_every_byte_is_right(stage: Stage, organisation: dict[str, str | int], m
 
 @pytest.mark.parametrize("organisation", [{}, {"pool": "off"}, {"ways": 4, "policy": "lru"}], ids=str)
 @pytest.mark.parametrize(
-    "case", ["protection", "unmapping", "remapping", "advice", "signals", "threads", "calls", "children"]
+    "case",
+    ["protection", "unmapping", "remapping", "advice", "signals", "threads", "calls", "children", "crowd", "toggling"],
 )
 def test_calls_about_memory_do_what_the_kernel_does(
     stage: Stage, organisation: dict[str, str | int], case: str

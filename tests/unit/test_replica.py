@@ -73,6 +73,19 @@ def test_a_drain_without_room_elsewhere_changes_nothing(stage: Stage) -> None:
     assert (done.code, done.stderr, done.counted["failovers"]) == (0, "", 2), done
 
 
+def test_two_blades_are_drained_at_once(stage: Stage) -> None:
+    """Some regions have both their places on these."""
+    done = stage.run(stage.stress, "mixed", "12", "8", events="0d500 1d500", blades=4)
+    assert (done.code, done.stderr, done.counted["failovers"]) == (0, "", 2), done
+
+
+def test_what_finds_no_second_place_does_not_keep_a_drained_blade(stage: Stage) -> None:
+    """What is on the third blade has no place for another copy while the others leave."""
+    done = stage.run(stage.stress, "mixed", "12", "4", events="0d500 1d500", blades=3)
+    assert (done.code, done.counted["failovers"]) == (0, 2), done
+    assert done.stderr.count("\n") == done.stderr.count("goes on with one copy of some of its memory\n") == 1
+
+
 def test_two_blades_one_dies_and_comes_back(stage: Stage) -> None:
     done = stage.run(stage.stress, "mixed", "12", "8", events="0x600", blades=2)
     assert (done.code, done.counted["failovers"]) == (0, 1), done

@@ -385,11 +385,74 @@ static void children(void)
     munmap(at, N * PAGE);
 }
 
+static volatile bool enough;
+
+static void *wander(void *argument)
+{
+    for (unsigned at = (unsigned)(uintptr_t)argument; !enough; at = at * 1103515245u + 12345)
+        (void)((volatile char *)ballast)[(at >> 8) % ballast_pages * PAGE];
+    return NULL;
+}
+
+/* A fork while many threads wait for memory: its event comes behind their faults. */
+static void crowd(void)
+{
+    pthread_t thread[64];
+    for (size_t i = 0; i < sizeof thread / sizeof *thread; i++)
+        EXPECT(!pthread_create(&thread[i], NULL, wander, (void *)(i + 1)));
+    for (int round = 0; round < 10; round++) {
+        pid_t child = fork();
+        if (!child)
+            _exit(7);
+        int status;
+        waitpid(child, &status, 0);
+        EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 7);
+    }
+    enough = true;
+    for (size_t i = 0; i < sizeof thread / sizeof *thread; i++)
+        pthread_join(thread[i], NULL);
+}
+
+static void *sweep_on(void *unused)
+{
+    while (!enough)
+        sweep();
+    return unused;
+}
+
+/* Permissions that change while pages leave. */
+static void toggling(void)
+{
+    pthread_t thread;
+    enough = false;
+    EXPECT(!pthread_create(&thread, NULL, sweep_on, NULL));
+    char *at = map(N);
+    fill(at, N, 10);
+    for (int round = 0; round < 400; round++) {
+        EXPECT(!mprotect(at, N * PAGE, PROT_NONE) && !mprotect(at, N * PAGE, PROT_READ));
+        EXPECT(holds(at, N, 0, 10));
+        char *other = map(N);
+        fill(other, N, round);
+        EXPECT(!mprotect(other, N * PAGE, PROT_NONE));
+        if (round % 2) {
+            char *over = mmap(other, N / 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+            EXPECT(over == other && zero(over, N / 2 * PAGE));
+            over = mmap(other, N / 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+            EXPECT(over == other);
+        }
+        munmap(other, N * PAGE);
+    }
+    enough = true;
+    pthread_join(thread, NULL);
+    munmap(at, N * PAGE);
+}
+
 int main(int argc, char **argv)
 {
     static const struct { const char *name; void (*run)(void); } cases[] = {
         {"protection", protection}, {"unmapping", unmapping}, {"remapping", remapping}, {"advice", advice},
-        {"signals", signals}, {"threads", threads}, {"calls", calls}, {"children", children}};
+        {"signals", signals}, {"threads", threads}, {"calls", calls}, {"children", children},
+        {"crowd", crowd}, {"toggling", toggling}};
     ballast_pages = argc > 1 ? strtoul(argv[1], NULL, 10) * 256 : 0;
     ballast = map(ballast_pages);
     uint64_t random = 88172645463325252ull; /* so that it does not pack */
