@@ -143,7 +143,7 @@ def test_memory_of_a_program_moves_before_its_blade_goes(rack: Rack, play: Play)
 def test_a_blade_is_drained_of_lmrs_that_are_used(rack: Rack, play: Play) -> None:
     assert play("add_blade", kind="memory", name="mb2")
     user = Program(rack, "pb0", """
-        box = node.malloc(8 << 20, "box", nodes=["mb2"])
+        box = node.malloc(8 << 20, "mb2", name="box")
         box.write(b"first", 4 << 20)
         say("ready")
         input()

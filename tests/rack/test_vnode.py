@@ -186,6 +186,7 @@ def test_a_restarted_manager_disturbs_nobody(rack: Rack) -> None:
         rack.kill_agent("gm0")
         busy.tell("go on")
         busy.hear("turn")
+        eventually(lambda: rack.bench.status(rack.name)["gm0"]["state"] == "ready")
         assert programs(rack) == before
         assert [v["name"] for v in json.loads(vnode(rack, "list", "--json").stdout)] == ["default", "web"]
         assert busy.end() == digest()
