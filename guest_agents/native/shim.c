@@ -129,14 +129,26 @@ static void note_touched(void)
         most_touched = now;
 }
 
+/* In a child the parent still holds the old bytes for us: give us memory that it does not know. */
+static void replace(char *address, size_t bytes)
+{
+    static const char text[] = "rackless: a forked child has too many mappings (vm.max_map_count): it ends here\n";
+    if (syscall(SYS_mmap, address, bytes, PROT_READ | PROT_WRITE,
+                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0L) != -1)
+        return;
+    if (write(STDERR_FILENO, text, sizeof text - 1) < 0) {
+        /* nobody to tell */
+    }
+    syscall(SYS_exit_group, 70); /* it would find old bytes where it expects zeros */
+}
+
 static void drop(struct arena *arena, size_t page, size_t count)
 {
     if (arena == &managed.arena && excache_pages && !pager)
         note_touched();
     char *address = arena_address(arena, page);
-    if (is_child) /* the parent still holds the old bytes for us: memory that it does not know */
-        syscall(SYS_mmap, address, count << PAGE_SHIFT, PROT_READ | PROT_WRITE,
-                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0L);
+    if (is_child)
+        replace(address, count << PAGE_SHIFT);
     else if (pager && arena == &managed.arena)
         pager->drop(arena, page, count);
     else
