@@ -304,7 +304,7 @@ def as_seen(domains: dict[str, domain.Owned]) -> dict[str, Observed]:
         if found.metadata.get("ready"):  # a blade killed in the middle of its restore is paused, and half made
             states: dict[str, State] = {"paused": "paused", "running": "running", "off": "stopped"}
             state = states.get(found.state, "broken")
-        most = balloon.most(found.domain) if state in ("running", "paused") else None
+        most = balloon.most(found.domain) if spec and state in ("running", "paused") else None
         seen[name] = Observed(name, state, spec, most)
     return seen
 

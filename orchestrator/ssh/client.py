@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from paramiko import Transport
 
 SSH_PORT = 22
+_NO_EXIT_CODE = -1  # Paramiko's, of a command whose channel closed first
 EXIT_NO_SESSION = 255  # what ssh itself says when it cannot reach a machine
 
 OnOutput = Callable[[str, str, str], None]
@@ -129,12 +131,14 @@ def run(
 
     line = command if isinstance(command, str) else shlex.join(command)
     blade: str = connection.host
+    late = RacklessError(f"`{line}` on {blade} was not done after {timeout} s")
     streams: dict[str, Any] = {"hide": True}
     if on_output is not None:
         streams = {
             "out_stream": _Listener(blade, "stdout", on_output),
             "err_stream": _Listener(blade, "stderr", on_output),
         }
+    began = time.monotonic()
     try:
         # Fabric cannot close a command's stdin: without this, one that reads it would wait for ever.
         done = connection.run(
@@ -146,7 +150,9 @@ def run(
             **streams,
         )
     except CommandTimedOut as error:
-        raise RacklessError(f"`{line}` on {blade} was not done after {timeout} s") from error
+        raise late from error
+    if timeout is not None and done.exited == _NO_EXIT_CODE and time.monotonic() - began >= timeout:
+        raise late  # the thread that has just closed the channel for being late had not ended yet
     result = Result(blade, done.exited, done.stdout, done.stderr)
     if check and result.exit_code != 0:
         last_line = (result.stderr.strip() or result.stdout.strip() or "no output").splitlines()[-1]

@@ -53,7 +53,8 @@ def blades(monkeypatch: pytest.MonkeyPatch) -> dict[str, Owned]:
 
 
 def owned(name: str, **metadata: Any) -> Owned:
-    return Owned(SimpleNamespace(), "running", {"rack": "t1", "blade": name, **metadata})
+    started_with = "<domain><memory unit='KiB'>262144</memory></domain>"
+    return Owned(SimpleNamespace(XMLDesc=lambda *_: started_with), "running", {"rack": "t1", "blade": name, **metadata})
 
 
 @pytest.mark.parametrize("spec", [None, {}, {"kind": "memory", "new": 1}, "text", {"mgmt_address": 7}])
