@@ -103,12 +103,15 @@ def connect(
 
 
 def _patient_transport(seconds: float) -> Callable[..., Transport]:
-    """Makes transports that give the exchange of keys so long: Paramiko's 15 s are no option of its client."""
+    """Makes transports that give the exchange of keys so long: Paramiko's 15 s are no option of its client.
+
+    A little longer, as it is the client's patience that can be told from other ends.
+    """
     from paramiko import Transport
 
     def make(*arguments: Any, **options: Any) -> Transport:
         made = Transport(*arguments, **options)
-        made.handshake_timeout = seconds
+        made.handshake_timeout = seconds + 5
         return made
 
     return make
