@@ -23,7 +23,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
 # Mode, MiB, rounds; and of how many requests to blades there are more for sure.
 MODES = [
     ("mixed", 16, 1, 1000), ("skewed", 16, 2, 1000), ("blocks", 16, 1, 120), ("maps", 16, 1, 900),
-    ("threads", 16, 1, 600), ("forks", 12, 1, 1500), ("orphan", 8, 1, 500),
+    ("threads", 16, 1, 400), ("forks", 12, 1, 1500), ("orphan", 8, 1, 500),
 ]  # fmt: skip
 
 
