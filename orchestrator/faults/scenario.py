@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,32 +204,23 @@ def _reset(words: list[str]) -> tuple[Transform, ...] | None:
     return kill, inject.healing(words[:1], ("killed",))
 
 
-def _disk(words: list[str]) -> Transform | None:
-    wanted: dict[str, Any] = {}
-    rest = words[1:]
-    while rest:
-        name = rest.pop(0)
-        if name == "full":
-            wanted["disk_full"] = True
-        elif name in ("latency", "errors") and rest:
-            wanted[f"disk_{name}"] = rest.pop(0)
-        else:
-            return None
-    return inject.breaking({words[0]: wanted}) if wanted else None
+def _several(flags: Mapping[str, str], values: Mapping[str, str]) -> Callable[[list[str]], Transform | None]:
+    """A verb with several faults after its blade: words that stand alone, and words with a value; by fault."""
 
+    def parse(words: list[str]) -> Transform | None:
+        wanted: dict[str, Any] = {}
+        rest = words[1:]
+        while rest:
+            name = rest.pop(0)
+            if name in flags:
+                wanted[flags[name]] = True
+            elif name in values and rest:
+                wanted[values[name]] = rest.pop(0)
+            else:
+                return None
+        return inject.breaking({words[0]: wanted}) if wanted else None
 
-def _link(words: list[str]) -> Transform | None:
-    wanted: dict[str, Any] = {}
-    rest = words[1:]
-    while rest:
-        name = rest.pop(0)
-        if name == "down":
-            wanted["down"] = True
-        elif name in _LINK and rest:
-            wanted[name] = rest.pop(0)
-        else:
-            return None
-    return inject.breaking({words[0]: wanted}) if wanted else None
+    return parse
 
 
 _VERBS: dict[str, Callable[[list[str]], Transform | tuple[Transform, ...] | None]] = {
@@ -240,8 +231,8 @@ _VERBS: dict[str, Callable[[list[str]], Transform | tuple[Transform, ...] | None
     "slow": _value("cpu"),
     "pressure": _value("memory"),
     "clock": _value("clock"),
-    "disk": _disk,
-    "link": _link,
+    "disk": _several({"full": "disk_full"}, {"latency": "disk_latency", "errors": "disk_errors"}),
+    "link": _several({"down": "down"}, {name: name for name in _LINK}),
     "one-way": lambda pair: inject.deafening(*pair) if len(pair) == 2 else None,
     "partition": lambda groups: inject.parting([group.split(",") for group in groups]) if groups else None,
     "heal": lambda blades: inject.healing(blades),
