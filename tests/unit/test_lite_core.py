@@ -390,6 +390,41 @@ def test_large_messages(pair: Pair) -> None:
 
 
 @needs_verbs
+@pytest.mark.parametrize("size", [0, 1, 4096, 65535, 65536, 65537])
+def test_a_reply_with_and_without_a_head_brings_the_same(pair: Pair, size: int) -> None:
+    """Its head is left out of one that fits into a single work request, and of none that is empty or larger."""
+    server, caller = Program(pair.nodes[2]), Program(pair.nodes[1])
+    pair.nodes[2].port_open(server.client, PORT, 100)
+    answer = bytearray(random.Random(size).randbytes(size) + b"end")
+    got = bytearray(70000)
+
+    def place(memory: bytearray) -> int:
+        return ctypes.addressof((ctypes.c_char * len(memory)).from_buffer(memory))
+
+    for _ in range(40):  # more calls than there are small slots at once: tickets of slots that were used before
+        tag = caller.post(Op.CALL, b"?", handle=2, arg0=PORT, arg1=70000, length=1, flags=1, offset=place(got))
+        call, _ = server.receive(PORT)
+        assert server.ask(Op.REPLY, handle=call.value, length=size, address=place(answer))[0].status == 0
+        reply, _ = caller.next()
+        assert (reply.tag, reply.status, reply.length) == (tag, 0, size)
+        assert got[:size] == answer[:size]
+    pair.clean_up(server, caller)
+
+
+@needs_verbs
+def test_a_reply_that_cannot_be_read_ends_its_call(pair: Pair) -> None:
+    server, caller = Program(pair.nodes[2]), Program(pair.nodes[1])
+    pair.nodes[2].port_open(server.client, PORT, 100)
+    for size in (100, 100000):
+        tag = caller.post(Op.CALL, b"?", handle=2, arg0=PORT, arg1=1 << 20, length=1, flags=1)
+        call, _ = server.receive(PORT)
+        assert server.ask(Op.REPLY, handle=call.value, length=size, address=8)[0].status == errors.BadArgument.code
+        reply, _ = caller.next()
+        assert (reply.tag, reply.status) == (tag, errors.BadMessage.code)
+    pair.clean_up(server, caller)
+
+
+@needs_verbs
 def test_a_full_ring_holds_senders_back_and_loses_nothing(pair: Pair) -> None:
     server, caller = Program(pair.nodes[2]), Program(pair.nodes[1])
     pair.nodes[2].port_open(server.client, PORT, 8192)
