@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from guest_agents.lite import core, wire
+from guest_agents.lite import abi, wire
 from guest_agents.lite.core import Config, Core, Event
 from guest_agents.lite.errors import LiteError
 from guest_agents.lite.wire import Flag, Op, Reply
@@ -126,7 +126,7 @@ class Pair:
     """Nodes 1 and 2, connected; binds are served as the tier would."""
 
     def __init__(self, library: Path, config: Config) -> None:
-        core.LIBRARY = library
+        abi.LIBRARY = library
         self.fake = ctypes.CDLL(str(library))
         self._others: int = self.fake.fake_registrations()  # of cores that tests before this could not close
         self.nodes = {1: Core(config), 2: Core(config)}

@@ -650,9 +650,9 @@ def test_every_priority_gets_through_in_every_mode(pair: Pair, mode: str) -> Non
 
 @needs_verbs
 def test_joining_comes_first_and_limits_are_checked(lite_core: Path) -> None:
-    from guest_agents.lite import core
+    from guest_agents.lite import abi, core
 
-    core.LIBRARY = lite_core
+    abi.LIBRARY = lite_core
     with pytest.raises(errors.NotJoined):
         core.Core(Config(device="mlx5_0"))
     with pytest.raises(errors.BadArgument):
