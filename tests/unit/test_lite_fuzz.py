@@ -8,7 +8,6 @@ import json
 import random
 import socket
 import struct
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from guest_agents.lite.core import Config
 from guest_agents.lite.wire import Flag, Op
 from tests.unit import lite_pair
 from tests.unit.lite_blades import SECRET, Program, Rack, eventually
-from tests.unit.lite_pair import Pair
+from tests.unit.lite_pair import Pair, until
 from tests.unit.lite_stack import whole
 
 pytestmark = [
@@ -167,13 +166,6 @@ def pair(lite_core: Path) -> Iterator[Pair]:
     pair = Pair(lite_core, Config(timeout_ms=3000))
     yield pair
     pair.close()
-
-
-def until(condition: Any) -> None:
-    deadline = time.monotonic() + lite_pair.SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it does not come"
-        time.sleep(0.002)
 
 
 class Peers:
