@@ -49,11 +49,12 @@ def find(settings: Settings) -> list[Leftover]:
         paths = RackPaths(settings, rack)
         if not lock.held(paths):  # somebody works on it: what looks left over may be in use in a moment
             found += _of_rack(paths)
-    for kind in ("images", "templates"):
-        for folder in (settings.cache_dir / kind).glob(".*.tmp*"):
-            match = _BUILD.match(folder.name)
-            if match and not Path(f"/proc/{match[1]}").exists():
-                found.append(Leftover("folder", str(folder)))
+    half_made = [*settings.cache_dir.glob("images/.*.tmp*"), *settings.cache_dir.glob("templates/.*.tmp*"),
+                 *settings.snapshots.glob("*/.*.tmp*")]  # fmt: skip
+    for folder in half_made:
+        match = _BUILD.match(folder.name)
+        if match and not Path(f"/proc/{match[1]}").exists():
+            found.append(Leftover("folder", str(folder)))
     return found
 
 
