@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator import __version__, agents, engine, journal, lock, snapshot, sparse
 from orchestrator.errors import RacklessError
-from orchestrator.events import Emit, ignore, step
+from orchestrator.events import Emit, Note, ignore, step
 from orchestrator.hypervisor import daemon, domain, template
 from orchestrator.hypervisor.domain import Owned
 from orchestrator.parallel import together
@@ -79,6 +79,7 @@ def create(settings: Settings, rack: str, name: str, emit: Emit = ignore) -> Fro
                 _save(paths, blades, specs, folder, emit)
             _describe(rack, name, created, blades, folder).write()
         wake(paths, specs, emit)
+    journal.record(paths, Note(f"snapshot {name} was made").to_json())
     return Frozen(snapshot.find(settings, rack, name), time.monotonic() - started, pause.seconds, pause.apart)
 
 

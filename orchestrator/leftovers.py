@@ -83,7 +83,8 @@ def _of_rack(paths: RackPaths) -> Iterator[Leftover]:
     known = remains.known_blades(paths)
     orphans = remains.orphans(paths, known.values())
     yield from (Leftover("process", str(pid), rack) for pid in orphans)
-    yield from (Leftover("file", str(file), rack) for file in paths.blades.glob("*/clone.save"))
+    for scratch in ("clone.save", "disk.thawed"):  # of a restore that was killed
+        yield from (Leftover("file", str(file), rack) for file in paths.blades.glob(f"*/{scratch}"))
     for folder in paths.blades.glob("template-*"):
         if f"{rack}.{folder.name}" not in known:
             yield Leftover("folder", str(folder), rack)

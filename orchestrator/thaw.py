@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator import blade, engine, freeze, journal, lock, snapshot, sparse
 from orchestrator.errors import RacklessError
-from orchestrator.events import Emit, ignore, step
+from orchestrator.events import Emit, Note, ignore, step
 from orchestrator.faults import model, settle
 from orchestrator.hypervisor import daemon, domain, save_image, template
 from orchestrator.hypervisor.domain import Guest
@@ -32,7 +32,8 @@ from orchestrator.ssh import shared
 if TYPE_CHECKING:
     import libvirt
 
-_SCRATCH = "clone.save"  # as gc knows it
+_SCRATCH, _DISK = "clone.save", "disk.thawed"
+"""What a blade's folder has only meanwhile, as gc knows it."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def _thaw(settings: Settings, found: Snapshot, rack: str, emit: Emit) -> None:
     paths = RackPaths(settings, rack)
     specs = {name: replace(spec, rack=rack) for name, spec in found.specs.items()}
     emit, record = journal.recording(paths, emit), journal.begun(paths)
-    with step(record, rack, "restore", None):
+    journal.record(paths, Note(f"this becomes what {found.rack} was in its snapshot {found.name}").to_json())
+    with step(record, rack, "restore"):
         _copy_disks(paths, found, specs, emit)
         with daemon.connection(paths) as conn:  # before it is started anew, by other settings perhaps
             leaving = domain.owned(conn, rack) if conn else {}
@@ -150,7 +152,7 @@ def _copy_disks(paths: RackPaths, found: Snapshot, specs: Mapping[str, BladeSpec
 
 
 def _copied(paths: RackPaths, name: str) -> Path:
-    return paths.blade(name).root / "disk.thawed"
+    return paths.blade(name).root / _DISK
 
 
 def _put_files(paths: RackPaths, found: Snapshot, specs: Mapping[str, BladeSpec]) -> None:

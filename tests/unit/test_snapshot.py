@@ -61,7 +61,10 @@ def _image(entry: Path) -> Any:
 
 
 def image(settings: Settings, content: bytes = b"an image") -> Path:
-    return cache.obtain(settings.cache_dir / "images", "system-1", lambda work: (work / "data").write_bytes(content))
+    def fill(work: Path) -> None:
+        (work / "data").write_bytes(content)
+
+    return cache.obtain(settings.cache_dir / "images", "system-1", fill)
 
 
 @pytest.fixture
