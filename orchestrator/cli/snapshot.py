@@ -9,7 +9,23 @@ import typer
 
 from orchestrator.cli.common import JsonOption, RackOption, rack_name
 
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the snapshot.")]
+
+def complete_snapshot(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Snapshots of the rack that begin with what was typed; none, silently, if that cannot be told."""
+    from orchestrator import snapshot
+    from orchestrator.settings import Settings
+
+    try:
+        found = snapshot.of_rack(Settings.from_environment(), rack_name(ctx.params.get("rack")))
+    except Exception:  # a shell that waits for completions can do nothing with an error
+        return []
+    return [one.name for one in found if one.name.startswith(incomplete)]
+
+
+NewName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the new snapshot.")]
+NameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of the snapshot.", autocompletion=complete_snapshot)
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -21,7 +37,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(family, name="snapshot")
 
 
-def create(name: NameArgument, rack: RackOption = None, as_json: JsonOption = False) -> None:
+def create(name: NewName, rack: RackOption = None, as_json: JsonOption = False) -> None:
     """Save all blades at one instant: memory, disks, persistent memory. They stand still meanwhile, and go on."""
     from orchestrator import freeze
     from orchestrator.settings import Settings
