@@ -61,7 +61,12 @@ def restore(settings: Settings, rack: str, name: str, emit: Emit = ignore) -> Th
     with lock.hold(RackPaths(settings, rack)):
         found = snapshot.find(settings, rack, name)
         _check(settings, found, found.specs)
-        _thaw(settings, found, rack, emit)
+        try:
+            _thaw(settings, found, rack, emit)
+        except RacklessError as error:
+            hint = error.hint or "restore it again; `rackless up` makes its blades anew"
+            raise RacklessError(f"rack {rack} is not restored: {error.message}", hint=hint, log=error.log,
+                                detail=error.detail) from error  # fmt: skip
     return Thawed(rack, found, time.monotonic() - started)
 
 
@@ -99,6 +104,8 @@ def _check(settings: Settings, found: Snapshot, specs: Mapping[str, BladeSpec]) 
     if emulator != found.emulator:
         raise RacklessError(f"{label} was made with {found.emulator}, and here is {emulator}",
                             hint="a QEMU reads what the same version saved")  # fmt: skip
+    if found.accelerator == "kvm" and not Path("/dev/kvm").exists():
+        raise RacklessError(f"{label} was made with KVM, which this host has not", hint="see `rackless doctor`")
     if missing := found.missing():
         raise RacklessError(f"{label} needs an image that is not there any more, or another one now: {missing[0]}",
                             hint="its blades cannot go on with other images or agents")  # fmt: skip
