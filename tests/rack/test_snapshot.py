@@ -84,9 +84,9 @@ def assert_it_counts(rack: Rack) -> None:
 
 
 def test_back_and_twice(small: Rack) -> None:
-    small.on("sb0", f"mkdir -p $(dirname {FILE}); echo before > {FILE}; cd / && "
+    small.on("sb0", f"echo before > {FILE}; cd /; "
                     f"nohup python3 -c {shlex.quote(COUNTER)} > /run/counter.log 2>&1 < /dev/null & "
-                    "until [ -s /run/count ]; do sleep 0.1; done")  # fmt: skip
+                    "until [ -s /run/count ]; do kill -0 $! || { cat /run/counter.log; exit 1; }; sleep 0.1; done")
     python(small, "mb0", PERSIST.format("before"))
     made = snapshot(small, "create", "one")
     print("created:", made["seconds"], made["bytes"] >> 20, "MiB")  # shown with -s
