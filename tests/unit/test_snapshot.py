@@ -301,6 +301,7 @@ def states(rack: BrokenRack) -> set[str]:
 @needs_root
 @pytest.mark.netns
 class TestRacks:
+    @pytest.mark.long
     def test_there_and_back(self, rack: BrokenRack) -> None:
         settings, name = rack.paths.settings, rack.name
         made = freeze.create(settings, name, "one")
@@ -333,6 +334,7 @@ class TestRacks:
         assert not rack.metadata("mb0").get("faults")
         assert keys.host_key(rack.paths, "mb1").exists()
 
+    @pytest.mark.long
     def test_what_is_outside_of_blades_is_made_again(self, rack: BrokenRack) -> None:
         settings = rack.paths.settings
         inject.partition(settings, rack.name, [["gm0", "pb0"], ["mb0", "mb1"]])
@@ -401,6 +403,7 @@ class TestRacks:
         assert states(rack) == {"running"}
         assert list(rack.paths.settings.snapshots.iterdir()) == []
 
+    @pytest.mark.long
     def test_a_clone_is_a_rack_of_its_own(self, rack: BrokenRack, monkeypatch: pytest.MonkeyPatch) -> None:
         settings = rack.paths.settings
         freeze.create(settings, rack.name, "one")
