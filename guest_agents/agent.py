@@ -105,6 +105,7 @@ class Agent:
             "agent.update": self._update,
             "agent.hosts": self._hosts,
             "agent.resize": self._resize,
+            "agent.wake": self._wake,
             **load.handlers(),
             **nvdimm.handlers(mine.pmem, lambda: media.backing(gate.FOLDER)),
         }
@@ -198,6 +199,12 @@ class Agent:
         """The host is about to take memory, or has given some."""
         budget = self.budget if self.identity.kind == "memory" else None
         balloon.resize(request["before"], request["after"], budget, bool(request.get("dry")))
+        return {}
+
+    def _wake(self, request: control.Message) -> control.Message:
+        """The blade stood still, or is another one restored: its wall clock is late, its random numbers are known."""
+        identity.reseed(bytes.fromhex(request["entropy"]))
+        identity.set_clock(request["epoch_ns"] + round(self.identity.clock * 1e9))
         return {}
 
     def _update(self, request: control.Message) -> control.Message:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Interface
 from pathlib import Path
@@ -93,7 +94,7 @@ def up(settings: Settings, rack: Rack, emit: Emit, cold: bool = False, only: Col
         chosen = probe.accelerator(settings, image.kernel)
         settings = settings.scaled(chosen.name)
         paths = RackPaths(settings, rack.name)
-        _prepare(paths, rack, emit)
+        prepare(paths, rack, emit)
         with daemon.connection(paths, start=True) as conn:
             assert conn is not None
             domains = domain.owned(conn, rack.name)
@@ -108,7 +109,7 @@ def up(settings: Settings, rack: Rack, emit: Emit, cold: bool = False, only: Col
                 conn=conn,
                 image=image,
                 accelerator=chosen.name,
-                emulator=_emulator(),
+                emulator=emulator(),
                 manager=manager.fabric_address,
                 hosts={spec.name: spec.mgmt_address for spec in specs},
                 emit=emit,
@@ -117,7 +118,7 @@ def up(settings: Settings, rack: Rack, emit: Emit, cold: bool = False, only: Col
                 fabric={spec.name: spec.fabric_address for spec in specs},
                 faults={name: faults_of(found.state, found.metadata) for name, found in domains.items()},
             )
-            _write_ssh_files(paths, specs)
+            write_ssh_files(paths, specs)
             if todo.pending:
                 emit(Note(f"accelerator: {chosen.name} ({chosen.why})"))
             seconds, made = _carry_out(shop, todo, cold, domains)
@@ -166,7 +167,8 @@ def _manager(todo: Plan, observed: dict[str, Observed], specs: Sequence[BladeSpe
     return manager
 
 
-def _prepare(paths: RackPaths, rack: Rack, emit: Emit) -> None:
+def prepare(paths: RackPaths, rack: Rack, emit: Emit) -> None:
+    """Make the rack's folders, its network and its keys, or complete what is there."""
     with step(emit, rack.name, "network"):
         for folder in (paths.blades, paths.logs, paths.settings.run_dir / rack.name):
             folder.mkdir(parents=True, exist_ok=True)
@@ -262,8 +264,16 @@ def _ping_all(shop: blade.Workshop, specs: Sequence[BladeSpec], fresh: set[str])
 
 def as_it_is(domains: dict[str, domain.Owned], name: str) -> Rack:
     """The rack that a file would say so as to change nothing of these blades. RacklessError when none can be read."""
-    seen = {n: blade.spec for n, blade in as_seen(domains).items() if blade.spec}
-    specs = sorted(seen.values(), key=lambda spec: spec.index)
+    return rack_of({blade: found.metadata for blade, found in domains.items()}, name)
+
+
+def rack_of(metadata: Mapping[str, Mapping[str, Any]], name: str) -> Rack:
+    """The same, of what the metadata of blades say."""
+    known: list[BladeSpec] = []
+    for said_of in metadata.values():
+        with suppress(ValueError):  # another version of Rackless made it
+            known.append(BladeSpec.from_json(said_of.get("spec")))
+    specs = sorted(known, key=lambda spec: spec.index)
     if not specs:
         raise RacklessError(f"rack {name} is not up", hint="bring it up with `rackless up`")
     first = specs[0]
@@ -278,8 +288,8 @@ def as_it_is(domains: dict[str, domain.Owned], name: str) -> Rack:
     }
     return Rack.model_validate({
         "name": name,
-        "image": str(domains[first.name].metadata.get("recipe", "debian13")),
-        "flavour": str(domains[first.name].metadata.get("flavour", "blade")),
+        "image": str(metadata[first.name].get("recipe", "debian13")),
+        "flavour": str(metadata[first.name].get("flavour", "blade")),
         "fabric": {"subnet": subnets["fabric"], "mtu": first.fabric_mtu},
         "management": {"subnet": subnets["management"]},
         "membership": said[first.name]["membership"],
@@ -309,7 +319,8 @@ def as_seen(domains: dict[str, domain.Owned]) -> dict[str, Observed]:
     return seen
 
 
-def _write_ssh_files(paths: RackPaths, specs: Sequence[BladeSpec]) -> None:
+def write_ssh_files(paths: RackPaths, specs: Sequence[BladeSpec]) -> None:
+    """Write what ssh needs to know of the blades."""
     addresses = {spec.name: spec.mgmt_address for spec in specs}
     keys.write_known_hosts(paths, addresses)
     config.write_ssh_config(paths, addresses)
@@ -320,7 +331,7 @@ def check_room(rack: Rack) -> None:
     check_capacity(rack, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), os.cpu_count() or 1)
 
 
-def _emulator() -> str:
+def emulator() -> str:
     found = shutil.which("qemu-system-x86_64")
     if found is None:
         raise RacklessError("qemu-system-x86_64 is missing", hint="run `make testbed`")

@@ -161,6 +161,7 @@ def _unit(
 
 RackName = Annotated[str, _name("rack"), WithJsonSchema({"type": "string", "pattern": f"^{_NAME}$"})]
 BladeName = Annotated[str, _name("blade"), WithJsonSchema({"type": "string", "pattern": f"^{_NAME}$"})]
+SnapshotName = Annotated[str, _name("snapshot")]
 Subnet = Annotated[
     IPv4Network,
     BeforeValidator(_subnet),

@@ -49,11 +49,12 @@ def find(settings: Settings) -> list[Leftover]:
         paths = RackPaths(settings, rack)
         if not lock.held(paths):  # somebody works on it: what looks left over may be in use in a moment
             found += _of_rack(paths)
-    for kind in ("images", "templates"):
-        for folder in (settings.cache_dir / kind).glob(".*.tmp*"):
-            match = _BUILD.match(folder.name)
-            if match and not Path(f"/proc/{match[1]}").exists():
-                found.append(Leftover("folder", str(folder)))
+    half_made = [*settings.cache_dir.glob("images/.*.tmp*"), *settings.cache_dir.glob("templates/.*.tmp*"),
+                 *settings.snapshots.glob("*/.*.tmp*")]  # fmt: skip
+    for folder in half_made:
+        match = _BUILD.match(folder.name)
+        if match and not Path(f"/proc/{match[1]}").exists():
+            found.append(Leftover("folder", str(folder)))
     return found
 
 
@@ -82,7 +83,8 @@ def _of_rack(paths: RackPaths) -> Iterator[Leftover]:
     known = remains.known_blades(paths)
     orphans = remains.orphans(paths, known.values())
     yield from (Leftover("process", str(pid), rack) for pid in orphans)
-    yield from (Leftover("file", str(file), rack) for file in paths.blades.glob("*/clone.save"))
+    for scratch in ("clone.save", "disk.thawed"):  # of a restore that was killed
+        yield from (Leftover("file", str(file), rack) for file in paths.blades.glob(f"*/{scratch}"))
     for folder in paths.blades.glob("template-*"):
         if f"{rack}.{folder.name}" not in known:
             yield Leftover("folder", str(folder), rack)

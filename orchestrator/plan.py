@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from orchestrator.errors import RacklessError
@@ -152,6 +152,7 @@ def _action(spec: BladeSpec, seen: Observed | None) -> Action:
     old = seen.spec
     if old is None:
         return Action("recreate", spec.name, spec, None, ("it has no description that can be read",))
+    spec = replace(spec, mgmt_mac=old.mgmt_mac, fabric_mac=old.fabric_mac)  # a clone's are those of the original
     differences = changes(old, spec)
     reasons = [_why(change, spec, seen) for change in differences]
     if seen.state == "broken":

@@ -13,14 +13,13 @@ So whatever ends a blade, it finds what media has. Who ends it can first move th
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
+from orchestrator import sparse
 from orchestrator.settings import BladePaths
 
 LINE = 64
@@ -43,10 +42,8 @@ class Crash:
 def prepare(files: BladePaths, size: int) -> None:
     """Files for a blade that starts: media as it is if it has this size (bytes), else new and empty; vol like it."""
     if not files.pmem.exists() or files.pmem.stat().st_size != size:
-        files.pmem.unlink(missing_ok=True)
-        with files.pmem.open("wb") as file:
-            file.truncate(size)
-    _copy(files.pmem, files.pmem_vol)
+        sparse.make(files.pmem, size)
+    sparse.copy(files.pmem, files.pmem_vol)
 
 
 def shut_down(files: BladePaths) -> None:
@@ -81,8 +78,8 @@ def pull_power(files: BladePaths, survive: float = 0.0, seed: int = 0) -> Crash:
 
 
 def _differing(vol: BinaryIO, media: BinaryIO) -> Iterator[tuple[int, bytes, bytes]]:
-    """Pages that are not the same: (offset, in vol, in media). Where vol has a hole nothing was ever stored."""
-    for begin, end in _extents(vol):
+    """Pages that are not the same: (offset, in vol, in media). Where both have a hole nothing was ever stored."""
+    for begin, end in _data(vol, media):
         for chunk in range(begin, end, _CHUNK):
             length = min(_CHUNK, end - chunk)
             stored, durable = (os.pread(file.fileno(), length, chunk) for file in (vol, media))
@@ -94,27 +91,10 @@ def _differing(vol: BinaryIO, media: BinaryIO) -> Iterator[tuple[int, bytes, byt
                     yield chunk + page, *pair
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file with its holes; the target gets its name when it is whole."""
-    fresh = target.with_suffix(".new")
-    with source.open("rb") as old, fresh.open("wb") as new:
-        new.truncate(os.fstat(old.fileno()).st_size)
-        for offset, end in _extents(old):
-            while offset < end:
-                offset += os.copy_file_range(old.fileno(), new.fileno(), end - offset, offset, offset)
-    fresh.replace(target)
-
-
-def _extents(file: BinaryIO) -> Iterator[tuple[int, int]]:
-    """Where a file has data, page by page: (begin, end)."""
-    end, size = 0, os.fstat(file.fileno()).st_size
-    while end < size:
-        try:
-            begin = os.lseek(file.fileno(), end, os.SEEK_DATA)
-        except OSError as failure:
-            if failure.errno != errno.ENXIO:  # lseek(2): no data any more
-                raise
-            return
-        end = os.lseek(file.fileno(), begin, os.SEEK_HOLE)
-        begin = begin // _PAGE * _PAGE
-        yield begin, end
+def _data(*files: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Where any of some files has data: (begin, end)."""
+    done = 0
+    for begin, end in sorted(extent for file in files for extent in sparse.extents(file)):
+        if end > done:
+            yield max(begin, done), end
+            done = end

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from orchestrator import snapshot
 from orchestrator.hypervisor import remains, template
 from orchestrator.image import build, cache, recipe
 from orchestrator.settings import Settings
@@ -24,23 +25,26 @@ class Entry:
 
 
 def stale(settings: Settings) -> list[Entry]:
-    """Entries that neither a recipe as it is now nor a blade that runs uses. Changes nothing."""
-    used = _current(settings) | _running(settings)
+    """Entries that neither a recipe as it is now, nor a blade that runs, nor a snapshot uses. Changes nothing."""
+    used = _current(settings) | _running(settings) | snapshot.used_images(settings)
     return [entry for entry in everything(settings) if entry.folder not in used]
 
 
 def everything(settings: Settings, kinds: tuple[str, ...] = KINDS) -> list[Entry]:
-    """All entries of the cache."""
+    """All entries of the cache; those that snapshots need are to be kept: made anew, they would be others."""
+    needed = snapshot.used_images(settings)
     folders = [settings.cache_dir / kind / name for kind in kinds for name in cache.entries(settings.cache_dir / kind)]
-    return [Entry(folder, sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())) for folder in folders]
+    return [Entry(folder, sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
+                  "a snapshot needs it" if folder in needed else None) for folder in folders]  # fmt: skip
 
 
 def remove(entries: list[Entry]) -> list[Entry]:
-    """Remove entries, each under its lock; one that is being built is kept, and says so in the result."""
-    return [
-        entry if cache.remove(entry.folder.parent, entry.folder.name) else replace(entry, kept="it is being built")
-        for entry in entries
-    ]
+    """Remove entries, each under its lock; one that is kept all the same says why in the result."""
+    removed = []
+    for entry in entries:
+        gone = not entry.kept and cache.remove(entry.folder.parent, entry.folder.name)
+        removed.append(entry if gone or entry.kept else replace(entry, kept="it is being built"))
+    return removed
 
 
 def _current(settings: Settings) -> set[Path]:

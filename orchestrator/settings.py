@@ -54,6 +54,11 @@ class Settings:
     control_port: int = 7070
     """TCP port of the agents on the management network."""
 
+    @property
+    def snapshots(self) -> Path:
+        """Snapshots of racks, in a folder per rack: not in that of the rack, which `down` removes."""
+        return self.state_dir / "snapshots"
+
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
         """Read RACKLESS_CACHE, _STATE, _RUN, _LIBVIRT_URI and _ACCEL, and any time as in RACKLESS_READY_SECONDS.

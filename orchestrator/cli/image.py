@@ -73,7 +73,10 @@ def clean(
     templates: Annotated[bool, typer.Option("--templates", help="Only the saved blades, not the images.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove what the cache holds; the next `up` makes it again. Racks that run keep what they have open."""
+    """Remove what the cache holds; the next `up` makes it again. Racks that run keep what they have open.
+
+    What snapshots need stays.
+    """
     from orchestrator import prune as pruning
     from orchestrator.settings import Settings
 
@@ -82,7 +85,7 @@ def clean(
 
 
 def prune(as_json: JsonOption = False) -> None:
-    """Remove from the cache what neither the recipes and agents as they are now nor any running blade uses."""
+    """Remove from the cache what neither the recipes and agents as they are now, nor any blade or snapshot uses."""
     from orchestrator import prune as pruning
     from orchestrator.settings import Settings
 

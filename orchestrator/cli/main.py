@@ -33,6 +33,7 @@ from orchestrator.cli import (
     rack,
     run,
     shell,
+    snapshot,
     top,
     vnode,
 )
@@ -57,7 +58,7 @@ def about(version: bool = typer.Option(False, "--version", help="Print the versi
 
 
 _FAMILIES = (rack, blade, fault, run, programs, top, events, graph, dashboard, debug, vnode, shell, agents,
-             lite, hotpot, pmem, image, demo, bench, doctor)  # fmt: skip
+             lite, hotpot, pmem, snapshot, image, demo, bench, doctor)  # fmt: skip
 for family in _FAMILIES:
     family.register(app)
 

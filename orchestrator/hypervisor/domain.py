@@ -121,6 +121,24 @@ def write_metadata(domain: libvirt.virDomain, metadata: dict[str, Any]) -> None:
     domain.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, text, "rackless", NAMESPACE, where)
 
 
+def save_memory(domain: libvirt.virDomain, path: Path) -> None:
+    """Save what a paused domain has in memory, and what its devices are like; it is paused afterwards.
+
+    With the contents of its persistent memory, for QEMU that is memory too.
+    """
+    disks = ElementTree.fromstring(domain.XMLDesc()).iterfind("devices/disk/target")
+    xml = render("memory.xml.j2", path=path, disks=[disk.get("dev") for disk in disks])
+    domain.snapshotCreateXML(xml, libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA)
+
+
+def restore_paused(conn: libvirt.virConnect, state: Path, xml: str | None = None) -> None:
+    """Start a domain as it was saved, paused; with ``xml``, a description that differs in paths and metadata only.
+
+    QEMU writes what persistent memory had to the files that it has now.
+    """
+    conn.restoreFlags(str(state), xml, libvirt.VIR_DOMAIN_SAVE_PAUSED)
+
+
 def destroy(domain: libvirt.virDomain) -> None:
     """Cut the power, and have libvirt forget the domain. Nothing when both are so already."""
     gone = (libvirt.VIR_ERR_NO_DOMAIN, libvirt.VIR_ERR_OPERATION_INVALID)

@@ -3,15 +3,12 @@
 Under TCG a restore takes half a second where a boot takes ten. A template belongs to (image, QEMU,
 accelerator, memory, CPUs); it has no network card and no disk of its own, which clones get by hot-plug.
 
-A libvirt save image is a header, the domain XML and a cookie padded with NULs, and QEMU's migration stream. A
-clone is the same stream behind a header whose XML has the clone's name, UUID, metadata and paths.
+A clone is the saved blade's stream behind a header whose XML has the clone's name, UUID, metadata and paths.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import struct
 import subprocess
 import uuid
 from collections.abc import Callable
@@ -23,15 +20,12 @@ from xml.etree import ElementTree
 import libvirt
 
 from orchestrator.errors import RacklessError
-from orchestrator.hypervisor import domain
+from orchestrator.hypervisor import domain, save_image
 from orchestrator.hypervisor.domain import Guest
 from orchestrator.image import cache
 from orchestrator.image.recipe import hash_of
 from orchestrator.templates import template_folder
 
-_MAGIC = b"LibvirtQemudSave"
-_FIELDS = struct.Struct("<16s5I14I")  # magic; version, length of data, was running, compression, cookie; unused
-_SUPPORTED_VERSION = 2
 _STATE = "state.save"
 _KIND = "kind.json"
 
@@ -101,36 +95,39 @@ def restore(conn: libvirt.virConnect, state: Path, guest: Guest, scratch: Path) 
 
 def clone(state: Path, target: Path, guest: Guest) -> None:
     """Write to ``target`` the save image ``state`` with the identity of ``guest`` in its domain XML."""
-    with state.open("rb") as source:
-        fields = list(_FIELDS.unpack(source.read(_FIELDS.size).ljust(_FIELDS.size, b"\0")))
-        magic, version, length, cookie_offset = fields[0], fields[1], fields[2], fields[5]
-        if magic != _MAGIC or version != _SUPPORTED_VERSION:
-            raise RacklessError(f"{state} is not a libvirt save image of version {_SUPPORTED_VERSION}")
-        data = source.read(length)
-        cookie = data[cookie_offset:].rstrip(b"\0") if cookie_offset else b""
-        xml = _own_xml(data.partition(b"\0")[0].decode(), guest).encode() + b"\0"
-        if cookie:
-            fields[5] = len(xml)
-        head = xml + (cookie + b"\0" if cookie else b"")
-        fields[2] = max(length, len(head))
-        with target.open("wb") as out:
-            out.write(_FIELDS.pack(*fields))
-            out.write(head.ljust(fields[2], b"\0"))
-            out.flush()
-            _copy_rest(source.fileno(), out.fileno(), _FIELDS.size + length)
+    save_image.rewrite(state, target, lambda xml: own_xml(xml, guest))
 
 
-def _own_xml(xml: str, guest: Guest) -> str:
+def own_xml(xml: str, guest: Guest, files: Path | None = None) -> str:
+    """The XML of a saved blade with the identity of ``guest``; of ``files``, if given, its disk and pmem.
+
+    A guest of the same name keeps its UUID: to libvirt it is the same domain.
+    """
     root = ElementTree.fromstring(xml)
-    _find(root, "name").text = guest.name
-    _find(root, "uuid").text = str(uuid.uuid4())
+    name = _find(root, "name")
+    if name.text != guest.name or files is None:
+        _find(root, "uuid").text = str(uuid.uuid4())
+    name.text = guest.name
     _find(root, f"metadata/{{{domain.NAMESPACE}}}blade").text = json.dumps(guest.metadata)
     for kind in ("serial", "console"):
         for device in root.findall(f"devices/{kind}"):
             _find(device, "source").set("path", str(guest.console_socket))
             _find(device, "log").set("file", str(guest.console_log))
     _find(root, "devices/channel/source").set("path", str(guest.agent_socket))
+    if files is not None:
+        _move_files(root, files)
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def _move_files(root: ElementTree.Element, folder: Path) -> None:
+    """Disks that are written to, and persistent memory, are files of the same names in ``folder``."""
+    for disk in root.findall("devices/disk"):
+        if disk.find("readonly") is None:
+            source = _find(disk, "source")
+            source.set("file", str(folder / Path(source.get("file", "")).name))
+    for memory in root.findall("devices/memory"):
+        path = _find(memory, "source/path")
+        path.text = str(folder / Path(path.text or "").name)
 
 
 def _find(root: ElementTree.Element, path: str) -> ElementTree.Element:
@@ -138,12 +135,3 @@ def _find(root: ElementTree.Element, path: str) -> ElementTree.Element:
     if found is None:
         raise RacklessError(f"the template's domain XML has no {path}", hint="`rackless image clean --templates`")
     return found
-
-
-def _copy_rest(source: int, target: int, offset: int) -> None:
-    left = os.fstat(source).st_size - offset
-    while left > 0:
-        sent = os.sendfile(target, source, offset, left)
-        if sent == 0:
-            break
-        offset, left = offset + sent, left - sent

@@ -42,6 +42,8 @@ class BrokenRack:
     conn: Any
     updates: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """What each agent was told by agent.update."""
+    woken: list[str] = field(default_factory=list)
+    """Who was told by agent.wake that it had stood still."""
     drains: list[dict[str, Any]] = field(default_factory=list)
     """What LITE's directory and processor blades were asked to move."""
     drained: Callable[[], None] = lambda: None
@@ -136,13 +138,15 @@ class BrokenRack:
             if op == "process.drain":
                 self.drains.append({k: v for k, v in request.items() if k != "op"})
                 self.drained()
+            if op == "agent.wake":
+                self.woken.append(spec.name)
             if op == "agent.update":
                 self.updates[spec.name].append({k: v for k, v in request.items() if k != "op"})
             return reply
 
         ops = ("agent.update", "agent.status", "memory.stats", "process.stats", "vnode.list", "program.list",
                "member.list", "lite.directory.drain", "hotpot.stat", "agent.resize",
-               "process.drain")
+               "process.drain", "agent.wake")
         words = f"-n {namespace.name_of(self.name)} addr add {spec.mgmt_address}/32 dev lo"
         subprocess.run(["ip", *words.split()], check=True)
         server = namespace.inside(self.name, lambda: control.Server(

@@ -13,7 +13,7 @@ import pytest
 from guest_agents import pmem as guest
 from guest_agents.pmem import LINE, SCRATCH, Device, Places, PmemError
 from guest_agents.shelf import UNIT, Damaged, Different, Foreign, Full, Shelf
-from orchestrator import pmem
+from orchestrator import pmem, sparse
 from orchestrator.powertest import Verdict
 from orchestrator.settings import BladePaths
 
@@ -73,6 +73,17 @@ def test_with_certainty_everything_survives(power: Power) -> None:
     with power.on() as device:
         assert bytes(device.memory[line(3)]) == b"x" * LINE
         assert bytes(device.memory[line(5000)]) == b"y" * LINE
+
+
+def test_zeros_are_stores_too_where_a_restored_blade_has_a_hole(power: Power) -> None:
+    """QEMU writes no zeros when it fills vol of a blade from a snapshot."""
+    with power.on() as device:
+        fill(device, 5000, b"x")
+        device.persist(5000 * LINE, LINE)
+    sparse.make(power.files.pmem_vol, power.files.pmem_vol.stat().st_size)
+    assert pmem.pull_power(power.files, 1.0) == pmem.Crash(1, 1)
+    with power.on() as device:
+        assert bytes(device.memory[line(5000)]) == bytes(LINE)
 
 
 def survivors(power: Power, stored: range, seed: int) -> set[int]:

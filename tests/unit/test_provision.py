@@ -11,7 +11,7 @@ import time
 import tty
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from ipaddress import IPv4Network
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -293,6 +293,22 @@ def test_a_manager_takes_its_identity_joins_itself_and_serves(agent_module: Modu
     assert (updated.heartbeat, updated.dead_after) == (2.0, 20.0)
     with pytest.raises(control.ControlError, match="another secret"):
         control.call(("127.0.0.1", control.PORT), b"wrong", "agent.status")
+
+
+def test_a_blade_that_stood_still_gets_the_time_and_other_random_numbers(
+    agent_module: ModuleType, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent_module.take_identity(message(name="gm0", kind="manager"))
+    told: list[object] = []
+    monkeypatch.setattr(identity, "reseed", told.append)
+    monkeypatch.setattr(identity, "set_clock", told.append)
+    secret = bytes.fromhex(message()["secret"])
+    with control.ControlClient(("127.0.0.1", control.PORT), secret) as host:
+        host.call("agent.wake", entropy="00ff", epoch_ns=10**18)
+        agent = agent_module._running[-1]
+        agent.identity = replace(agent.identity, clock=-2.0)  # a fault: it stays
+        host.call("agent.wake", entropy="ff", epoch_ns=10**18)
+    assert told == [b"\x00\xff", 10**18, b"\xff", 10**18 - 2 * 10**9]
 
 
 def test_every_kind_of_blade_has_monitors(agent_module: ModuleType) -> None:
