@@ -155,7 +155,7 @@ def _address(value: object) -> IPv4Address:
 
 
 def _uri(value: object) -> str:
-    """A libvirt that has its machine's network cards and runs QEMU as root: by SSH, or by its socket on this machine."""
+    """A libvirt that may use bridges and limit CPUs, of another host: by SSH, or by its socket on this machine."""
     text = str(value)
     try:
         parts = urlsplit(text)

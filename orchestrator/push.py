@@ -11,7 +11,7 @@ from pathlib import Path
 from orchestrator import agents, journal, lock
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, step
-from orchestrator.hypervisor import daemon, domain
+from orchestrator.hypervisor import domain, hosts
 from orchestrator.image import build
 from orchestrator.parallel import together
 from orchestrator.settings import RackPaths
@@ -36,8 +36,8 @@ def push(paths: RackPaths, blades: Mapping[str, BladeSpec], image: str, emit: Em
         built = build.build(image, paths.settings.cache_dir / "images", emit)
         archive = built.agents.with_name("agents.tar")
         together(dict(blades), lambda spec: _push_one(paths, spec, archive, built.key, emit))
-        with daemon.connection(paths) as conn:
-            running = domain.owned(conn, paths.name) if conn else {}
+        with hosts.opened(paths) as machines:
+            running = machines.owned()
             for name, spec in blades.items():  # now it is as the tree says, and `plan` has nothing to do
                 if name not in running:
                     raise RacklessError(f"{name} ended meanwhile", hint="`rackless up` makes it anew")

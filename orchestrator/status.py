@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator import agents
 from orchestrator.errors import RacklessError
 from orchestrator.faults.model import of as faults_of
-from orchestrator.hypervisor import daemon, domain
+from orchestrator.hypervisor import domain, hosts
 from orchestrator.hypervisor.domain import Owned
 from orchestrator.parallel import together
 from orchestrator.settings import RackPaths, Settings
@@ -27,9 +27,8 @@ def status(settings: Settings, rack: str) -> dict[str, Any]:
     """
     paths = RackPaths(settings, rack)
     described: dict[str, dict[str, Any]] = {}
-    with daemon.connection(paths) as conn:
-        found = domain.owned(conn, rack) if conn else {}
-        blades = {name: owned for name, owned in found.items() if not domain.is_template(owned)}
+    with hosts.opened(paths) as machines:
+        blades = {name: owned for name, owned in machines.owned().items() if not domain.is_template(owned)}
 
     def describe(owned: Owned) -> None:
         name = str(owned.metadata["blade"])

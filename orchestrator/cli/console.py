@@ -34,7 +34,7 @@ def console(
     if log:
         typer.echo(read_console_log(current, blade), nl=False)
         return
-    from orchestrator.blade import console_socket
+    from orchestrator.blade_files import console_socket
 
     current.blade(blade)
     if not (os.isatty(0) and os.isatty(1)):

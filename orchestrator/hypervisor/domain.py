@@ -48,6 +48,16 @@ class Guest:
     agent_socket: Path
     metadata: dict[str, Any]
 
+    def to_json(self) -> dict[str, Any]:
+        """As plain data, for another host."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in vars(self).items()}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Guest:
+        """What `to_json` wrote."""
+        paths = {key: Path(data[key]) for key in ("console_socket", "console_log", "agent_socket")}
+        return Guest(**{**data, **paths})
+
 
 def domain_name(rack: str, blade: str) -> str:
     """Unique on a host also when several racks share one cgroup tree."""
@@ -82,6 +92,8 @@ class Owned:
     domain: libvirt.virDomain
     state: str
     metadata: dict[str, Any]
+    host: str | None = None
+    """The host that it is on, by its name in the rack file; None on this machine."""
 
 
 def owned(conn: libvirt.virConnect, rack: str) -> dict[str, Owned]:
@@ -156,9 +168,9 @@ def attach_nic(domain: libvirt.virDomain, mac: str, bridge: str, tap: str, mtu: 
     _attach(domain, render("interface.xml.j2", mac=mac, bridge=bridge, tap=tap, mtu=mtu))
 
 
-def attach_disk(domain: libvirt.virDomain, path: Path, iops: int | None, bandwidth: int | None) -> None:
-    """Plug in the data disk, limited to ``iops`` and ``bandwidth`` (bytes/s)."""
-    _attach(domain, render("disk.xml.j2", path=path, iops=iops, bandwidth=bandwidth, cache=cache_mode(path)))
+def attach_disk(domain: libvirt.virDomain, path: Path, iops: int | None, bandwidth: int | None, cache: str) -> None:
+    """Plug in the data disk, limited to ``iops`` and ``bandwidth`` (bytes/s); ``cache`` is as cache_mode says."""
+    _attach(domain, render("disk.xml.j2", path=path, iops=iops, bandwidth=bandwidth, cache=cache))
 
 
 def cache_mode(path: Path) -> str:
