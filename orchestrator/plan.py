@@ -154,7 +154,8 @@ def make_plan(rack: Rack, image_key: str, observed: Mapping[str, Observed],
 
 def _action(spec: BladeSpec, seen: Observed | None) -> Action:
     if seen is None:
-        return Action("create", spec.name, spec, None, ("not there yet",))
+        where = f", goes to host {spec.host}" if spec.host else ""
+        return Action("create", spec.name, spec, None, (f"not there yet{where}",))
     old = seen.spec
     if old is None:
         return Action("recreate", spec.name, spec, None, ("it has no description that can be read",))

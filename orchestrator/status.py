@@ -23,10 +23,13 @@ def status(settings: Settings, rack: str) -> dict[str, Any]:
     A blade is ``ready`` when it was made completely, its agent has joined and its RDMA link is active; ``starting``
     before that; ``silent`` when its agent does not answer; ``broken`` when another version of Rackless made it, so
     that nothing is known of it; else as libvirt says: ``paused``, ``crashed``, ``off``. ``faults`` are those that were
-    made on purpose (see faults/model.py); `rackless heal` undoes them.
+    made on purpose (see faults/model.py); `rackless heal` undoes them. In a rack on several hosts each blade has its
+    ``host``, too.
     """
     paths = RackPaths(settings, rack)
     described: dict[str, dict[str, Any]] = {}
+    spread = hosts.noted(paths)
+    here = next((name for name, host in spread.items() if host.uri is None), None)
     with hosts.opened(paths) as machines:
         blades = {name: owned for name, owned in machines.owned().items() if not domain.is_template(owned)}
 
@@ -52,6 +55,8 @@ def status(settings: Settings, rack: str) -> dict[str, Any]:
         }
 
     together(blades, describe)
+    for name in blades if spread else ():
+        described[name]["host"] = blades[name].host or here
     accelerators = {owned.metadata.get("accelerator") for owned in blades.values()}
     return {
         "rack": rack,

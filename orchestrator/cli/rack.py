@@ -90,12 +90,14 @@ def status(rack: RackArgument = None, as_json: JsonOption = False) -> None:
     if not state["blades"]:
         typer.echo(f"rack {state['rack']} is not up; `rackless up` starts it")
         return
+    spread = any("host" in b for b in state["blades"])
     table(
-        ("blade", "kind", "state", "cpus", "memory", "management", "fabric", "rdma", "monitors", "faults"),
+        ("blade", "kind", *(["host"] if spread else []), "state", "cpus", "memory", "management", "fabric", "rdma",
+         "monitors", "faults"),
         [
-            (b["name"], b["kind"], b["state"], b["cpus"], _size(b["memory_bytes"]), b["mgmt_address"],
-             b["fabric_address"], b["agents"].get("rdma"), ", ".join(b["agents"].get("monitors", [])) or None,
-             ", ".join(b["faults"]) or None)
+            (b["name"], b["kind"], *([b["host"]] if spread else []), b["state"], b["cpus"], _size(b["memory_bytes"]),
+             b["mgmt_address"], b["fabric_address"], b["agents"].get("rdma"),
+             ", ".join(b["agents"].get("monitors", [])) or None, ", ".join(b["faults"]) or None)
             for b in state["blades"]
         ],
     )  # fmt: skip

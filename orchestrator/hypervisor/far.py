@@ -73,21 +73,20 @@ class Far:
 
 
 @contextmanager
-def reached(paths: RackPaths, name: str, host: Host) -> Iterator[Far]:
+def reached(name: str, host: Host, worker: Worker) -> Iterator[Far]:
     """A host for the block. RacklessError when it cannot be reached, or has not what it takes."""
     assert host.uri is not None
-    with closing(Worker(paths, name, host)) as worker:
-        version = worker.ask("hello", {}, REACH_SECONDS)["rackless"]
-        if version != __version__:
-            raise RacklessError(f"host {name} has Rackless {version}, and this machine {__version__}",
-                                hint="install the same version on both")  # fmt: skip
-        try:
-            opened = daemon.open_uri(host.uri)
-        except RacklessError as error:
-            raise RacklessError(f"host {name} cannot be reached: {error.message}",
-                                hint=f"does `virsh -c '{host.uri}' list` work?") from error  # fmt: skip
-        with closing(opened) as conn:
-            yield Far(name, host, conn, worker)
+    version = worker.ask("hello", {}, REACH_SECONDS)["rackless"]
+    if version != __version__:
+        raise RacklessError(f"host {name} has Rackless {version}, and this machine {__version__}",
+                            hint="install the same version on both")  # fmt: skip
+    try:
+        opened = daemon.open_uri(host.uri)
+    except RacklessError as error:
+        raise RacklessError(f"host {name} cannot be reached: {error.message}",
+                            hint=f"does `virsh -c '{host.uri}' list` work?") from error  # fmt: skip
+    with closing(opened) as conn:
+        yield Far(name, host, conn, worker)
 
 
 def command(name: str, host: Host, words: list[str]) -> list[str]:

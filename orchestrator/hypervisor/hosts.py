@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,8 @@ from pydantic import TypeAdapter
 from orchestrator.deeds import DEEDS
 from orchestrator.errors import RacklessError
 from orchestrator.hypervisor import daemon
-from orchestrator.hypervisor.far import Far, reached
+from orchestrator.hypervisor.far import Far, Worker, reached
+from orchestrator.hypervisor.far import command as far_command
 from orchestrator.model import Host, Rack
 from orchestrator.network import vxlan
 from orchestrator.placement import Room
@@ -69,7 +70,7 @@ class Hosts:
 
     def _far(self, host: str) -> Far:
         if host not in self.far:
-            raise RacklessError(f"host {host} is not known here", hint="`rackless up` with the rack file notes it")
+            raise _unknown(host)
         return self.far[host]
 
 
@@ -87,7 +88,10 @@ def opened(paths: RackPaths, start: bool = False, revive: bool = True) -> Iterat
 def reach(paths: RackPaths, hosts: Mapping[str, Host]) -> Iterator[dict[str, Far]]:
     """The hosts that are not this machine. RacklessError when one cannot be reached."""
     with ExitStack() as stack:
-        yield {name: stack.enter_context(reached(paths, name, host)) for name, host in hosts.items() if host.uri}
+        far = {name: host for name, host in hosts.items() if host.uri}
+        # All are called before the first one's answer is waited for.
+        workers = {name: stack.enter_context(closing(Worker(paths, name, host))) for name, host in far.items()}
+        yield {name: stack.enter_context(reached(name, host, workers[name])) for name, host in far.items()}
 
 
 def noted(paths: RackPaths) -> dict[str, Host]:
@@ -111,6 +115,20 @@ def note(paths: RackPaths, hosts: Mapping[str, Host]) -> None:
 
 def _note(paths: RackPaths) -> Path:
     return paths.root / "hosts.json"
+
+
+def words(paths: RackPaths, host: str | None, command: list[str]) -> list[str]:
+    """The words that run a command on a host of a rack that is up. RacklessError when there is no such host."""
+    if host is None:
+        return command
+    known = noted(paths)
+    if host not in known:
+        raise _unknown(host)
+    return far_command(host, known[host], command)
+
+
+def _unknown(host: str) -> RacklessError:
+    return RacklessError(f"host {host} is not known here", hint="`rackless up` with the rack file notes it")
 
 
 def union(paths: RackPaths, rack: Rack) -> dict[str, Host]:
@@ -199,8 +217,9 @@ def _check_ways(paths: RackPaths, rack: Rack, far: Mapping[str, Far]) -> None:
         fields = {"address": tunnel.address, "peers": list(tunnel.peers)}
         try:
             ways = far[name].do("routes", **fields) if name in far else DEEDS["routes"](paths, **fields)
-        except RacklessError as error:
-            raise RacklessError(f"host {name}: {error.message}", hint=error.hint) from error
+        except RacklessError as error:  # another host's name is in it
+            message = error.message if name in far else f"{error.message} (on host {name}, this machine)"
+            raise RacklessError(message, hint=error.hint) from error
         for peer, way in ways.items():
             most = way["mtu"] - vxlan.OVERHEAD
             if most < vxlan.MANAGEMENT_MTU:
