@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -117,14 +117,14 @@ def _note(paths: RackPaths) -> Path:
     return paths.root / "hosts.json"
 
 
-def words(paths: RackPaths, host: str | None, command: list[str]) -> list[str]:
+def words(paths: RackPaths, host: str | None, command: Sequence[str]) -> list[str]:
     """The words that run a command on a host of a rack that is up. RacklessError when there is no such host."""
     if host is None:
-        return command
+        return [*command]
     known = noted(paths)
     if host not in known:
         raise _unknown(host)
-    return far_command(host, known[host], command)
+    return far_command(host, known[host], [*command])
 
 
 def _unknown(host: str) -> RacklessError:
