@@ -30,6 +30,7 @@ from orchestrator.hypervisor.far import Far, Worker
 from orchestrator.model import Host, Rack
 from orchestrator.network import bridge, namespace, place, sides, vxlan
 from orchestrator.network.place import FABRIC, HostNetwork
+from orchestrator.plan import make_plan
 from orchestrator.settings import RackPaths, Settings
 from tests.unit.netns_racks import needs_root, scratch_rack
 
@@ -190,7 +191,7 @@ def test_a_fabric_on_two_hosts_is_one_and_can_be_parted(pair: Pair) -> None:
 
 def test_hosts_are_refused_whose_way_is_too_narrow(pair: Pair) -> None:
     def check(rack: Rack) -> None:
-        other = Far("far", rack.hosts["far"], None, pair.worker(rack))  # type: ignore[arg-type]
+        other = Far("far", rack.hosts["far"], None, pair.worker(rack))
         pair.here(hosts._check_ways, pair.paths, rack, {"far": other})
 
     check(pair.rack())
@@ -232,7 +233,7 @@ def test_what_the_other_host_has_not_is_copied_there_whole(pair: Pair) -> None:
     contents = {"system.sqfs": bytes(range(256)) * 5000, "it's": b"quoted", "empty": b""}
     for name, data in contents.items():
         (entry / name).write_bytes(data)
-    other = Far("far", pair.rack().hosts["far"], None, pair.worker())  # type: ignore[arg-type]
+    other = Far("far", pair.rack().hosts["far"], None, pair.worker())
     files = {str(entry / name): len(data) for name, data in contents.items()}
     assert sorted(other.do("missing", files=files)) == sorted(files)
     other.supply([entry])
@@ -252,7 +253,7 @@ def test_blades_files_are_made_and_kept_on_their_host(pair: Pair) -> None:
     own = RackPaths(Settings(own_folder / "cache", own_folder / "state", own_folder / "run"), pair.paths.name)
     worker = Worker(own, "far", rack.hosts["far"])
     pair.stack.enter_context(closing(worker))
-    spec = engine.make_plan(rack, "image", {}, {"mb0": "far"}).actions[1].spec
+    spec = make_plan(rack, "image", {}, {"mb0": "far"}).actions[1].spec
     assert spec
     worker.ask("make_files", {"spec": spec.to_json()})
     files = {str(own.blade("mb0").pmem): 16 << 20, str(own.blade("mb0").pmem_vol): 16 << 20}
