@@ -30,7 +30,8 @@ DISK_MIN, DISK_MAX = 64 * MIB, 64 * TIB
 CPUS_MAX = 64
 LATENCY_MAX_SECONDS = 10.0
 CLOCK_MAX_SECONDS = 366 * 86400.0
-MTU_MIN, MTU_MAX = 1500, 9000
+MTU_MIN, MTU_MAX = 1400, 9000
+"""The least still fits an RDMA MTU of 1024, and through VXLAN on Ethernet's 1500 bytes (1450)."""
 MTU_FOR_4096 = 4200
 """An RDMA path MTU of 4096 needs this: the payload and the RoCE v2 headers, with room for the IP options."""
 PREFIX_MIN, PREFIX_MAX = 16, 28

@@ -156,11 +156,12 @@ def test_a_program_spans_hosts(machines: Machines) -> None:
         disk = machines.folder / "state/racks" / name / "blades/sb0/disk.raw"
         assert not disk.exists()
         subprocess.run([*machines.mounts("far"), "test", "-f", str(disk)], check=True)
-        assert machines.rackless("console", "--log", "sb0", "--rack", name).stdout
 
         program = machines.folder / "stress"
         subprocess.run(["cc", "-std=gnu17", "-O2", "-o", program, SOURCE, "-lpthread"], check=True)
         rack = Rack(machines, name, file)
+        rack.on("sb0", "echo this is sb0 > /dev/ttyS0")
+        assert "this is sb0" in rack("console", "--log", "sb0").stdout, "its console's log is on the far host"
         rack("cp", str(program), "pb0:/tmp/stress")
         stats = machines.folder / "stats.json"
         words = "chmod +x /tmp/stress; /tmp/stress mixed 8 | tee said; sha256sum said"

@@ -55,9 +55,8 @@ def test_blades_are_where_they_must_be_and_no_host_is_too_full(
     made, rooms, there = case
     try:
         placed = place(made, rooms, there)
-    except RacklessError as error:
-        assert error.message.split()[0].removeprefix("blades.") in made.blades
-        return
+    except RacklessError:
+        return  # what it says is tested below
     assert list(placed) == list(made.blades)
     assert fits(made, rooms, placed)
     for name, blade in made.blades.items():

@@ -58,8 +58,8 @@ def changed_blade(name: str, **fields: Any) -> Rack:
 
 RUNNING = carried_out(make_plan(DEFAULT, IMAGE, {}))
 
-SPREAD = edited(DEFAULT, hosts={"here": {"address": "192.168.1.4"},
-                                "far": {"address": "192.168.1.5", "uri": "qemu+ssh://root@192.168.1.5/system"}})  # fmt: skip
+FAR = {"address": "192.168.1.5", "uri": "qemu+ssh://root@192.168.1.5/system"}
+SPREAD = edited(DEFAULT, hosts={"here": {"address": "192.168.1.4"}, "far": FAR})
 ON_FAR: dict[str, str | None] = {"mb0": "far", "sb0": "far"}
 
 GOLDEN_PLANS: dict[str, tuple[Any, ...]] = {
