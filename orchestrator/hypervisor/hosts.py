@@ -75,12 +75,12 @@ class Hosts:
 
 
 @contextmanager
-def opened(paths: RackPaths, start: bool = False, revive: bool = True) -> Iterator[Hosts]:
-    """The hosts that the rack was last brought up on; for `start` and `revive` see daemon.connection.
+def opened(paths: RackPaths, revive: bool = True) -> Iterator[Hosts]:
+    """The hosts that the rack was last brought up on; for `revive` see daemon.connection.
 
     RacklessError when one cannot be reached.
     """
-    with reach(paths, noted(paths)) as far, daemon.connection(paths, start=start, revive=revive) as conn:
+    with reach(paths, noted(paths)) as far, daemon.connection(paths, revive=revive) as conn:
         yield Hosts(paths, conn, far)
 
 
