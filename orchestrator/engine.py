@@ -21,6 +21,7 @@ from orchestrator.events import Changed, Emit, Note, step
 from orchestrator.faults import settle
 from orchestrator.faults.model import Faults, cut_off
 from orchestrator.faults.model import of as faults_of
+from orchestrator.fields import did_you_mean
 from orchestrator.hypervisor import balloon, daemon, domain, hosts, probe
 from orchestrator.hypervisor.far import Far
 from orchestrator.hypervisor.hosts import Hosts
@@ -141,20 +142,26 @@ def up(settings: Settings, rack: Rack, emit: Emit, cold: bool = False, only: Col
         )
 
 
-def down(settings: Settings, rack: str, emit: Emit, keep_data: bool = False) -> list[str]:
+def down(settings: Settings, rack: str, emit: Emit, keep_data: bool = False,
+         without: Collection[str] = ()) -> list[str]:  # fmt: skip
     """Remove a rack: domains, daemons, network, files. Returns the names of the blades that were there.
 
-    ``keep_data`` leaves disks, persistent memory and keys for the next `up`.
+    ``keep_data`` leaves disks, persistent memory and keys for the next `up`. Nothing is done on hosts ``without`` which
+    it must go: those that are gone for good.
     """
     paths = RackPaths(settings, rack)
-    with lock.hold(paths), hosts.reach(paths, hosts.noted(paths)) as far:
+    known = hosts.noted(paths)
+    for name in without:
+        if name not in known or known[name].uri is None:
+            raise RacklessError(f"rack {rack} has no other host {name}", hint=did_you_mean(name, [*known]))
+    left = {name: host for name, host in known.items() if name not in without}
+    with lock.hold(paths), hosts.reach(paths, left) as far:
         with step(journal.recording(paths, emit), rack, "down"):
             with daemon.connection(paths) as conn:
                 machines = Hosts(paths, conn, far)
                 domains = machines.owned()
                 _end(machines, domains)
-            known = [seen.spec for seen in as_seen(domains).values() if seen.spec]
-            addresses = [spec.mgmt_address for spec in known]
+            addresses = [seen.spec.mgmt_address for seen in as_seen(domains).values() if seen.spec]
             shared.close_shared_connections(paths, addresses)
             daemon.stop(paths)
             machines.everywhere("leave")

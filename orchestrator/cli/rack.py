@@ -49,6 +49,9 @@ def up(
 def down(
     rack: RackArgument = None,
     keep_data: Annotated[bool, typer.Option("--keep-data", help="Keep disks, persistent memory and keys.")] = False,
+    without: Annotated[
+        list[str] | None, typer.Option(metavar="HOST", help="Do nothing on this other host: it is gone for good.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Remove a rack: its blades, its network, its files, and nothing else."""
@@ -58,7 +61,7 @@ def down(
 
     name = rack_name(rack)
     with progress(name, as_json) as emit:
-        removed = engine.down(Settings.from_environment(), name, emit, keep_data)
+        removed = engine.down(Settings.from_environment(), name, emit, keep_data, without or [])
     if as_json:
         typer.echo(json.dumps({"rack": name, "removed": removed}))
     else:

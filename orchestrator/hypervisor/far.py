@@ -185,8 +185,8 @@ class Worker:
         with suppress(ValueError):  # it is closed
             self._complaints.seek(0)
             said = _last(self._complaints.read().decode(errors="replace"))
-            return RacklessError(f"host {self._name} cannot be reached: {said}",
-                                 hint="docs/hosts.md says what a host needs")  # fmt: skip
+            hint = f"docs/hosts.md says what it needs; `rackless down --without {self._name}` if it is gone for good"
+            return RacklessError(f"host {self._name} cannot be reached: {said}", hint=hint)
         return RacklessError(f"host {self._name} was let go of")
 
 

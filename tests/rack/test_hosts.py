@@ -144,7 +144,7 @@ def test_a_program_spans_hosts(machines: Machines) -> None:
     }
     links = {"mb0": {"bandwidth": "1 Gbit/s"}}
     file = machines.rack_file(name, "pair", blades=blades, links=links, hosts=machines.hosts())
-    machines.rackless("up", str(file))
+    up = json.loads(machines.rackless("up", "--json", str(file)).stdout)
     try:
         states = machines.status(name)
         assert {blade: (about["host"], about["state"]) for blade, about in states.items()} == {
@@ -164,18 +164,18 @@ def test_a_program_spans_hosts(machines: Machines) -> None:
         assert "this is sb0" in rack("console", "--log", "sb0").stdout, "its console's log is on the far host"
         rack("cp", str(program), "pb0:/tmp/stress")
         stats = machines.folder / "stats.json"
-        words = "chmod +x /tmp/stress; /tmp/stress mixed 8 | tee said; sha256sum said"
+        words = "chmod +x /tmp/stress; /tmp/stress sequential 8 | tee said; sha256sum said"
         done = rack("run", "--on", "pb0", "--excache", "4MiB", "--stats", str(stats), "--", "sh", "-c", words)
         counted = json.loads(stats.read_text())
         assert counted["flushes"] > 100, "its memory went to the near host and came back"
         assert counted["storage"]["sb0"]["by_opcode"]["P2S_OPEN"] > 0, "its file is on the far host"
 
-        rack("fault", "kill", "mb0")
+        machines.rackless("fault", "kill", "mb0", "--rack", name)
         assert machines.status(name)["mb0"]["state"] != "ready"
         rack("heal", "mb0")
         assert machines.status(name)["mb0"]["state"] == "ready"
         assert machines.domains("near") == [f"{name}.mb0"], "it comes back on its own host"
-        print(done.stdout)
+        print(up, done.stdout, counted)
     finally:
         machines.rackless("down", name)
     for host in ("near", "far"):
