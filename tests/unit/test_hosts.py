@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import pytest
 from pyroute2 import netns
 
-from orchestrator import __version__, engine
+from orchestrator import __version__, engine, leftovers
 from orchestrator.deeds import DEEDS
 from orchestrator.errors import RacklessError
 from orchestrator.events import ignore
@@ -305,6 +305,29 @@ def test_a_host_that_cannot_be_reached_is_refused_before_anything_is_touched(
     settings = pair.paths.settings
     assert not any(folder.exists() for folder in (settings.cache_dir, settings.state_dir, settings.run_dir))
     assert not namespace.exists(rack.name)
+
+
+def test_a_rack_goes_down_without_a_host_that_is_gone(pair: Pair) -> None:
+    settings, rack = pair.paths.settings, pair.rack(uri="qemu:///system?socket=/nowhere/socket")
+    pair.paths.root.mkdir(parents=True)
+    hosts.note(pair.paths, rack.hosts)
+    with pytest.raises(RacklessError, match="host far cannot be reached"):
+        engine.down(settings, rack.name, ignore)
+    for other in ("here", "fra"):
+        with pytest.raises(RacklessError, match=f"rack {rack.name} has no other host {other}"):
+            engine.down(settings, rack.name, ignore, without=[other])
+    assert hosts.noted(pair.paths) == rack.hosts
+    assert engine.down(settings, rack.name, ignore, without=["far"]) == []
+    assert not pair.paths.root.exists()
+
+
+def test_gc_leaves_a_rack_alone_that_may_have_blades_elsewhere(pair: Pair) -> None:
+    rack = pair.rack(uri="qemu:///system?socket=/nowhere/socket")
+    pair.paths.root.mkdir(parents=True)
+    (pair.paths.settings.run_dir / rack.name).mkdir(parents=True)
+    assert [item.kind for item in leftovers.find(pair.paths.settings)] == ["folder"]
+    hosts.note(pair.paths, rack.hosts)
+    assert leftovers.find(pair.paths.settings) == []
 
 
 def test_hosts_are_noted_and_may_be_renamed_but_not_swapped(pair: Pair) -> None:
