@@ -1,8 +1,8 @@
 """A rack on three hosts: this machine's rack network, and two others that are namespaces of this machine.
 
 "near" has its libvirtd's socket on this machine; "far" is reached by ssh alone, and has disks, sockets and the agents'
-image in folders of its own (of the cache it shares the rest, which would take long to copy). A cable joins each to where
-`rackless` runs.
+image in folders of its own (of the cache it shares the rest, which would take long to copy). A cable joins each to
+where `rackless` runs.
 """
 
 from __future__ import annotations
