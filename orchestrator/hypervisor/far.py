@@ -38,6 +38,13 @@ REACH_SECONDS = 20.0
 """For a host to say hello: ssh has half of it to connect."""
 _ANSWER_SECONDS = 600.0  # a guard against a host that vanished, not a measure: deeds have deadlines of their own
 
+_COPY = """
+umask 077
+fresh=$0.$$
+trap 'rm -f "$fresh"' EXIT
+mkdir -p "$1" && cat > "$fresh" && [ "$(stat -c %s "$fresh")" = "$2" ] && mv "$fresh" "$0"
+"""  # $0: the file, $1: its folder, $2: its size
+
 
 @dataclass(frozen=True)
 class Far:
@@ -59,14 +66,16 @@ class Far:
         return told
 
     def supply(self, folders: Collection[Path]) -> None:
-        """Copy entries of the cache there, as far as they are not there. A file gets its name when it is whole."""
+        """Copy entries of the cache there, as far as they are not there.
+
+        A file gets its name when it is whole: another `rackless` may copy it, too, and a connection may end.
+        """
         files = {str(file): file.stat().st_size for folder in folders for file in folder.iterdir() if file.is_file()}
         for path in self.do("missing", files=files):
-            fresh, name = shlex.quote(f"{path}.part"), shlex.quote(path)
-            script = f"mkdir -p {shlex.quote(os.path.dirname(path))} && cat > {fresh} && mv {fresh} {name}"
+            words = ["sh", "-c", _COPY, path, os.path.dirname(path), str(files[path])]
             with open(path, "rb") as file:
-                done = subprocess.run(command(self.name, self.host, ["sh", "-c", script]), stdin=file,
-                                      capture_output=True, text=True, check=False)  # fmt: skip
+                done = subprocess.run(command(self.name, self.host, words), stdin=file, capture_output=True, text=True,
+                                      check=False)  # fmt: skip
             if done.returncode:
                 raise RacklessError(f"cannot copy {path} to host {self.name}: {_last(done.stderr)}",
                                     hint="is its disk full?")  # fmt: skip

@@ -18,6 +18,7 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, TypeVar
 
+import libvirt
 import pytest
 from pyroute2 import netns
 
@@ -25,13 +26,14 @@ from orchestrator import __version__, engine, leftovers
 from orchestrator.deeds import DEEDS
 from orchestrator.errors import RacklessError
 from orchestrator.events import ignore
-from orchestrator.hypervisor import far, hosts
+from orchestrator.hypervisor import domain, far, hosts
 from orchestrator.hypervisor.far import Far, Worker
 from orchestrator.model import Host, Rack
 from orchestrator.network import bridge, namespace, place, sides, vxlan
 from orchestrator.network.place import FABRIC, HostNetwork
 from orchestrator.plan import make_plan
 from orchestrator.settings import RackPaths, Settings
+from tests.unit.broken_racks import DOMAIN
 from tests.unit.netns_racks import needs_root, scratch_rack
 
 pytestmark = [pytest.mark.netns, needs_root]
@@ -39,6 +41,7 @@ pytestmark = [pytest.mark.netns, needs_root]
 T = TypeVar("T")
 PROJECT = Path(__file__).parent.parent.parent
 ADDRESSES = {"here": "192.168.70.1", "far": "192.168.70.2"}
+NO_PATHS: Any = None
 _LISTEN = """
 import os, socket, sys
 one = socket.socket(socket.AF_UNIX)
@@ -288,6 +291,54 @@ def test_another_version_is_refused(pair: Pair) -> None:
     with (pytest.raises(RacklessError, match=rf"host far has Rackless 0\.0\.1, and this machine {__version__}"),
           far.reached("far", rack.hosts["far"], pair.worker(rack))):  # fmt: skip
         pass
+
+
+class Answers:
+    """A worker on a host that says hello as it is told; ways are as wide as they need to be."""
+
+    def __init__(self, **hello: str) -> None:
+        self._hello = {**DEEDS["hello"](NO_PATHS), **hello}
+
+    def ask(self, deed: str, fields: dict[str, Any]) -> Any:
+        return self._hello if deed == "hello" else {peer: {"interface": "x", "mtu": 9050} for peer in fields["peers"]}
+
+
+def test_a_host_with_another_qemu_is_refused_unless_blades_are_booted(pair: Pair) -> None:
+    rack = pair.rack()
+    with closing(libvirt.open("test:///default")) as conn:
+        same, other = (Far("far", rack.hosts["far"], conn, Answers(**hello))  # type: ignore[arg-type]
+                       for hello in ({}, {"emulator": "/usr/bin/qemu-system-x86_64 (QEMU emulator version 1.0)"}))
+        pair.here(hosts.check, pair.paths, rack, {"far": same}, False)
+        pair.here(hosts.check, pair.paths, rack, {"far": other}, True)
+        with pytest.raises(RacklessError, match=r"far has another QEMU: .*version 1\.0\) and not .*saved here cannot"):
+            pair.here(hosts.check, pair.paths, rack, {"far": other}, False)
+
+
+def test_a_rack_of_somebody_else_is_not_taken_over(pair: Pair) -> None:
+    rack = pair.rack()
+    metadata = json.dumps({"rack": rack.name, "blade": "mb0"})
+    with closing(libvirt.open("test:///default")) as conn:
+        conn.createXML(DOMAIN.format(name=f"{rack.name}.mb0", namespace=domain.NAMESPACE, metadata=metadata))
+        other = Far("far", rack.hosts["far"], conn, Answers())  # type: ignore[arg-type]
+        with pytest.raises(RacklessError, match=f"host far has a rack called {rack.name} already, of somebody else"):
+            pair.here(hosts.check, pair.paths, rack, {"far": other}, False)
+        pair.paths.root.mkdir(parents=True)
+        hosts.note(pair.paths, rack.hosts)  # now it is ours
+        pair.here(hosts.check, pair.paths, rack, {"far": other}, False)
+        room = hosts.rooms(rack, {"far": other})["far"]
+        _, mebibytes, cpus, *_ = conn.getInfo()
+        assert room.cpus == cpus
+        assert (mebibytes << 20) - room.memory > 0, "the test driver has a domain of its own, and ours does not count"
+        assert hosts.Hosts(pair.paths, None, {"far": other}).owned()["mb0"].host == "far"
+
+
+def test_hosts_have_what_this_machine_runs_blades_on(pair: Pair) -> None:
+    rack = pair.rack()
+    with closing(libvirt.open("test:///default")) as conn:
+        other = {"far": Far("far", rack.hosts["far"], conn, Answers())}  # type: ignore[arg-type]
+        hosts.check_accelerator(pair.paths, other, "tcg", "qemu", False)
+        with pytest.raises(RacklessError, match="host far has no KVM, and this machine has"):
+            hosts.check_accelerator(pair.paths, other, "kvm", "qemu", False)
 
 
 @pytest.mark.parametrize(("uri", "reason"), [
