@@ -368,7 +368,7 @@ def as_seen(domains: dict[str, domain.Owned]) -> dict[str, Observed]:
     seen = {}
     for name, found in domains.items():
         try:
-            spec = replace(BladeSpec.from_json(found.metadata.get("spec")), host=found.host)  # as it is called now
+            spec = found.spec()
         except ValueError:
             spec = None
         state: State = "broken"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 
 from orchestrator import wiring
@@ -65,7 +65,7 @@ class Observer:
         specs: dict[str, BladeSpec] = {}
         for name in (wire.blade for wire in wires):
             with suppress(ValueError):
-                specs[name] = replace(BladeSpec.from_json(found[name].metadata.get("spec")), host=found[name].host)
+                specs[name] = found[name].spec()
         # One that is not whole is being made: its agent has no identity yet.
         running = {w.blade: specs[w.blade] for w in wires
                    if w.power == "running" and found[w.blade].metadata.get("ready")}  # fmt: skip

@@ -36,7 +36,7 @@ def status(settings: Settings, rack: str) -> dict[str, Any]:
     def describe(owned: Owned) -> None:
         name = str(owned.metadata["blade"])
         try:
-            spec = BladeSpec.from_json(owned.metadata.get("spec"))
+            spec = owned.spec()
         except ValueError as error:
             known = {"name": name, "state": "broken", "agents": {"error": str(error)}, "faults": []}
             described[name] = dict.fromkeys(_FIELDS) | known

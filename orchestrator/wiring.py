@@ -69,7 +69,7 @@ def of(found: Mapping[str, Owned]) -> list[Wire]:
     known: list[tuple[BladeSpec, Owned]] = []
     for owned in found.values():
         try:
-            known.append((BladeSpec.from_json(owned.metadata.get("spec")), owned))
+            known.append((owned.spec(), owned))
         except ValueError:
             continue
     return [wire(spec, faults_of(owned.state, owned.metadata), owned.state)

@@ -224,7 +224,7 @@ def _blades(paths: RackPaths) -> Iterator[Blades]:
         specs: dict[str, BladeSpec] = {}
         for name, blade in owned.items():
             with suppress(ValueError):  # another version of Rackless made it: of that nothing can be broken
-                specs[name] = BladeSpec.from_json(blade.metadata.get("spec"))
+                specs[name] = blade.spec()
         faults = {name: model.of(owned[name].state, owned[name].metadata) for name in specs}
         scaled = replace(machines, paths=RackPaths(paths.settings.scaled(accelerator), paths.name))
         yield Blades(scaled, owned, specs, faults)

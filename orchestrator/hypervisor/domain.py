@@ -8,7 +8,7 @@ import os
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape  # xml.sax.saxutils would import the half of the library
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 import libvirt
 
 from orchestrator.errors import RacklessError
+from orchestrator.spec import BladeSpec
 from orchestrator.templates import render
 
 if TYPE_CHECKING:
@@ -94,6 +95,10 @@ class Owned:
     metadata: dict[str, Any]
     host: str | None = None
     """The host that it is on, by its name in the rack file; None on this machine."""
+
+    def spec(self) -> BladeSpec:
+        """What it is made of, on the host where it is. Raises ValueError when another version of Rackless made it."""
+        return replace(BladeSpec.from_json(self.metadata.get("spec")), host=self.host)
 
 
 def owned(conn: libvirt.virConnect, rack: str) -> dict[str, Owned]:

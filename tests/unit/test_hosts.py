@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from orchestrator.deeds import DEEDS
 from orchestrator.errors import RacklessError
 from orchestrator.events import ignore
 from orchestrator.hypervisor import domain, far, hosts
+from orchestrator.hypervisor.domain import Owned
 from orchestrator.hypervisor.far import Far, Worker
 from orchestrator.model import Host, Rack
 from orchestrator.network import bridge, namespace, place, sides, vxlan
@@ -35,13 +36,14 @@ from orchestrator.plan import make_plan
 from orchestrator.settings import RackPaths, Settings
 from tests.unit.broken_racks import DOMAIN
 from tests.unit.netns_racks import needs_root, scratch_rack
+from tests.unit.stand_in import blade_specs
 
 pytestmark = [pytest.mark.netns, needs_root]
 
 T = TypeVar("T")
 PROJECT = Path(__file__).parent.parent.parent
 ADDRESSES = {"here": "192.168.70.1", "far": "192.168.70.2"}
-NO_PATHS: Any = None
+NOTHING: Any = None
 _LISTEN = """
 import os, socket, sys
 one = socket.socket(socket.AF_UNIX)
@@ -150,6 +152,7 @@ def hears(pair: Pair, one: str, other: str, address: str, size: int = 8000) -> b
             return False
 
 
+@pytest.mark.long
 def test_a_fabric_on_two_hosts_is_one_and_can_be_parted(pair: Pair) -> None:
     ends = hosts.tunnels(pair.rack())
     home = place.OwnNamespace(pair.paths.name)
@@ -297,7 +300,7 @@ class Answers:
     """A worker on a host that says hello as it is told; ways are as wide as they need to be."""
 
     def __init__(self, **hello: str) -> None:
-        self._hello = {**DEEDS["hello"](NO_PATHS), **hello}
+        self._hello = {**DEEDS["hello"](NOTHING), **hello}
 
     def ask(self, deed: str, fields: dict[str, Any]) -> Any:
         return self._hello if deed == "hello" else {peer: {"interface": "x", "mtu": 9050} for peer in fields["peers"]}
@@ -330,6 +333,12 @@ def test_a_rack_of_somebody_else_is_not_taken_over(pair: Pair) -> None:
         assert room.cpus == cpus
         assert (mebibytes << 20) - room.memory > 0, "the test driver has a domain of its own, and ours does not count"
         assert hosts.Hosts(pair.paths, None, {"far": other}).owned()["mb0"].host == "far"
+
+
+def test_a_blades_host_is_called_as_it_is_called_now() -> None:
+    spec = blade_specs("t", ("mb0",))["mb0"]
+    for host in ("away", None):
+        assert Owned(NOTHING, "running", {"spec": replace(spec, host="far").to_json()}, host).spec().host == host
 
 
 def test_hosts_have_what_this_machine_runs_blades_on(pair: Pair) -> None:
