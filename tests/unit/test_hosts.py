@@ -336,7 +336,7 @@ def test_a_rack_of_somebody_else_is_not_taken_over(pair: Pair) -> None:
 
 
 def test_a_blades_host_is_called_as_it_is_called_now() -> None:
-    spec = blade_specs("t", ("mb0",))["mb0"]
+    spec = blade_specs("t", ("gm0", "mb0"))["mb0"]
     for host in ("away", None):
         assert Owned(NOTHING, "running", {"spec": replace(spec, host="far").to_json()}, host).spec().host == host
 
