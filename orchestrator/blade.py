@@ -87,12 +87,14 @@ def create(shop: Workshop, spec: BladeSpec, state: Path | None) -> None:
         if state is None:
             with step(shop.emit, paths.name, "boot", spec.name):
                 made = _boot(shop, spec.host, guest)
+                domain.explain(f"pause {spec.name}", made.suspend)
         else:
             with step(shop.emit, paths.name, "restore", spec.name):
                 scratch = paths.blade(spec.name).root / "clone.save"
                 made = template.restore(machines, spec.host, state, guest, scratch)
         with step(shop.emit, paths.name, "plug", spec.name):
             places = domain.explain(f"plug devices into {spec.name}", lambda: _plug(made, machines, spec))
+            domain.explain(f"resume {spec.name}", made.resume)
         with step(shop.emit, paths.name, "join", spec.name):
             _identify(shop, spec, guest, places)
         machines.do(spec.host, "limit", index=spec.index, bandwidth=spec.link.bandwidth)
@@ -162,7 +164,11 @@ def _request(shop: Workshop, host: str | None, guest: Guest, message: dict[str, 
 
 
 def _plug(made: libvirt.virDomain, hosts: Hosts, spec: BladeSpec) -> dict[str, int] | None:
-    """Plug in what the spec says; what the blade has to know of its persistent memory, if it has any."""
+    """Plug in what the spec says; what the blade has to know of its persistent memory, if it has any.
+
+    The blade stands still meanwhile: QEMU before 8.2 (seen: 7.2) changes the map of the memory under a virtual
+    CPU that it emulates and that still uses the old one; a busy host gives that time to go wrong (a guest panicked).
+    """
     paths = hosts.paths
     where = place.on(paths, spec.host)
     mgmt_mtu = bridge.mtu_of_management(bool(hosts.far))

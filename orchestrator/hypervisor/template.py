@@ -91,11 +91,11 @@ def obtain(templates: Path, kind: Kind, key: str, boot_and_save: Callable[[Path]
 
 
 def restore(hosts: Hosts, host: str | None, state: Path, guest: Guest, scratch: Path) -> libvirt.virDomain:
-    """Start a clone of the saved blade ``state`` as ``guest`` on a host; ``scratch`` names a file to use meanwhile."""
+    """Make a clone of the saved blade ``state`` as ``guest`` on a host, paused; ``scratch`` names a file to use."""
     conn = hosts.conn(host)
     try:
         hosts.do(host, "clone", state=str(state), target=str(scratch), guest=guest.to_json())
-        conn.restore(str(scratch))
+        conn.restoreFlags(str(scratch), None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
         return conn.lookupByName(guest.name)
     except libvirt.libvirtError as error:
         raise RacklessError(f"cannot restore {guest.name} from its template: {error}",
