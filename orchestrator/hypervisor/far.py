@@ -178,7 +178,7 @@ class Worker:
         """Give replies to those who wait, until there are no more; then nobody needs to wait."""
         assert self._process.stdout
         for line in self._process.stdout:
-            with suppress(ValueError, KeyError):  # a shell there may greet
+            with suppress(ValueError, KeyError, TypeError):  # a shell there may greet
                 reply = json.loads(line)
                 with self._lock:
                     asked = self._waiting.pop(reply["id"])
@@ -194,8 +194,8 @@ class Worker:
         with suppress(ValueError):  # it is closed
             self._complaints.seek(0)
             said = _last(self._complaints.read().decode(errors="replace"))
-            hint = f"docs/hosts.md says what it needs; `rackless down --without {self._name}` if it is gone for good"
-            return RacklessError(f"host {self._name} cannot be reached: {said}", hint=hint)
+            return RacklessError(f"host {self._name} cannot be reached: {said}",
+                                 hint=f"docs/hosts.md says what it needs. {_gone_for_good(self._name)}")  # fmt: skip
         return RacklessError(f"host {self._name} was let go of")
 
 
@@ -206,9 +206,13 @@ def _at_socket(name: str, path: str) -> int:
             probe.connect(path)
         except OSError as error:
             raise RacklessError(f"host {name} cannot be reached: nobody answers at {path}: {error.strerror}",
-                                hint="is its libvirtd running?") from error  # fmt: skip
+                                hint=f"is its libvirtd running? {_gone_for_good(name)}") from error  # fmt: skip
         pid, _, _ = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         return int(pid)
+
+
+def _gone_for_good(name: str) -> str:
+    return f"`rackless down --without {name}` if it is gone for good"
 
 
 def _last(text: str) -> str:

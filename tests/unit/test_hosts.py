@@ -288,7 +288,8 @@ def test_a_host_that_is_gone_is_told_with_the_reason(pair: Pair) -> None:
 def test_another_version_is_refused(pair: Pair) -> None:
     other = pair.folder / "other"
     reply = json.dumps({"id": 0, "result": {"rackless": "0.0.1"}})
-    other.write_text(f"#!/bin/sh\nread rack\nread asked\necho '{reply}'\nread on\n")
+    greeting = "echo Welcome; echo 5; echo '[]'; echo '{}'"
+    other.write_text(f"#!/bin/sh\n{greeting}\nread rack\nread asked\necho '{reply}'\nread on\n")
     other.chmod(0o755)
     rack = pair.rack(rackless=str(other))
     with (pytest.raises(RacklessError, match=rf"host far has Rackless 0\.0\.1, and this machine {__version__}"),
