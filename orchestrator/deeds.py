@@ -65,10 +65,18 @@ def limit(paths: RackPaths, index: int, bandwidth: int | None) -> None:
     shaping.limit(place.of(paths), index, bandwidth)
 
 
-def leave(paths: RackPaths) -> None:
-    """Remove the rack's networks from this host."""
+def leave(paths: RackPaths, end: bool) -> None:
+    """Remove the rack's networks from this host; at the rack's `end` with all in its run folder.
+
+    Else the rack goes on elsewhere, and a host that is a namespace of this machine has that folder in common with it.
+    """
     place.of(paths).remove()
-    shutil.rmtree(paths.settings.run_dir / paths.name, ignore_errors=True)
+    run = paths.settings.run_dir / paths.name
+    if end:
+        shutil.rmtree(run, ignore_errors=True)
+    else:
+        with suppress(OSError):  # it is in use, or was never there
+            run.rmdir()
 
 
 def forget(paths: RackPaths) -> None:

@@ -164,9 +164,11 @@ def down(settings: Settings, rack: str, emit: Emit, keep_data: bool = False,
             addresses = [seen.spec.mgmt_address for seen in as_seen(domains).values() if seen.spec]
             shared.close_shared_connections(paths, addresses)
             daemon.stop(paths)
-            machines.everywhere("leave")
+            machines.everywhere("leave", end=True)
         if not keep_data:  # after the last event: who follows them reads it before the file goes
             machines.everywhere("forget")
+        elif without:
+            hosts.note(paths, left)
         return sorted(domains)
 
 
@@ -205,7 +207,7 @@ def _let_go(machines: Hosts, rack: Rack) -> None:
     """Leave hosts that are not the rack's any more; it has no blades there now."""
     if set(hosts.noted(machines.paths)) != set(rack.hosts):
         for name in machines.far.keys() - rack.hosts.keys():
-            machines.do(name, "leave")
+            machines.do(name, "leave", end=False)
         hosts.note(machines.paths, rack.hosts)
 
 

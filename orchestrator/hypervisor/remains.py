@@ -52,8 +52,13 @@ def _elsewhere(paths: RackPaths) -> dict[str, int]:
 
 
 def orphans(paths: RackPaths, known: Collection[int]) -> list[int]:
-    """QEMU processes whose blade is of this rack, whose files are in its folders, and which are not ``known``."""
-    if not _private(paths):
+    """QEMU processes whose blade is of this rack, whose files are in its folders, and which are not ``known``.
+
+    None of a rack on several hosts: one of them may be a namespace of this machine, and its blades look the same.
+    """
+    from orchestrator.hypervisor import hosts
+
+    if not _private(paths) or hosts.noted(paths):
         return []
     found = []
     for entry in Path("/proc").glob("[0-9]*"):

@@ -229,8 +229,14 @@ def test_deeds_are_done_on_the_other_host_many_at_once(pair: Pair) -> None:
     assert told == [[f"{pair.folder}/socket", "/nowhere"]] * 40
     with pytest.raises(RacklessError, match=r"KeyError: 'dance' \(on host far\)"):
         worker.ask("dance", {})
-    worker.ask("leave", {})
+    run = pair.paths.settings.run_dir / pair.paths.name
+    run.mkdir(parents=True)
+    (run / "socket").touch()
+    worker.ask("leave", {"end": False})
     assert pair.ip("far", "link", "show", "type", "bridge") == []
+    assert (run / "socket").exists(), "this machine has the same folder, and goes on"
+    worker.ask("leave", {"end": True})
+    assert not run.exists()
 
 
 def test_what_the_other_host_has_not_is_copied_there_whole(pair: Pair) -> None:
@@ -378,6 +384,9 @@ def test_a_rack_goes_down_without_a_host_that_is_gone(pair: Pair) -> None:
         with pytest.raises(RacklessError, match=f"rack {rack.name} has no other host {other}"):
             engine.down(settings, rack.name, ignore, without=[other])
     assert hosts.noted(pair.paths) == rack.hosts
+    assert engine.down(settings, rack.name, ignore, keep_data=True, without=["far"]) == []
+    assert hosts.noted(pair.paths) == {"here": rack.hosts["here"]}
+    hosts.note(pair.paths, rack.hosts)
     assert engine.down(settings, rack.name, ignore, without=["far"]) == []
     assert not pair.paths.root.exists()
 
@@ -387,8 +396,13 @@ def test_gc_leaves_a_rack_alone_that_may_have_blades_elsewhere(pair: Pair) -> No
     pair.paths.root.mkdir(parents=True)
     (pair.paths.settings.run_dir / rack.name).mkdir(parents=True)
     assert [item.kind for item in leftovers.find(pair.paths.settings)] == ["folder"]
-    hosts.note(pair.paths, rack.hosts)
-    assert leftovers.find(pair.paths.settings) == []
+    run = f"{pair.paths.settings.run_dir / rack.name}/x"
+    words = ["-c", "import sys; sys.stdin.read()", "-name", f"guest={rack.name}.mb0,", run]
+    with subprocess.Popen([sys.executable, *words], stdin=subprocess.PIPE) as blade:
+        assert [item.kind for item in leftovers.find(pair.paths.settings)] == ["process", "folder"]
+        hosts.note(pair.paths, rack.hosts)
+        assert leftovers.find(pair.paths.settings) == []
+        blade.terminate()
 
 
 def test_hosts_are_noted_and_may_be_renamed_but_not_swapped(pair: Pair) -> None:
