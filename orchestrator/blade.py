@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import time
 import uuid
 from collections.abc import Mapping
@@ -14,16 +12,17 @@ from typing import Any
 
 import libvirt
 
-from orchestrator import pmem, sparse
-from orchestrator.channel import open_channel
+from orchestrator.blade_files import agent_socket, console_socket
+from orchestrator.deeds import DEEDS
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, step
 from orchestrator.faults import settle
 from orchestrator.faults.model import Faults, link_fields
 from orchestrator.hypervisor import balloon, domain, template
 from orchestrator.hypervisor.domain import Guest
+from orchestrator.hypervisor.hosts import Hosts
 from orchestrator.image.build import Image
-from orchestrator.network import bridge, place, shaping
+from orchestrator.network import bridge, place
 from orchestrator.settings import RackPaths
 from orchestrator.spec import BladeSpec
 from orchestrator.ssh import keys
@@ -36,7 +35,7 @@ class Workshop:
     """What all blades of one `up` are made with."""
 
     paths: RackPaths
-    conn: libvirt.virConnect
+    machines: Hosts
     image: Image
     accelerator: str
     emulator: str
@@ -63,11 +62,12 @@ def ensure_template(shop: Workshop, memory: int, cpus: int) -> Path:
 
     def boot_and_save(target: Path) -> None:
         guest = _guest(shop, name, memory, cpus, {"rack": shop.paths.name, "blade": name, "ready": False})
+        DEEDS["make_folder"](shop.paths, name)
         with step(shop.emit, shop.paths.name, "boot", name):
-            booted = _boot(shop, guest)
+            booted = _boot(shop, None, guest)
         with step(shop.emit, shop.paths.name, "save", name):
             domain.explain(f"save {name}", lambda: booted.save(str(target)))
-        remove_files(shop.paths, name)
+        remove_files(shop.machines, None, name)
 
     return template.obtain(shop.paths.settings.cache_dir / "templates", kind, key, boot_and_save)
 
@@ -78,25 +78,27 @@ def create(shop: Workshop, spec: BladeSpec, state: Path | None) -> None:
     Made anew, it is neither killed nor paused; other faults of the old one are its own, too, until they are healed.
     The metadata says ``ready`` only at the end, so that a blade left half made by a killed `up` is seen as such.
     """
-    paths = shop.paths
+    paths, machines = shop.paths, shop.machines
     faults = shop.faults.get(spec.name, Faults()).without("killed", "paused")
     guest = _guest(shop, spec.name, spec.memory, spec.cpus, shop.metadata(spec, faults, ready=False))
     try:
-        _make_files(paths, spec)
+        machines.do(spec.host, "make_folder", name=spec.name)
+        machines.do(spec.host, "make_files", spec=spec.to_json())
         if state is None:
             with step(shop.emit, paths.name, "boot", spec.name):
-                made = _boot(shop, guest)
+                made = _boot(shop, spec.host, guest)
                 domain.explain(f"pause {spec.name}", made.suspend)
         else:
             with step(shop.emit, paths.name, "restore", spec.name):
-                made = template.restore(shop.conn, state, guest, paths.blade(spec.name).root / "clone.save")
+                scratch = paths.blade(spec.name).root / "clone.save"
+                made = template.restore(machines, spec.host, state, guest, scratch)
         with step(shop.emit, paths.name, "plug", spec.name):
-            places = domain.explain(f"plug devices into {spec.name}", lambda: _plug(made, paths, spec))
+            places = domain.explain(f"plug devices into {spec.name}", lambda: _plug(made, machines, spec))
             domain.explain(f"resume {spec.name}", made.resume)
         with step(shop.emit, paths.name, "join", spec.name):
             _identify(shop, spec, guest, places)
-        shaping.limit(place.of(paths), spec.index, spec.link.bandwidth)
-        settle.whole(paths, made, spec, faults, shop.fabric)
+        machines.do(spec.host, "limit", index=spec.index, bandwidth=spec.link.bandwidth)
+        settle.whole(machines, made, spec, faults, shop.fabric)
         ready = shop.metadata(spec, faults, ready=True)
         domain.explain(f"mark {spec.name} ready", lambda: domain.write_metadata(made, ready))
     except RacklessError as error:
@@ -120,41 +122,24 @@ def update(shop: Workshop, old: BladeSpec, spec: BladeSpec, running: libvirt.vir
             domain.explain(f"limit the disk of {spec.name}",
                            lambda: domain.limit_disk(running, disk.iops, disk.bandwidth))  # fmt: skip
         if (spec.link, spec.excache, spec.membership) != (old.link, old.excache, old.membership):
-            settle.inside(paths, spec, faults, shop.fabric)
+            settle.inside(shop.machines, spec, faults, shop.fabric)
         metadata = shop.metadata(spec, faults, ready=True)
         domain.explain(f"mark {spec.name}", lambda: domain.write_metadata(running, metadata))
 
 
-def remove_files(paths: RackPaths, name: str) -> None:
-    """Remove all files of a blade: console log, disk, persistent memory, sockets, host key."""
-    shutil.rmtree(paths.blade(name).root, ignore_errors=True)
-    for socket in (console_socket(paths, name), agent_socket(paths, name)):
-        socket.unlink(missing_ok=True)
-    keys.forget_host_key(paths, name)
+def remove_files(hosts: Hosts, host: str | None, name: str) -> None:
+    """Remove all files of a blade from its host, and its host key: console log, disk, persistent memory, sockets."""
+    hosts.do(host, "remove_files", name=name)
+    keys.forget_host_key(hosts.paths, name)
 
 
-def console_socket(paths: RackPaths, name: str) -> Path:
-    """Where the blade's serial console is."""
-    return paths.settings.run_dir / paths.name / f"{name}.console"
-
-
-def agent_socket(paths: RackPaths, name: str) -> Path:
-    """Where the blade's provisioning channel is."""
-    return paths.settings.run_dir / paths.name / f"{name}.agent"
-
-
-def console_tail(paths: RackPaths, name: str) -> str:
+def console_tail(hosts: Hosts, host: str | None, name: str) -> str:
     """The last lines of the blade's console log."""
-    try:
-        text = paths.blade(name).console.read_text(errors="replace")
-    except OSError:
-        return ""
-    return "\n".join(text.splitlines()[-CONSOLE_TAIL_LINES:])
+    return "\n".join(str(hosts.do(host, "console", name=name)).splitlines()[-CONSOLE_TAIL_LINES:])
 
 
 def _guest(shop: Workshop, name: str, memory: int, cpus: int, metadata: dict[str, Any]) -> Guest:
     paths = shop.paths
-    paths.blade(name).root.mkdir(parents=True, exist_ok=True)
     return Guest(
         name=domain.domain_name(paths.name, name),
         memory=memory,
@@ -166,27 +151,34 @@ def _guest(shop: Workshop, name: str, memory: int, cpus: int, metadata: dict[str
     )
 
 
-def _boot(shop: Workshop, guest: Guest) -> libvirt.virDomain:
+def _boot(shop: Workshop, host: str | None, guest: Guest) -> libvirt.virDomain:
     xml = domain.domain_xml(guest, shop.image, shop.accelerator, shop.emulator)
-    made = domain.explain(f"start {guest.name}", lambda: shop.conn.createXML(xml))
-    deadline = time.monotonic() + shop.paths.settings.boot_seconds
-    with open_channel(guest.agent_socket, guest.name, deadline) as channel:
-        channel.request({"op": "hello"}, deadline)
+    made = domain.explain(f"start {guest.name}", lambda: shop.machines.conn(host).createXML(xml))
+    _request(shop, host, guest, {"op": "hello"}, shop.paths.settings.boot_seconds)
     return made
 
 
-def _plug(made: libvirt.virDomain, paths: RackPaths, spec: BladeSpec) -> dict[str, int] | None:
+def _request(shop: Workshop, host: str | None, guest: Guest, message: dict[str, Any], seconds: float) -> None:
+    shop.machines.do(host, "request", socket=str(guest.agent_socket), blade=guest.metadata["blade"], message=message,
+                     seconds=seconds)  # fmt: skip
+
+
+def _plug(made: libvirt.virDomain, hosts: Hosts, spec: BladeSpec) -> dict[str, int] | None:
     """Plug in what the spec says; what the blade has to know of its persistent memory, if it has any.
 
     The blade stands still meanwhile: QEMU before 8.2 (seen: 7.2) changes the map of the memory under a virtual
     CPU that it emulates and that still uses the old one; a busy host gives that time to go wrong (a guest panicked).
     """
-    where = place.of(paths)
-    cards = ((place.MANAGEMENT, spec.mgmt_mac, bridge.MANAGEMENT_MTU), (place.FABRIC, spec.fabric_mac, spec.fabric_mtu))
+    paths = hosts.paths
+    where = place.on(paths, spec.host)
+    mgmt_mtu = bridge.mtu_of_management(bool(hosts.far))
+    cards = ((place.MANAGEMENT, spec.mgmt_mac, mgmt_mtu), (place.FABRIC, spec.fabric_mac, spec.fabric_mtu))
     for network, mac, mtu in cards:
         domain.attach_nic(made, mac, where.bridge(network), where.tap(network, spec.index), mtu)
     if spec.disk:
-        domain.attach_disk(made, paths.blade(spec.name).disk, spec.disk.iops, spec.disk.bandwidth)
+        disk = paths.blade(spec.name).disk
+        cache = hosts.do(spec.host, "cache_mode", file=str(disk))
+        domain.attach_disk(made, disk, spec.disk.iops, spec.disk.bandwidth, cache)
     if not spec.pmem:
         return None
     files = paths.blade(spec.name)
@@ -197,7 +189,6 @@ def _plug(made: libvirt.virDomain, paths: RackPaths, spec: BladeSpec) -> dict[st
 
 def _identify(shop: Workshop, spec: BladeSpec, guest: Guest, places: dict[str, int] | None) -> None:
     paths = shop.paths
-    deadline = time.monotonic() + paths.settings.ready_seconds
     private_key, _ = keys.ensure_host_key(paths, spec.name)
     message = {
         "op": "identify",
@@ -208,7 +199,7 @@ def _identify(shop: Workshop, spec: BladeSpec, guest: Guest, places: dict[str, i
         "secret": keys.ensure_secret(paths).hex(),
         "manager": shop.manager,
         "management": {"mac": spec.mgmt_mac, "address": spec.mgmt_address, "prefix": spec.mgmt_prefix,
-                       "mtu": bridge.MANAGEMENT_MTU},
+                       "mtu": bridge.mtu_of_management(bool(shop.machines.far))},
         "fabric": {"mac": spec.fabric_mac, "address": spec.fabric_address, "prefix": spec.fabric_prefix,
                    "mtu": spec.fabric_mtu},
         "link": link_fields(spec, Faults(), {}),
@@ -224,27 +215,4 @@ def _identify(shop: Workshop, spec: BladeSpec, guest: Guest, places: dict[str, i
         "entropy": os.urandom(64).hex(),
         "epoch_ns": time.time_ns(),
     }  # fmt: skip
-    with open_channel(guest.agent_socket, spec.name, deadline) as channel:
-        channel.request(message, deadline)
-
-
-def _make_files(paths: RackPaths, spec: BladeSpec) -> None:
-    """The blade's disk and persistent memory; what is there in the right size is kept with its contents."""
-    files = paths.blade(spec.name)
-    files.root.mkdir(parents=True, exist_ok=True)
-    files.root.chmod(0o700)
-    if spec.pmem:
-        pmem.prepare(files, spec.pmem)
-    if spec.disk and not _has_size(files.disk, spec.disk.size):
-        fresh = files.disk.with_suffix(".new")  # gets its name when it is whole: `up` may be killed here
-        sparse.make(fresh, spec.disk.size)
-        # Made here and not in the blade: a tenth of a second instead of seconds.
-        done = subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-E", "lazy_itable_init=1,nodiscard", fresh],
-                              capture_output=True, text=True, check=False)  # fmt: skip
-        if done.returncode:
-            raise RacklessError(f"cannot make the disk of {spec.name}: {done.stderr.strip()}", hint="is the disk full?")
-        fresh.rename(files.disk)
-
-
-def _has_size(path: Path, size: int) -> bool:
-    return path.exists() and path.stat().st_size == size
+    _request(shop, spec.host, guest, message, paths.settings.ready_seconds)

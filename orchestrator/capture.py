@@ -69,6 +69,10 @@ def capture(paths: RackPaths, blades: Mapping[str, BladeSpec], only: str | None,
     what was lost on its way is missing. RacklessError when it may not, or a tap is not there.
     """
     where = place.of(paths)
+    elsewhere = [name for name, spec in blades.items() if only in (None, name) and spec.host]
+    if elsewhere:
+        raise RacklessError(f"packets of {', '.join(elsewhere)} are on host {blades[elsewhere[0]].host}",
+                            hint="capture one blade of this machine, as in `rackless pcap --only BLADE`")  # fmt: skip
     taps = [where.tap(FABRIC, spec.index) for name, spec in blades.items() if only in (None, name)]
     with ExitStack() as stack:
         try:

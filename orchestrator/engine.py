@@ -8,22 +8,25 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
 from ipaddress import IPv4Interface
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from orchestrator import agents, blade, journal, lock, pmem
+from orchestrator import agents, blade, journal, lock, placement
 from orchestrator.errors import RacklessError
 from orchestrator.events import Changed, Emit, Note, step
 from orchestrator.faults import settle
 from orchestrator.faults.model import Faults, cut_off
 from orchestrator.faults.model import of as faults_of
-from orchestrator.hypervisor import balloon, daemon, domain, probe
+from orchestrator.fields import did_you_mean
+from orchestrator.hypervisor import balloon, daemon, domain, hosts, probe
+from orchestrator.hypervisor.far import Far
+from orchestrator.hypervisor.hosts import Hosts
 from orchestrator.image import build as image_build
-from orchestrator.model import Link, Rack, warnings
+from orchestrator.model import Host, Link, Rack, warnings
 from orchestrator.network import bridge, place
 from orchestrator.parallel import together
 from orchestrator.plan import Action, Observed, Plan, State, check_capacity, make_plan
@@ -31,9 +34,6 @@ from orchestrator.privilege import require_root
 from orchestrator.settings import RackPaths, Settings
 from orchestrator.spec import BladeSpec
 from orchestrator.ssh import config, keys, shared
-
-if TYPE_CHECKING:
-    import libvirt
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,17 @@ class UpResult:
 
 def observe(settings: Settings, rack: str) -> dict[str, Observed]:
     """The blades of a rack that libvirt has, by name. Empty when the rack is not up."""
-    paths = RackPaths(settings, rack)
-    with daemon.connection(paths) as conn:
-        return {} if conn is None else _observe(conn, rack)
+    with hosts.opened(RackPaths(settings, rack)) as machines:
+        return as_seen(machines.owned())
 
 
 def plan(settings: Settings, rack: Rack) -> Plan:
-    """What `up` would do now."""
+    """What `up` would do now. RacklessError when a host cannot be reached, or the blades do not fit on the hosts."""
     key = image_build.image_key(rack.image, rack.flavour)
-    return make_plan(rack, key, observe(settings, rack.name))
+    paths = RackPaths(settings, rack.name)
+    with hosts.reach(paths, hosts.union(paths, rack)) as far, daemon.connection(paths) as conn:
+        observed = as_seen(Hosts(paths, conn, far).owned())
+        return make_plan(rack, key, observed, _placed(rack, far, observed))
 
 
 def up(settings: Settings, rack: Rack, emit: Emit, cold: bool = False, only: Collection[str] | None = None) -> UpResult:
@@ -89,24 +91,29 @@ def up(settings: Settings, rack: Rack, emit: Emit, cold: bool = False, only: Col
     for warning in warnings(rack):
         emit(Note(warning))
     require_root("make network interfaces and start virtual machines")
-    with lock.hold(paths), step(journal.begun(paths), rack.name, "up"):
+    with ExitStack() as stack:
+        machines = Hosts(paths, None, stack.enter_context(hosts.reach(paths, hosts.union(paths, rack))))
+        _check_hosts(machines, rack, cold)
+        stack.enter_context(lock.hold(paths))
+        stack.enter_context(step(journal.begun(paths), rack.name, "up"))
         image = image_build.build(rack.image, settings.cache_dir / "images", emit, rack.flavour)
         chosen = probe.accelerator(settings, image.kernel)
+        hosts.check_accelerator(paths, machines.far, chosen.name, emulator(), cold)
         settings = settings.scaled(chosen.name)
         paths = RackPaths(settings, rack.name)
-        prepare(paths, rack, emit)
+        prepare(paths, rack, machines, emit)
         with daemon.connection(paths, start=True) as conn:
-            assert conn is not None
-            domains = domain.owned(conn, rack.name)
+            machines = replace(machines, paths=paths, here=conn)
+            domains = machines.owned()
             observed = as_seen(domains)
-            todo = make_plan(rack, image.key, observed)
+            todo = make_plan(rack, image.key, observed, _placed(rack, machines.far, observed))
             if only is not None:
                 todo = todo.only(only)
             specs = [action.spec for action in todo.actions if action.spec]
             manager = _manager(todo, observed, specs)
             shop = blade.Workshop(
                 paths=paths,
-                conn=conn,
+                machines=machines,
                 image=image,
                 accelerator=chosen.name,
                 emulator=emulator(),
@@ -122,6 +129,8 @@ def up(settings: Settings, rack: Rack, emit: Emit, cold: bool = False, only: Col
             if todo.pending:
                 emit(Note(f"accelerator: {chosen.name} ({chosen.why})"))
             seconds, made = _carry_out(shop, todo, cold, domains)
+            if only is None:
+                _let_go(machines, rack)
         return UpResult(
             rack=rack.name,
             accelerator=chosen.name,
@@ -133,25 +142,33 @@ def up(settings: Settings, rack: Rack, emit: Emit, cold: bool = False, only: Col
         )
 
 
-def down(settings: Settings, rack: str, emit: Emit, keep_data: bool = False) -> list[str]:
+def down(settings: Settings, rack: str, emit: Emit, keep_data: bool = False,
+         without: Collection[str] = ()) -> list[str]:  # fmt: skip
     """Remove a rack: domains, daemons, network, files. Returns the names of the blades that were there.
 
-    ``keep_data`` leaves disks, persistent memory and keys for the next `up`.
+    ``keep_data`` leaves disks, persistent memory and keys for the next `up`. Nothing is done on hosts ``without`` which
+    it must go: those that are gone for good.
     """
     paths = RackPaths(settings, rack)
-    with lock.hold(paths):
+    known = hosts.noted(paths)
+    for name in without:
+        if name not in known or known[name].uri is None:
+            raise RacklessError(f"rack {rack} has no other host {name}", hint=did_you_mean(name, [*known]))
+    left = {name: host for name, host in known.items() if name not in without}
+    with lock.hold(paths), hosts.reach(paths, left) as far:
         with step(journal.recording(paths, emit), rack, "down"):
             with daemon.connection(paths) as conn:
-                domains = domain.owned(conn, rack) if conn else {}
-                _end(paths, domains)
-            known = [seen.spec for seen in as_seen(domains).values() if seen.spec]
-            addresses = [spec.mgmt_address for spec in known]
+                machines = Hosts(paths, conn, far)
+                domains = machines.owned()
+                _end(machines, domains)
+            addresses = [seen.spec.mgmt_address for seen in as_seen(domains).values() if seen.spec]
             shared.close_shared_connections(paths, addresses)
             daemon.stop(paths)
-            place.of(paths).remove()
-            shutil.rmtree(settings.run_dir / rack, ignore_errors=True)
+            machines.everywhere("leave", end=True)
         if not keep_data:  # after the last event: who follows them reads it before the file goes
-            shutil.rmtree(paths.root, ignore_errors=True)
+            machines.everywhere("forget")
+        elif without:
+            hosts.note(paths, left)
         return sorted(domains)
 
 
@@ -167,7 +184,34 @@ def _manager(todo: Plan, observed: dict[str, Observed], specs: Sequence[BladeSpe
     return manager
 
 
-def prepare(paths: RackPaths, rack: Rack, emit: Emit) -> None:
+def _check_hosts(machines: Hosts, rack: Rack, cold: bool) -> None:
+    """Refuse hosts that will not do, and blades that do not fit on them, before anything is touched."""
+    if not rack.hosts:
+        return
+    paths = machines.paths
+    hosts.check(paths, rack, machines.far, cold)
+    with daemon.connection(paths) as conn:
+        _placed(rack, machines.far, as_seen(replace(machines, here=conn).owned()))
+
+
+def _placed(rack: Rack, far: Mapping[str, Far], observed: Mapping[str, Observed]) -> dict[str, str | None]:
+    """The host of each blade as its spec has it: None on this machine."""
+    if rack.home is None:
+        return {}
+    there = {name: seen.spec.host or rack.home for name, seen in observed.items() if seen.spec}
+    placed = placement.place(rack, hosts.rooms(rack, far), there)
+    return {name: None if host == rack.home else host for name, host in placed.items()}
+
+
+def _let_go(machines: Hosts, rack: Rack) -> None:
+    """Leave hosts that are not the rack's any more; it has no blades there now."""
+    if set(hosts.noted(machines.paths)) != set(rack.hosts):
+        for name in machines.far.keys() - rack.hosts.keys():
+            machines.do(name, "leave", end=False)
+        hosts.note(machines.paths, rack.hosts)
+
+
+def prepare(paths: RackPaths, rack: Rack, machines: Hosts, emit: Emit) -> None:
     """Make the rack's folders, its network and its keys, or complete what is there."""
     with step(emit, rack.name, "network"):
         for folder in (paths.blades, paths.logs, paths.settings.run_dir / rack.name):
@@ -175,7 +219,12 @@ def prepare(paths: RackPaths, rack: Rack, emit: Emit) -> None:
         paths.root.chmod(0o700)
         daemon.check(paths)
         bridge.require_taps()
-        bridge.ensure(place.of(paths), rack.management.subnet, rack.fabric.subnet, rack.fabric.mtu)
+        hosts.note(paths, hosts.union(paths, rack))  # before anything is there
+        ends = hosts.tunnels(rack)
+        bridge.ensure(place.of(paths), rack.management.subnet, rack.fabric.subnet, rack.fabric.mtu,
+                      ends.get(rack.home or ""))  # fmt: skip
+        for name in rack.far:
+            machines.do(name, "extend", mtu=rack.fabric.mtu, tunnel=asdict(ends[name]))
         keys.ensure_secret(paths)
         keys.ensure_rack_keys(paths)
 
@@ -188,12 +237,15 @@ def _carry_out(
         if action.kind != "keep":
             shop.emit(Changed(todo.rack, action.blade, action.kind, tuple(action.reasons)))
     leaving = {action.blade for action in todo.of("remove", "recreate")}
-    _end(shop.paths, {name: domains[name] for name in leaving & domains.keys()})
-    for action in todo.of("remove"):
-        blade.remove_files(shop.paths, action.blade)
-    settle.side(shop.paths, {})  # a side of a partition that nobody is left on
+    _end(shop.machines, {name: domains[name] for name in leaving & domains.keys()})
+    for action in todo.of("remove", "recreate"):
+        was = domains[action.blade].host if action.blade in domains else None
+        if action.spec is None or action.spec.host != was:  # files do not move to another host
+            blade.remove_files(shop.machines, was, action.blade)
+    settle.side(shop.machines, {})  # a side of a partition that nobody is left on
     making = {action.blade: action.spec for action in todo.of("create", "recreate") if action.spec}
     states = {} if cold else _templates(shop, making.values())
+    _supply(shop, making.values(), states)
     seconds: dict[str, float] = {}
 
     def make(spec: BladeSpec) -> None:
@@ -207,7 +259,8 @@ def _carry_out(
         blade.update(shop, action.old, action.spec, domains[action.blade].domain)
 
     together({action.blade: action for action in todo.of("update")}, change)
-    together(making, make, shop.paths.settings.max_workers, lambda name: blade.console_tail(shop.paths, name))
+    together(making, make, shop.paths.settings.max_workers,
+             lambda name: blade.console_tail(shop.machines, making[name].host, name))  # fmt: skip
     # One that `only` left alone may be killed or paused.
     staying = {action.blade: action.spec for action in todo.of("keep", "update") if action.spec
                and (action.kind == "update" or domains[action.blade].state == "running")}  # fmt: skip
@@ -218,13 +271,13 @@ def _carry_out(
     return seconds, len(making)
 
 
-def _end(paths: RackPaths, domains: dict[str, domain.Owned]) -> None:
+def _end(machines: Hosts, domains: dict[str, domain.Owned]) -> None:
     """End blades. Those not killed end in order: their persistent memory is as they leave it, persisted or not."""
 
     def end(name: str) -> None:
         domain.destroy(domains[name].domain)
         if domains[name].state in ("running", "paused"):  # a pause is no power failure: stores are all there
-            pmem.shut_down(paths.blade(name))
+            machines.do(domains[name].host, "shut_down", name=name)
 
     together({name: name for name in domains}, end)
 
@@ -234,8 +287,11 @@ def _tell_hosts(shop: blade.Workshop, spec: BladeSpec) -> None:
     agents.call(shop.paths, spec.name, spec.mgmt_address, "agent.hosts", seconds, hosts=shop.hosts)
 
 
-def _templates(shop: blade.Workshop, specs: Iterable[BladeSpec]) -> dict[tuple[int, int], Path]:
-    """The saved blade for each size (memory, cpus); as many are booted at once as the host has cores."""
+def _templates(shop: blade.Workshop, specs: Collection[BladeSpec]) -> dict[tuple[int, int], Path]:
+    """The saved blade for each size (memory, cpus); as many are booted at once as the host has cores.
+
+    All are booted here, and copied to the hosts that need them.
+    """
     states: dict[tuple[int, int], Path] = {}
 
     def obtain(size: tuple[int, int]) -> None:
@@ -244,6 +300,22 @@ def _templates(shop: blade.Workshop, specs: Iterable[BladeSpec]) -> dict[tuple[i
     sizes = {f"{spec.memory >> 20} MiB, {spec.cpus} CPUs": (spec.memory, spec.cpus) for spec in specs}
     together(sizes, obtain, workers=os.cpu_count() or 1)
     return states
+
+
+def _supply(shop: blade.Workshop, specs: Collection[BladeSpec], states: Mapping[tuple[int, int], Path]) -> None:
+    """Copy the image, and the saved blades, to the hosts that they will run on."""
+    needed: dict[str, set[Path]] = {}
+    for spec in specs:
+        if spec.host is not None:
+            entries = needed.setdefault(spec.host, {shop.image.system.parent, shop.image.agents.parent})
+            if (spec.memory, spec.cpus) in states:
+                entries.add(states[spec.memory, spec.cpus].parent)
+
+    def supply(host: str) -> None:
+        with step(shop.emit, shop.paths.name, f"image to {host}"):
+            shop.machines.far[host].supply(needed[host])
+
+    together({host: host for host in needed}, supply)
 
 
 def _ping_all(shop: blade.Workshop, specs: Sequence[BladeSpec], fresh: set[str]) -> None:
@@ -262,22 +334,27 @@ def _ping_all(shop: blade.Workshop, specs: Sequence[BladeSpec], fresh: set[str])
         together({spec.name: spec for spec in specs}, ping)
 
 
-def as_it_is(domains: dict[str, domain.Owned], name: str) -> Rack:
-    """The rack that a file would say so as to change nothing of these blades. RacklessError when none can be read."""
-    return rack_of({blade: found.metadata for blade, found in domains.items()}, name)
+def as_it_is(domains: dict[str, domain.Owned], name: str, known: Mapping[str, Host] | None = None) -> Rack:
+    """The rack that a file would say so as to change nothing of these blades. RacklessError when none can be read.
+
+    known -- its hosts, as hosts.noted tells
+    """
+    return rack_of({blade: found.metadata for blade, found in domains.items()}, name, known)
 
 
-def rack_of(metadata: Mapping[str, Mapping[str, Any]], name: str) -> Rack:
+def rack_of(
+    metadata: Mapping[str, Mapping[str, Any]], name: str, known: Mapping[str, Host] | None = None
+) -> Rack:
     """The same, of what the metadata of blades say."""
-    known: list[BladeSpec] = []
+    read: list[BladeSpec] = []
     for said_of in metadata.values():
         with suppress(ValueError):  # another version of Rackless made it
-            known.append(BladeSpec.from_json(said_of.get("spec")))
-    specs = sorted(known, key=lambda spec: spec.index)
+            read.append(BladeSpec.from_json(said_of.get("spec")))
+    specs = sorted(read, key=lambda spec: spec.index)
     if not specs:
         raise RacklessError(f"rack {name} is not up", hint="bring it up with `rackless up`")
     first = specs[0]
-    fields = ("kind", "cpus", "memory", "cpu_quota", "excache", "pmem", "disk")
+    fields = ("kind", "host", "cpus", "memory", "cpu_quota", "excache", "pmem", "disk")
     said = {spec.name: spec.to_json() for spec in specs}
     subnets = {
         part: str(IPv4Interface(f"{address}/{prefix}").network)
@@ -293,13 +370,10 @@ def rack_of(metadata: Mapping[str, Mapping[str, Any]], name: str) -> Rack:
         "fabric": {"subnet": subnets["fabric"], "mtu": first.fabric_mtu},
         "management": {"subnet": subnets["management"]},
         "membership": said[first.name]["membership"],
-        "blades": {n: {key: spec[key] for key in fields if spec[key] is not None} for n, spec in said.items()},
+        "hosts": {host: about.model_dump(mode="json") for host, about in (known or {}).items()},
+        "blades": {n: {key: spec[key] for key in fields if spec.get(key) is not None} for n, spec in said.items()},
         "links": {spec.name: said[spec.name]["link"] for spec in specs if spec.link != Link()},
     })  # fmt: skip
-
-
-def _observe(conn: libvirt.virConnect, rack: str) -> dict[str, Observed]:
-    return as_seen(domain.owned(conn, rack))
 
 
 def as_seen(domains: dict[str, domain.Owned]) -> dict[str, Observed]:
@@ -307,7 +381,7 @@ def as_seen(domains: dict[str, domain.Owned]) -> dict[str, Observed]:
     seen = {}
     for name, found in domains.items():
         try:
-            spec = BladeSpec.from_json(found.metadata.get("spec"))
+            spec = found.spec()
         except ValueError:
             spec = None
         state: State = "broken"
@@ -328,7 +402,8 @@ def write_ssh_files(paths: RackPaths, specs: Sequence[BladeSpec]) -> None:
 
 def check_room(rack: Rack) -> None:
     """Raise RacklessError when this host cannot hold the rack."""
-    check_capacity(rack, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), os.cpu_count() or 1)
+    if not rack.hosts:  # placement.py does it for many
+        check_capacity(rack, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), os.cpu_count() or 1)
 
 
 def emulator() -> str:

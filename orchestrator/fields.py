@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Collection
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer, WithJsonSchema
 
@@ -29,10 +30,13 @@ DISK_MIN, DISK_MAX = 64 * MIB, 64 * TIB
 CPUS_MAX = 64
 LATENCY_MAX_SECONDS = 10.0
 CLOCK_MAX_SECONDS = 366 * 86400.0
-MTU_MIN, MTU_MAX = 1500, 9000
+MTU_MIN, MTU_MAX = 1400, 9000
+"""The least still fits an RDMA MTU of 1024, and through VXLAN on Ethernet's 1500 bytes (1450)."""
 MTU_FOR_4096 = 4200
 """An RDMA path MTU of 4096 needs this: the payload and the RoCE v2 headers, with room for the IP options."""
 PREFIX_MIN, PREFIX_MAX = 16, 28
+
+URI_EXAMPLE = '"qemu+ssh://root@192.168.1.5/system"'
 
 _PRIVATE = tuple(IPv4Network(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"))
 _NAME = r"[a-z][a-z0-9-]{0,14}"
@@ -141,6 +145,38 @@ def _subnet(value: object) -> IPv4Network:
     return network
 
 
+def _address(value: object) -> IPv4Address:
+    try:
+        address = value if isinstance(value, IPv4Address) else IPv4Address(str(value).strip())
+    except ValueError:
+        raise ValueError(f'{shown(value)} is not an IPv4 address; write for example "192.168.1.5"') from None
+    if address.is_unspecified or address.is_loopback or address.is_multicast:
+        raise ValueError(f'"{address}" is no address that other hosts reach; write for example "192.168.1.5"')
+    return address
+
+
+def _uri(value: object) -> str:
+    """A libvirt that may use bridges and limit CPUs, of another host: by SSH, or by its socket on this machine."""
+    text = str(value)
+    try:
+        parts = urlsplit(text)
+        by_ssh = parts.scheme == "qemu+ssh" and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:  # such as a port that is no number
+        raise ValueError(f"{shown(value)} is not a libvirt URI; write for example {URI_EXAMPLE}") from None
+    words = parse_qs(parts.query)
+    socket = words.get("socket", [""])[0]
+    by_socket = parts.scheme in ("qemu", "qemu+unix") and not parts.netloc and socket.startswith("/")
+    if not isinstance(value, str) or not (by_ssh or by_socket):
+        raise ValueError(f"{shown(value)} is not the libvirt of another host; write for example {URI_EXAMPLE}")
+    if parts.path != "/system":
+        raise ValueError(f"{shown(value)} may not limit CPUs nor use bridges; write a URI of /system")
+    known = ("command", "keyfile") if by_ssh else ("socket",)
+    for word in words:
+        if word not in known:
+            raise ValueError(f'"{word}" is not known in the URI of such a host; {did_you_mean(word, known)}')
+    return text
+
+
 def _nearest(network: IPv4Network) -> IPv4Network:
     """A subnet of an allowed size at the same address."""
     prefix = min(max(network.prefixlen, PREFIX_MIN), PREFIX_MAX)
@@ -162,6 +198,14 @@ def _unit(
 RackName = Annotated[str, _name("rack"), WithJsonSchema({"type": "string", "pattern": f"^{_NAME}$"})]
 BladeName = Annotated[str, _name("blade"), WithJsonSchema({"type": "string", "pattern": f"^{_NAME}$"})]
 SnapshotName = Annotated[str, _name("snapshot")]
+HostName = Annotated[str, _name("host"), WithJsonSchema({"type": "string", "pattern": f"^{_NAME}$"})]
+HostUri = Annotated[str, BeforeValidator(_uri)]
+HostAddress = Annotated[
+    IPv4Address,
+    BeforeValidator(_address),
+    PlainSerializer(str, return_type=str, when_used="json"),
+    WithJsonSchema({"type": "string", "pattern": r"^[0-9]+\.[0-9]+\.[0-9]+\.[0-9]+$"}),
+]
 Subnet = Annotated[
     IPv4Network,
     BeforeValidator(_subnet),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import __version__, agents, engine, journal, lock, snapshot, sparse
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, Note, ignore, step
-from orchestrator.hypervisor import daemon, domain, template
+from orchestrator.hypervisor import daemon, domain, hosts, template
 from orchestrator.hypervisor.domain import Owned
 from orchestrator.parallel import together
 from orchestrator.privilege import require_root
@@ -65,6 +65,7 @@ def create(settings: Settings, rack: str, name: str, emit: Emit = ignore) -> Fro
     paths = RackPaths(settings, rack)
     with lock.hold(paths), daemon.connection(paths) as conn:
         snapshot.must_be_free(settings, rack, name)
+        must_be_here(paths)
         blades = running(domain.owned(conn, rack) if conn else {}, rack)
         specs = {blade: BladeSpec.from_json(found.metadata["spec"]) for blade, found in blades.items()}
         paths = RackPaths(settings.scaled(str(next(iter(blades.values())).metadata.get("accelerator"))), rack)
@@ -81,6 +82,13 @@ def create(settings: Settings, rack: str, name: str, emit: Emit = ignore) -> Fro
         wake(paths, specs, emit)
     journal.record(paths, Note(f"snapshot {name} was made").to_json())
     return Frozen(snapshot.find(settings, rack, name), time.monotonic() - started, pause.seconds, pause.apart)
+
+
+def must_be_here(paths: RackPaths) -> None:
+    """Raise RacklessError when a rack is on other hosts, too."""
+    if far := [name for name, host in hosts.noted(paths).items() if host.uri]:
+        raise RacklessError(f"rack {paths.name} is on host {far[0]}, too: snapshots are of racks on one host",
+                            hint="`rackless down`, and `up` without `hosts:`")  # fmt: skip
 
 
 def running(found: Mapping[str, Owned], rack: str) -> dict[str, Owned]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.errors import RacklessError
-from orchestrator.hypervisor import daemon, domain
+from orchestrator.hypervisor import domain, hosts
 from orchestrator.settings import RackPaths
 
 if TYPE_CHECKING:
@@ -23,8 +23,10 @@ def gdbserver(paths: RackPaths, blade: str) -> Iterator[Path]:
     RacklessError when the blade does not run, or QEMU refuses.
     """
     socket = paths.settings.run_dir / paths.name / f"{blade}.gdb"
-    with daemon.connection(paths) as conn:
-        found = domain.owned(conn, paths.name).get(blade) if conn else None
+    with hosts.opened(paths) as machines:
+        found = machines.owned().get(blade)
+        if found and found.host:
+            raise RacklessError(f"blade {blade} is on host {found.host}: gdb needs its socket", hint="call it there")
         if found is None or found.state not in ("running", "paused"):
             raise RacklessError(f"blade {blade} does not run", hint="see `rackless status`")
         try:

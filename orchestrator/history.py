@@ -18,7 +18,7 @@ from typing import Any
 from guest_agents import control
 from orchestrator import agents, engine, journal
 from orchestrator.errors import RacklessError
-from orchestrator.hypervisor import daemon, domain
+from orchestrator.hypervisor import hosts
 from orchestrator.hypervisor.daemon import Daemon
 from orchestrator.hypervisor.domain import TEMPLATE
 from orchestrator.settings import PRIVATE_LIBVIRT, RackPaths
@@ -163,8 +163,8 @@ class _Members:
         """Where it is. LostError when none runs."""
         paths = self._paths
         try:
-            with daemon.connection(paths, revive=False) as conn:
-                seen = engine.as_seen(domain.owned(conn, paths.name) if conn else {}).values()
+            with hosts.opened(paths, revive=False) as machines:
+                seen = engine.as_seen(machines.owned()).values()
         except RacklessError as error:
             raise control.LostError(error.message) from error
         specs = [one.spec for one in seen if one.spec and one.spec.kind == "manager" and one.state == "running"]

@@ -24,6 +24,9 @@ from orchestrator.fields import (
     DiskSize,
     Excache,
     Heartbeat,
+    HostAddress,
+    HostName,
+    HostUri,
     ImageName,
     Iops,
     Latency,
@@ -163,6 +166,26 @@ class Link(_Part):
         return jitter
 
 
+class Host(_Part):
+    """A machine that blades can be on: this one, or another whose libvirt can be reached. See hosts.md."""
+
+    uri: HostUri | None = Field(
+        default=None,
+        description="Its libvirt. Exactly one host has none: this machine.",
+        examples=["qemu+ssh://root@192.168.1.5/system"],
+    )
+    address: HostAddress = Field(
+        description="Its own address, at which the other hosts reach it: the fabric crosses to them by VXLAN.",
+        examples=["192.168.1.5"],
+    )
+    rackless: str = Field(
+        default="rackless",
+        min_length=1,
+        description="The command there, of the same version: a name in its PATH, or a path.",
+        json_schema_extra={"default": "rackless"},
+    )
+
+
 def _needs_disk(schema: dict[str, Any]) -> None:
     """Tell editors too that storage blades, and only those, have a disk."""
     storage = {"properties": {"kind": {"const": "storage"}}, "required": ["kind"]}
@@ -179,6 +202,11 @@ class Blade(_Part):
     kind: BladeKind = Field(
         description="What the blade is; its agent makes it that component of the rack.",
         examples=["memory"],
+    )
+    host: HostName | None = Field(
+        default=None,
+        description="The one of `hosts` that it is on; without it, it goes where there is room.",
+        examples=["far"],
     )
     cpus: Cpus = Field(default=1, description="Virtual CPUs.")
     cpu_quota: Quota | None = Field(
@@ -247,6 +275,11 @@ class Rack(_Part):
     fabric: Fabric = Field(default=Fabric(), description="The network that RDMA runs on.")
     management: Management = Field(default=Management(), description="The network for SSH and control.")
     membership: Membership = Field(default=Membership(), description="How a dead blade is noticed.")
+    hosts: dict[HostName, Host] = Field(
+        default={},
+        description="The machines that the rack is spread over; without it, it is on this one.",
+        json_schema_extra={"additionalProperties": False},
+    )
     blades: dict[BladeName, Blade] = Field(
         description="The blades by name; at least one is a manager.",
         examples=[{"gm0": {"kind": "manager", "memory": "256 MiB"}}],
@@ -262,10 +295,23 @@ class Rack(_Part):
         """The link of a blade, whether or not the file mentions one."""
         return self.links.get(blade, Link())
 
+    @property
+    def home(self) -> str | None:
+        """The host that is this machine; None when the rack has no hosts."""
+        return next((name for name, host in self.hosts.items() if host.uri is None), None)
+
+    @property
+    def far(self) -> dict[str, Host]:
+        """The hosts that are not this machine."""
+        return {name: host for name, host in self.hosts.items() if host.uri is not None}
+
     @model_validator(mode="after")
     def _whole_rack(self) -> Rack:
         kinds = {name: blade.kind for name, blade in self.blades.items()}
+        pins = {name: blade.host for name, blade in self.blades.items() if blade.host is not None}
         problems = rack_problems(kinds, self.links, self.fabric.subnet, self.management.subnet)
+        problems += host_problems({name: host.uri for name, host in self.hosts.items()}, pins)
+        problems += address_problems({name: str(host.address) for name, host in self.hosts.items()})
         if problems:
             raise ProblemsError(problems)
         return self
@@ -297,6 +343,35 @@ def rack_problems(
             room = blade_capacity(subnet)
             message = f'"{subnet}" has room for {room} blades, not {len(kinds)}; {_wider(subnet, len(kinds))}'
             problems.append(Problem((part, "subnet"), message))
+    return problems
+
+
+def host_problems(uris: Mapping[str, str | None], pins: Mapping[str, str]) -> list[Problem]:
+    """What is wrong between hosts (their URIs by name) and the blades pinned to them (hosts by blade)."""
+    problems = []
+    here = [name for name, uri in uris.items() if uri is None]
+    if uris and not here:
+        problems.append(Problem(("hosts",), "none is this machine; add one without a uri, as here: {address: ...}"))
+    for name in here[1:]:
+        problems.append(Problem(("hosts", name), f'it has no uri, and "{here[0]}" is this machine; write its uri'))
+    for name, uri in uris.items():
+        first = next(other for other, theirs in uris.items() if theirs == uri)
+        if uri is not None and first != name:
+            problems.append(Problem(("hosts", name, "uri"), f'it is that of "{first}"; write its own, or remove it'))
+    for blade, host in pins.items():
+        if host not in uris:
+            advice = did_you_mean(host, [*uris]) if uris else "add hosts: with it, or remove this line"
+            problems.append(Problem(("blades", blade, "host"), f'no host is named "{host}"; {advice}'))
+    return problems
+
+
+def address_problems(addresses: Mapping[str, str]) -> list[Problem]:
+    """Hosts (their addresses by name) that would be taken for each other."""
+    problems = []
+    for name, address in addresses.items():
+        first = next(other for other, theirs in addresses.items() if theirs == address)
+        if first != name:
+            problems.append(Problem(("hosts", name, "address"), f'it is that of "{first}"; write its own'))
     return problems
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from orchestrator import wiring
-from orchestrator.hypervisor import daemon, domain
+from orchestrator.hypervisor import hosts
 from orchestrator.hypervisor.usage import Traffic, Usage, usage
 from orchestrator.network import place
 from orchestrator.network.place import FABRIC, MANAGEMENT
@@ -58,14 +58,14 @@ class Observer:
     def look(self) -> Snapshot:
         """How the rack is now. RacklessError when libvirt cannot be asked."""
         paths = self._paths
-        with daemon.connection(paths, revive=False) as conn:
-            found = domain.owned(conn, paths.name) if conn else {}
-            used = usage(paths, conn, found) if conn else {}
+        with hosts.opened(paths, revive=False) as machines:
+            found = machines.owned()
+            used = usage(machines, found)
         wires = tuple(wiring.of(found))
         specs: dict[str, BladeSpec] = {}
         for name in (wire.blade for wire in wires):
             with suppress(ValueError):
-                specs[name] = BladeSpec.from_json(found[name].metadata.get("spec"))
+                specs[name] = found[name].spec()
         # One that is not whole is being made: its agent has no identity yet.
         running = {w.blade: specs[w.blade] for w in wires
                    if w.power == "running" and found[w.blade].metadata.get("ready")}  # fmt: skip
@@ -86,7 +86,7 @@ class Observer:
         )  # fmt: skip
 
     def _host(self, spec: BladeSpec, used: Usage) -> Host:
-        where = place.of(self._paths)
+        where = place.on(self._paths, spec.host)
         taps = {network: where.tap(network, spec.index) for network in NETWORKS}
         traffic = {network: used.cards[tap] for network, tap in taps.items() if tap in used.cards}
         return Host(used.cpu_seconds, used.resident_bytes, traffic)

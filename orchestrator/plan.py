@@ -60,6 +60,8 @@ class Action:
             return ()
         disk, pmem = self.old.disk, self.old.pmem
         stays = self.spec
+        if stays and stays.host != self.old.host:
+            stays = None  # files do not move with it
         kept_disk = disk and stays and stays.disk and stays.disk.size == disk.size
         kept_pmem = pmem and stays and stays.pmem == pmem
         lost = ("its disk" if disk and not kept_disk else "", "its persistent memory" if pmem and not kept_pmem else "")
@@ -127,12 +129,15 @@ class Plan:
         return [*lines, ", ".join(verbs)]
 
 
-def make_plan(rack: Rack, image_key: str, observed: Mapping[str, Observed]) -> Plan:
+def make_plan(rack: Rack, image_key: str, observed: Mapping[str, Observed],
+              hosts: Mapping[str, str | None] | None = None) -> Plan:  # fmt: skip
     """Compare the rack file with the blades that exist.
 
     `image_key` names the image that blades should run; `observed` has the blades of this rack by name. A
-    blade that exists keeps its index and so its addresses; a new one takes the lowest free index.
+    blade that exists keeps its index and so its addresses; a new one takes the lowest free index. `hosts` says which
+    other host each blade is on (see placement.py), none in a rack of one host.
     """
+    hosts = hosts or {}
     there = {name: seen for name, seen in observed.items() if seen.state != "absent"}
     places = _places(rack, there)
     leaving = [
@@ -141,14 +146,16 @@ def make_plan(rack: Rack, image_key: str, observed: Mapping[str, Observed]) -> P
         if name not in rack.blades
     ]
     wanted = [
-        _action(make_spec(rack, name, places[name], image_key), there.get(name)) for name in rack.blades
+        _action(make_spec(rack, name, places[name], image_key, hosts.get(name)), there.get(name))
+        for name in rack.blades
     ]
     return Plan(rack.name, (*leaving, *wanted))
 
 
 def _action(spec: BladeSpec, seen: Observed | None) -> Action:
     if seen is None:
-        return Action("create", spec.name, spec, None, ("not there yet",))
+        where = f", goes to host {spec.host}" if spec.host else ""
+        return Action("create", spec.name, spec, None, (f"not there yet{where}",))
     old = seen.spec
     if old is None:
         return Action("recreate", spec.name, spec, None, ("it has no description that can be read",))

@@ -12,7 +12,7 @@ from pathlib import Path
 from orchestrator import agents, journal, lock
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, step
-from orchestrator.hypervisor import daemon, domain
+from orchestrator.hypervisor import domain, hosts
 from orchestrator.image import build
 from orchestrator.parallel import together
 from orchestrator.settings import RackPaths
@@ -47,8 +47,8 @@ def push(paths: RackPaths, blades: Mapping[str, BladeSpec], emit: Emit) -> str:
 @contextmanager
 def _running(paths: RackPaths, blades: Collection[str]) -> Iterator[dict[str, domain.Owned]]:
     """What libvirt has of the blades. RacklessError when one is not there."""
-    with daemon.connection(paths) as conn:
-        there = domain.owned(conn, paths.name) if conn else {}
+    with hosts.opened(paths) as machines:
+        there = machines.owned()
         if gone := sorted(set(blades) - set(there)):
             raise RacklessError(f"{gone[0]} has ended", hint="`rackless up` makes it anew")
         yield {name: there[name] for name in blades}

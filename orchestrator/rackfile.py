@@ -17,11 +17,13 @@ from orchestrator.model import (
     Blade,
     Disk,
     Fabric,
+    Host,
     Link,
     Management,
     Problem,
     ProblemsError,
     Rack,
+    host_problems,
     rack_problems,
 )
 from orchestrator.units import shown
@@ -150,6 +152,8 @@ def _model_at(path: tuple[str, ...]) -> type[BaseModel]:
             return Disk
         case ("links", _):
             return Link
+        case ("hosts", _):
+            return Host
     return Rack
 
 
@@ -166,6 +170,8 @@ def _mapping_advice(path: tuple[str, ...]) -> str:
             return "write one line per blade, for example gm0: {kind: manager, memory: 256 MiB}"
         case ("links",):
             return "write one line per blade, for example mb1: {latency: 50 us}"
+        case ("hosts",):
+            return "write one line per host, for example here: {address: 192.168.1.4}"
     fields = _model_at(path).model_fields
     names = [name for name, field in fields.items() if field.is_required()] or list(fields)[:1]
     return f"write for example {path[-1]}: {{{', '.join(_example((*path, name)) for name in names)}}}"
@@ -182,6 +188,13 @@ def _between_parts(data: dict[str, Any], known: set[tuple[str, ...]]) -> list[Pr
     links = data.get("links")
     subnets = [_subnet_of(data, part) for part in ("fabric", "management")]
     found = rack_problems(kinds, links if isinstance(links, dict) else (), *subnets)
+    hosts = data.get("hosts", {})
+    if isinstance(hosts, dict):
+        # One that is no mapping has a problem of its own: it is not this machine.
+        uris = {name: host.get("uri") if isinstance(host, dict) else name for name, host in hosts.items()}
+        pins = {name: blade["host"] for name, blade in blades.items()
+                if isinstance(blade, dict) and isinstance(blade.get("host"), str)}  # fmt: skip
+        found += host_problems(uris, pins)
     if not all(kind in KINDS for kind in kinds.values()):
         # One of the unknown kinds may be meant to be the manager.
         known = {*known, ("blades",)}

@@ -45,6 +45,7 @@ _HEADINGS = {
     "`fabric`": "Fabric",
     "`management`": "Management",
     "`membership`": "Membership",
+    "Each of `hosts`": "Host",
     "Each of `blades`": "Blade",
     "`disk`": "Disk",
     "Each of `links`": "Link",
@@ -60,6 +61,7 @@ _RULES = f"""\
 - Both subnets are private, from /16 to /28, do not overlap, and have an address for every blade.
 - `dead_after` is at least three times the `heartbeat`.
 - `links` name blades of the same file.
+- Exactly one of `hosts` has no `uri`; a blade's `host` is one of them. See [hosts.md](hosts.md).
 - An `mtu` below {MTU_FOR_4096} is allowed with a warning: RDMA's own MTU of 4096 bytes does not fit.
 
 ## What a change does to a running blade
@@ -70,6 +72,7 @@ _RULES = f"""\
 | `memory`, up to what the blade was started with, if it has no `pmem` | applied while it runs |
 | anything else | the blade is made anew |
 | the disk's `size`, the size of `pmem` | made anew, and what was on it is lost |
+| its `host`, or none: a blade stays where it is | made anew on the other host; its disk and pmem are lost |
 | the order of blades | nothing: a blade keeps its addresses while it lives |
 """
 

@@ -51,11 +51,15 @@ class BladeSpec:
     pmem: Pmem | None = None
     disk: Disk | None = None
     link: Link = field(default_factory=Link)
+    host: str | None = None
+    """The other host that it is on, by its name in the rack file; None on this machine."""
     membership: Membership = field(default_factory=Membership)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values, units written out; `from_json` reads it back exactly."""
         data: dict[str, Any] = _adapter().dump_python(self, mode="json")
+        if self.host is None:
+            del data["host"]  # as always, on one host
         return data
 
     @staticmethod
@@ -89,8 +93,8 @@ class Change(NamedTuple):
         return f"{self.field} {self.old} -> {self.new}"
 
 
-def make_spec(rack: Rack, name: str, index: int, image_key: str) -> BladeSpec:
-    """What blade `name` of the rack should be, at place `index`."""
+def make_spec(rack: Rack, name: str, index: int, image_key: str, host: str | None = None) -> BladeSpec:
+    """What blade `name` of the rack should be, at place `index`; `host` is that of placement.py."""
     blade = rack.blades[name]
     return BladeSpec(
         rack=rack.name,
@@ -113,6 +117,7 @@ def make_spec(rack: Rack, name: str, index: int, image_key: str) -> BladeSpec:
         disk=blade.disk,
         link=rack.link(name),
         membership=rack.membership,
+        host=host,
     )
 
 
@@ -169,5 +174,5 @@ def _flat(spec: BladeSpec) -> dict[str, str]:
 
 
 def _shown(path: str, flat: dict[str, str]) -> str:
-    text = flat.get(path, "none")
+    text = flat.get(path, "this machine" if path == "host" else "none")
     return text[:_IMAGE_CHARACTERS] if path == "image" else text

@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator import agents
 from orchestrator.errors import RacklessError
 from orchestrator.faults.model import of as faults_of
-from orchestrator.hypervisor import daemon, domain
+from orchestrator.hypervisor import domain, hosts
 from orchestrator.hypervisor.domain import Owned
 from orchestrator.parallel import together
 from orchestrator.settings import RackPaths, Settings
@@ -23,18 +23,20 @@ def status(settings: Settings, rack: str) -> dict[str, Any]:
     A blade is ``ready`` when it was made completely, its agent has joined and its RDMA link is active; ``starting``
     before that; ``silent`` when its agent does not answer; ``broken`` when another version of Rackless made it, so
     that nothing is known of it; else as libvirt says: ``paused``, ``crashed``, ``off``. ``faults`` are those that were
-    made on purpose (see faults/model.py); `rackless heal` undoes them.
+    made on purpose (see faults/model.py); `rackless heal` undoes them. In a rack on several hosts each blade has its
+    ``host``, too.
     """
     paths = RackPaths(settings, rack)
     described: dict[str, dict[str, Any]] = {}
-    with daemon.connection(paths) as conn:
-        found = domain.owned(conn, rack) if conn else {}
-        blades = {name: owned for name, owned in found.items() if not domain.is_template(owned)}
+    spread = hosts.noted(paths)
+    here = next((name for name, host in spread.items() if host.uri is None), None)
+    with hosts.opened(paths) as machines:
+        blades = {name: owned for name, owned in machines.owned().items() if not domain.is_template(owned)}
 
     def describe(owned: Owned) -> None:
         name = str(owned.metadata["blade"])
         try:
-            spec = BladeSpec.from_json(owned.metadata.get("spec"))
+            spec = owned.spec()
         except ValueError as error:
             known = {"name": name, "state": "broken", "agents": {"error": str(error)}, "faults": []}
             described[name] = dict.fromkeys(_FIELDS) | known
@@ -53,6 +55,8 @@ def status(settings: Settings, rack: str) -> dict[str, Any]:
         }
 
     together(blades, describe)
+    for name in blades if spread else ():
+        described[name]["host"] = blades[name].host or here
     accelerators = {owned.metadata.get("accelerator") for owned in blades.values()}
     return {
         "rack": rack,

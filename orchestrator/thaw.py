@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import blade, engine, freeze, journal, lock, snapshot, sparse
+from orchestrator.blade_files import agent_socket, console_socket
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, Note, ignore, step
 from orchestrator.faults import model, settle
 from orchestrator.hypervisor import daemon, domain, save_image, template
 from orchestrator.hypervisor.domain import Guest
+from orchestrator.hypervisor.hosts import Hosts
 from orchestrator.network import place, shaping
 from orchestrator.parallel import together
 from orchestrator.privilege import require_root
@@ -60,6 +62,7 @@ def restore(settings: Settings, rack: str, name: str, emit: Emit = ignore) -> Th
     require_root("restore virtual machines")
     with lock.hold(RackPaths(settings, rack)):
         found = snapshot.find(settings, rack, name)
+        freeze.must_be_here(RackPaths(settings, rack))
         _check(settings, found, found.specs)
         try:
             _thaw(settings, found, rack, emit)
@@ -131,10 +134,11 @@ def _thaw(settings: Settings, found: Snapshot, rack: str, emit: Emit) -> None:
             together({name: owned.domain for name, owned in leaving.items()}, domain.destroy)
         shared.close_shared_connections(paths, [spec.mgmt_address for spec in specs.values()])
         for name in leaving.keys() - specs.keys():
-            blade.remove_files(paths, name)
+            blade.remove_files(Hosts(paths), None, name)
         _put_files(paths, found, specs)
-        engine.prepare(paths, engine.rack_of(found.blades, found.rack).model_copy(update={"name": rack}), emit)
-        settle.side(paths, {})
+        here = Hosts(paths)
+        engine.prepare(paths, engine.rack_of(found.blades, found.rack).model_copy(update={"name": rack}), here, emit)
+        settle.side(here, {})
         with daemon.connection(paths, start=True) as conn:
             assert conn is not None
             made = _restore(paths, conn, found, specs, emit)
@@ -184,7 +188,7 @@ def _restore(paths: RackPaths, conn: libvirt.virConnect, found: Snapshot, specs:
 
     def start(name: str) -> None:
         guest = Guest(domain.domain_name(paths.name, name), specs[name].memory, specs[name].cpus,
-                      blade.console_socket(paths, name), paths.blade(name).console, blade.agent_socket(paths, name),
+                      console_socket(paths, name), paths.blade(name).console, agent_socket(paths, name),
                       _metadata(found, specs[name], ready=False))  # fmt: skip
         state, folder = found.memory(name), paths.blade(name).root
         with step(emit, paths.name, "restore", name):
@@ -199,7 +203,7 @@ def _restore(paths: RackPaths, conn: libvirt.virConnect, found: Snapshot, specs:
                 scratch.unlink(missing_ok=True)
 
     together({name: name for name in specs}, lambda name: domain.explain(f"restore {name}", lambda: start(name)),
-             evidence=lambda name: blade.console_tail(paths, name))  # fmt: skip
+             evidence=lambda name: blade.console_tail(Hosts(paths), None, name))  # fmt: skip
     return {name: conn.lookupByName(domain.domain_name(paths.name, name)) for name in specs}
 
 
@@ -213,7 +217,7 @@ def _go_on(paths: RackPaths, found: Snapshot, specs: Mapping[str, BladeSpec], ma
     faults = {name: model.of("running", found.blades[name]) for name in specs}
     for name, spec in specs.items():
         shaping.limit(place.of(paths), spec.index, model.bandwidth(spec, faults[name]))
-    settle.side(paths, {spec.index: faults[name].side or 0 for name, spec in specs.items()})
+    settle.side(Hosts(paths), {spec.index: faults[name].side or 0 for name, spec in specs.items()})
     engine.write_ssh_files(paths, list(specs.values()))
     with step(emit, paths.name, "resume"):
         together(made, lambda one: domain.explain(f"resume {one.name()}", one.resume), workers=len(made))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from orchestrator.errors import RacklessError
 from orchestrator.faults.model import LINK, Faults
 from orchestrator.faults.model import of as faults_of
-from orchestrator.hypervisor import daemon
+from orchestrator.hypervisor import hosts
 from orchestrator.settings import RackPaths, Settings
 from orchestrator.spec import BladeSpec
 from orchestrator.templates import render
@@ -57,11 +57,8 @@ class Wire:
 
 def look(settings: Settings, rack: str) -> list[Wire]:
     """The blades of a rack in the order of their places. RacklessError when it is not up."""
-    from orchestrator.hypervisor import domain
-
-    with daemon.connection(RackPaths(settings, rack)) as conn:
-        found = domain.owned(conn, rack) if conn else {}
-        wires = of(found)
+    with hosts.opened(RackPaths(settings, rack)) as machines:
+        wires = of(machines.owned())
     if not wires:
         raise RacklessError(f"rack {rack} is not up", hint="bring it up with `rackless up`")
     return wires
@@ -72,7 +69,7 @@ def of(found: Mapping[str, Owned]) -> list[Wire]:
     known: list[tuple[BladeSpec, Owned]] = []
     for owned in found.values():
         try:
-            known.append((BladeSpec.from_json(owned.metadata.get("spec")), owned))
+            known.append((owned.spec(), owned))
         except ValueError:
             continue
     return [wire(spec, faults_of(owned.state, owned.metadata), owned.state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import subprocess
 import sys
 import termios
 import tty
@@ -17,6 +18,7 @@ import typer
 
 from orchestrator.cli.common import BladeArgument, CurrentRack, RackOption, current_rack, did_you_mean
 from orchestrator.errors import RacklessError
+from orchestrator.settings import RackPaths
 
 LEAVE = b"\x1d"
 """Ctrl-], as in telnet and virsh."""
@@ -34,12 +36,12 @@ def console(
     if log:
         typer.echo(read_console_log(current, blade), nl=False)
         return
-    from orchestrator.blade import console_socket
+    from orchestrator.blade_files import console_socket
 
-    current.blade(blade)
+    host = current.blade(blade).host
     if not (os.isatty(0) and os.isatty(1)):
         raise RacklessError("console needs a terminal", hint=f"use `rackless console --log {blade}`")
-    with _attached(console_socket(current.paths, blade), blade) as wire:
+    with _attached(current.paths, host, console_socket(current.paths, blade), blade) as wire:
         print(f"console of {blade}; leave it with Ctrl-]", file=sys.stderr)
         with _raw(0):
             relay(wire, 0, 1)
@@ -49,6 +51,12 @@ def console(
 def read_console_log(current: CurrentRack, blade: str) -> str:
     """Return all that a blade's console has shown, also of one that has stopped."""
     path = current.paths.blade(blade).console
+    seen = current.blades.get(blade)
+    if seen and seen.spec and seen.spec.host:
+        from orchestrator.hypervisor import hosts
+
+        words = hosts.words(current.paths, seen.spec.host, ["cat", str(path)])
+        return subprocess.run(words, stdout=subprocess.PIPE, check=False).stdout.decode(errors="replace")
     try:
         return path.read_bytes().decode(errors="replace")
     except FileNotFoundError:
@@ -76,7 +84,22 @@ def relay(wire: socket.socket, keyboard: int, screen: int) -> None:
 
 
 @contextmanager
-def _attached(path: Path, blade: str) -> Iterator[socket.socket]:
+def _attached(paths: RackPaths, host: str | None, path: Path, blade: str) -> Iterator[socket.socket]:
+    """The console's socket; of a blade on another host the end of a pair, whose other end is carried there."""
+    if host is not None:
+        from orchestrator.hypervisor import hosts
+
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            words = hosts.words(paths, host, ["nc", "-U", str(path)])
+            carrier = subprocess.Popen(words, stdin=theirs.fileno(), stdout=theirs.fileno())
+            theirs.close()
+            try:
+                yield ours
+            finally:
+                carrier.terminate()
+                carrier.wait()
+        return
     with socket.socket(socket.AF_UNIX) as wire:
         try:
             wire.connect(os.fspath(path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -69,6 +69,9 @@ def log_sources(
     ssh = ("ssh", "-F", str(current.ssh_config()))
     sources = [agent_source(ssh, name, agent, lines, follow) for name in chosen]
     if console:
-        consoles = {name: current.paths.blade(name).console for name in chosen}
-        sources += [console_source(name, log, lines, follow) for name, log in consoles.items()]
+        from orchestrator.hypervisor.hosts import words
+
+        for name, spec in chosen.items():
+            source = console_source(name, current.paths.blade(name).console, lines, follow)
+            sources.append(replace(source, command=words(current.paths, spec.host, source.command)))
     return sources

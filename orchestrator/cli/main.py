@@ -28,6 +28,7 @@ from orchestrator.cli import (
     hotpot,
     image,
     lite,
+    on_host,
     pmem,
     programs,
     rack,
@@ -58,7 +59,7 @@ def about(version: bool = typer.Option(False, "--version", help="Print the versi
 
 
 _FAMILIES = (rack, blade, fault, run, programs, top, events, graph, dashboard, debug, vnode, shell, agents,
-             lite, hotpot, pmem, snapshot, image, demo, bench, doctor)  # fmt: skip
+             lite, hotpot, pmem, snapshot, image, demo, bench, doctor, on_host)  # fmt: skip
 for family in _FAMILIES:
     family.register(app)
 

@@ -49,6 +49,9 @@ def up(
 def down(
     rack: RackArgument = None,
     keep_data: Annotated[bool, typer.Option("--keep-data", help="Keep disks, persistent memory and keys.")] = False,
+    without: Annotated[
+        list[str] | None, typer.Option(metavar="HOST", help="Do nothing on this other host: it is gone for good.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Remove a rack: its blades, its network, its files, and nothing else."""
@@ -58,7 +61,7 @@ def down(
 
     name = rack_name(rack)
     with progress(name, as_json) as emit:
-        removed = engine.down(Settings.from_environment(), name, emit, keep_data)
+        removed = engine.down(Settings.from_environment(), name, emit, keep_data, without or [])
     if as_json:
         typer.echo(json.dumps({"rack": name, "removed": removed}))
     else:
@@ -90,12 +93,14 @@ def status(rack: RackArgument = None, as_json: JsonOption = False) -> None:
     if not state["blades"]:
         typer.echo(f"rack {state['rack']} is not up; `rackless up` starts it")
         return
+    spread = any("host" in b for b in state["blades"])
     table(
-        ("blade", "kind", "state", "cpus", "memory", "management", "fabric", "rdma", "monitors", "faults"),
+        ("blade", "kind", *(["host"] if spread else []), "state", "cpus", "memory", "management", "fabric", "rdma",
+         "monitors", "faults"),
         [
-            (b["name"], b["kind"], b["state"], b["cpus"], _size(b["memory_bytes"]), b["mgmt_address"],
-             b["fabric_address"], b["agents"].get("rdma"), ", ".join(b["agents"].get("monitors", [])) or None,
-             ", ".join(b["faults"]) or None)
+            (b["name"], b["kind"], *([b["host"]] if spread else []), b["state"], b["cpus"], _size(b["memory_bytes"]),
+             b["mgmt_address"], b["fabric_address"], b["agents"].get("rdma"),
+             ", ".join(b["agents"].get("monitors", [])) or None, ", ".join(b["faults"]) or None)
             for b in state["blades"]
         ],
     )  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orchestrator import engine, journal, lock, pmem
 from orchestrator.errors import RacklessError
@@ -18,15 +18,13 @@ from orchestrator.events import Broken, Emit, Note, ignore, step
 from orchestrator.faults import model, settle
 from orchestrator.faults.model import Faults
 from orchestrator.fields import did_you_mean
-from orchestrator.hypervisor import daemon, domain
+from orchestrator.hypervisor import domain, hosts
 from orchestrator.hypervisor.domain import Owned
+from orchestrator.hypervisor.hosts import Hosts
 from orchestrator.parallel import together
 from orchestrator.privilege import require_root
 from orchestrator.settings import RackPaths, Settings
 from orchestrator.spec import BladeSpec
-
-if TYPE_CHECKING:
-    import libvirt
 
 Many = dict[str, Faults]
 """Faults by blade."""
@@ -59,10 +57,14 @@ class Outcome:
 class Blades:
     """The blades of a rack that is up, with what libvirt says of each."""
 
-    paths: RackPaths
+    hosts: Hosts
     owned: Mapping[str, Owned]
     specs: Mapping[str, BladeSpec]
     faults: Many
+
+    @property
+    def paths(self) -> RackPaths:
+        return self.hosts.paths
 
     @property
     def addresses(self) -> dict[str, str]:
@@ -80,8 +82,8 @@ class Blades:
 
 def faults(settings: Settings, rack: str) -> Many:
     """The faults of every blade. Empty when the rack is not up."""
-    with daemon.connection(RackPaths(settings, rack)) as conn:
-        owned = _owned(conn, rack)
+    with hosts.opened(RackPaths(settings, rack)) as machines:
+        owned = _owned(machines)
     return {name: model.of(found.state, found.metadata) for name, found in owned.items()}
 
 
@@ -189,7 +191,7 @@ def change(settings: Settings, rack: str, transform: Transform, dry: bool = Fals
             _carry_out(blades, outcome, returning, emit)
             for name in outcome.changed:
                 emit(Broken(rack, name, tuple(outcome.after[name].shown())))
-        wanted = engine.as_it_is(dict(blades.owned), rack)
+        wanted = engine.as_it_is(dict(blades.owned), rack, hosts.noted(paths))
     if returning:
         engine.up(settings, wanted, shown, only=returning)  # which records by itself
     return outcome
@@ -214,22 +216,23 @@ def _outcome(blades: Blades, transform: Transform) -> Outcome:
 
 @contextmanager
 def _blades(paths: RackPaths) -> Iterator[Blades]:
-    with daemon.connection(paths) as conn:
-        owned = _owned(conn, paths.name)
+    with hosts.opened(paths) as machines:
+        owned = _owned(machines)
         if not owned:
             raise RacklessError(f"rack {paths.name} is not up", hint="bring it up with `rackless up`")
         accelerator = str(next(iter(owned.values())).metadata.get("accelerator"))
         specs: dict[str, BladeSpec] = {}
         for name, blade in owned.items():
             with suppress(ValueError):  # another version of Rackless made it: of that nothing can be broken
-                specs[name] = BladeSpec.from_json(blade.metadata.get("spec"))
+                specs[name] = blade.spec()
         faults = {name: model.of(owned[name].state, owned[name].metadata) for name in specs}
-        yield Blades(RackPaths(paths.settings.scaled(accelerator), paths.name), owned, specs, faults)
+        scaled = replace(machines, paths=RackPaths(paths.settings.scaled(accelerator), paths.name))
+        yield Blades(scaled, owned, specs, faults)
 
 
-def _owned(conn: libvirt.virConnect | None, rack: str) -> dict[str, Owned]:
+def _owned(machines: Hosts) -> dict[str, Owned]:
     """The rack's blades in the order of their places; none when it is not up."""
-    found = domain.owned(conn, rack) if conn else {}
+    found = machines.owned()
 
     def place(name: str) -> tuple[int, str]:
         spec = found[name].metadata.get("spec")
@@ -246,7 +249,7 @@ def _carry_out(blades: Blades, outcome: Outcome, returning: set[str], emit: Emit
     sides = {indexes[name]: outcome.after[name].side or 0 for name in outcome.changed
              if outcome.after[name].side != outcome.before[name].side}  # fmt: skip
     if sides:
-        settle.side(blades.paths, sides)
+        settle.side(blades.hosts, sides)
 
 
 def _returns(old: Faults, new: Faults) -> bool:
@@ -288,7 +291,7 @@ def _act(blades: Blades, owned: Owned, spec: BladeSpec, old: Faults, new: Faults
     if old.paused and not new.paused:
         domain.explain(f"resume {spec.name}", running.resume)
     if differs(*model.INSIDE):
-        settle.inside(blades.paths, spec, new, blades.addresses)
+        settle.inside(blades.hosts, spec, new, blades.addresses)
     if differs("down"):
         settle.cable(running, spec, new)
     if differs("cpu"):
@@ -302,5 +305,6 @@ def _act(blades: Blades, owned: Owned, spec: BladeSpec, old: Faults, new: Faults
 def _cut_power(blades: Blades, owned: Owned, spec: BladeSpec, faults: Faults, emit: Emit) -> None:
     domain.explain(f"kill {spec.name}", partial(domain.cut_power, owned.domain))
     if spec.pmem:
-        crash = pmem.pull_power(blades.paths.blade(spec.name), faults.survive or 0.0, faults.seed or 0)
-        emit(Note(f"{spec.name}: {crash}"))
+        crash = blades.hosts.do(owned.host, "pull_power", name=spec.name, survive=faults.survive or 0.0,
+                                seed=faults.seed or 0)  # fmt: skip
+        emit(Note(f"{spec.name}: {pmem.Crash(**crash)}"))

@@ -9,12 +9,12 @@ from orchestrator import agents
 from orchestrator.faults import model
 from orchestrator.faults.model import Faults
 from orchestrator.hypervisor import domain
-from orchestrator.network import place, shaping, sides
-from orchestrator.settings import RackPaths
 from orchestrator.spec import BladeSpec
 
 if TYPE_CHECKING:
     import libvirt
+
+    from orchestrator.hypervisor.hosts import Hosts
 
 
 def cpus(running: libvirt.virDomain, spec: BladeSpec, faults: Faults) -> None:
@@ -28,14 +28,14 @@ def cable(running: libvirt.virDomain, spec: BladeSpec, faults: Faults) -> None:
                    lambda: domain.set_carrier(running, spec.fabric_mac, not faults.down))  # fmt: skip
 
 
-def side(paths: RackPaths, wanted: Mapping[int, int]) -> None:
+def side(hosts: Hosts, wanted: Mapping[int, int]) -> None:
     """Which side of a partition blades are on, by index."""
-    sides.part(place.of(paths), wanted)
+    hosts.everywhere("part", sides_by_index={str(index): side for index, side in wanted.items()})
 
 
-def inside(paths: RackPaths, spec: BladeSpec, faults: Faults, addresses: Mapping[str, str]) -> None:
+def inside(hosts: Hosts, spec: BladeSpec, faults: Faults, addresses: Mapping[str, str]) -> None:
     """What its link, disk and clock are like, and how much memory it has left. `addresses` are those on the fabric."""
-    shaping.limit(place.of(paths), spec.index, model.bandwidth(spec, faults))
+    hosts.do(spec.host, "limit", index=spec.index, bandwidth=model.bandwidth(spec, faults))
     fields: dict[str, Any] = {
         "link": model.link_fields(spec, faults, addresses),
         "excache": spec.excache,
@@ -45,17 +45,17 @@ def inside(paths: RackPaths, spec: BladeSpec, faults: Faults, addresses: Mapping
         "disk_faults": model.disk_fields(faults),
         "clock": faults.clock or 0.0,
     }
-    seconds = paths.settings.control_seconds
-    agents.call(paths, spec.name, spec.mgmt_address, "agent.update", seconds, **fields)
+    seconds = hosts.paths.settings.control_seconds
+    agents.call(hosts.paths, spec.name, spec.mgmt_address, "agent.update", seconds, **fields)
 
 
-def whole(paths: RackPaths, running: libvirt.virDomain, spec: BladeSpec, faults: Faults,
+def whole(hosts: Hosts, running: libvirt.virDomain, spec: BladeSpec, faults: Faults,
           addresses: Mapping[str, str]) -> None:  # fmt: skip
     """All of it, for a blade that has just been made."""
     cpus(running, spec, faults)
     if any(name in faults.names for name in model.INSIDE):
-        inside(paths, spec, faults, addresses)
+        inside(hosts, spec, faults, addresses)
     if faults.down:
         cable(running, spec, faults)
     if faults.side is not None:
-        side(paths, {spec.index: faults.side})
+        side(hosts, {spec.index: faults.side})

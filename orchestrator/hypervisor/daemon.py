@@ -80,7 +80,7 @@ def check(paths: RackPaths) -> None:
     if uri != PRIVATE_LIBVIRT and _home(paths) is None:
         from orchestrator.hypervisor import domain
 
-        with closing(_open(uri)) as conn:
+        with closing(open_uri(uri)) as conn:
             if domain.owned(conn, paths.name):
                 raise RacklessError(f"libvirt at {uri} has a rack called {paths.name}, of another RACKLESS_RUN",
                                     hint="give this one another name")  # fmt: skip
@@ -144,13 +144,14 @@ def connection(
     elif not start and _home(paths) is None:  # what is there under the rack's name is not ours
         yield None
         return
-    with closing(_open(uri)) as opened:
+    with closing(open_uri(uri)) as opened:
         if start:
             claim(paths)  # only now: an address at which nobody answers must not stay
         yield opened
 
 
-def _open(uri: str) -> libvirt.virConnect:
+def open_uri(uri: str) -> libvirt.virConnect:
+    """A connection to a libvirt. RacklessError when nobody answers there."""
     import libvirt
 
     libvirt.registerErrorHandler(lambda _context, _error: None, None)  # or libvirt prints every error by itself

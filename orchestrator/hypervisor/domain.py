@@ -8,7 +8,7 @@ import os
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape  # xml.sax.saxutils would import the half of the library
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 import libvirt
 
 from orchestrator.errors import RacklessError
+from orchestrator.spec import BladeSpec
 from orchestrator.templates import render
 
 if TYPE_CHECKING:
@@ -47,6 +48,16 @@ class Guest:
     console_log: Path
     agent_socket: Path
     metadata: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data, for another host."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in vars(self).items()}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Guest:
+        """What `to_json` wrote."""
+        paths = {key: Path(data[key]) for key in ("console_socket", "console_log", "agent_socket")}
+        return Guest(**{**data, **paths})
 
 
 def domain_name(rack: str, blade: str) -> str:
@@ -82,6 +93,12 @@ class Owned:
     domain: libvirt.virDomain
     state: str
     metadata: dict[str, Any]
+    host: str | None = None
+    """The host that it is on, by its name in the rack file; None on this machine."""
+
+    def spec(self) -> BladeSpec:
+        """What it is made of, on the host where it is. Raises ValueError when another version of Rackless made it."""
+        return replace(BladeSpec.from_json(self.metadata.get("spec")), host=self.host)
 
 
 def owned(conn: libvirt.virConnect, rack: str) -> dict[str, Owned]:
@@ -174,9 +191,9 @@ def attach_nic(domain: libvirt.virDomain, mac: str, bridge: str, tap: str, mtu: 
     _attach(domain, render("interface.xml.j2", mac=mac, bridge=bridge, tap=tap, mtu=mtu))
 
 
-def attach_disk(domain: libvirt.virDomain, path: Path, iops: int | None, bandwidth: int | None) -> None:
-    """Plug in the data disk, limited to ``iops`` and ``bandwidth`` (bytes/s)."""
-    _attach(domain, render("disk.xml.j2", path=path, iops=iops, bandwidth=bandwidth, cache=cache_mode(path)))
+def attach_disk(domain: libvirt.virDomain, path: Path, iops: int | None, bandwidth: int | None, cache: str) -> None:
+    """Plug in the data disk, limited to ``iops`` and ``bandwidth`` (bytes/s); ``cache`` is as cache_mode says."""
+    _attach(domain, render("disk.xml.j2", path=path, iops=iops, bandwidth=bandwidth, cache=cache))
 
 
 def cache_mode(path: Path) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
+from orchestrator.errors import RacklessError
 from orchestrator.hypervisor import daemon
 from orchestrator.settings import PRIVATE_LIBVIRT, RackPaths
 
@@ -20,15 +21,16 @@ _CGROUPS = Path("/sys/fs/cgroup")
 def known_blades(paths: RackPaths) -> dict[str, int]:
     """Blades that run and that the rack's libvirtd knows, or will know when it is started: domain name and pid.
 
-    The pid is 0 where another libvirtd keeps it to itself.
+    The pid is 0 where another libvirtd, or another host, keeps it to itself. A host that cannot be reached is said to
+    have one: what is here may be in use.
     """
     if not _private(paths):
         from orchestrator.hypervisor import domain
 
         with daemon.connection(paths) as conn:
             found = domain.owned(conn, paths.name) if conn else {}
-            return {domain.domain_name(paths.name, blade): 0 for blade in found}
-    known = {}
+            return {domain.domain_name(paths.name, blade): 0 for blade in found} | _elsewhere(paths)
+    known = _elsewhere(paths)
     for file in daemon.Daemon.of(paths).run.glob("qemu/*.pid"):
         with suppress(OSError, ValueError):
             pid = int(file.read_text())
@@ -37,9 +39,26 @@ def known_blades(paths: RackPaths) -> dict[str, int]:
     return known
 
 
+def _elsewhere(paths: RackPaths) -> dict[str, int]:
+    from orchestrator.hypervisor import domain, hosts
+
+    noted = hosts.noted(paths)
+    try:
+        with hosts.reach(paths, noted) as far:
+            blades = hosts.Hosts(paths, None, far).owned()
+    except RacklessError:
+        return {domain.domain_name(paths.name, f"blades of {', '.join(noted)}"): 0}
+    return {domain.domain_name(paths.name, blade): 0 for blade in blades}
+
+
 def orphans(paths: RackPaths, known: Collection[int]) -> list[int]:
-    """QEMU processes whose blade is of this rack, whose files are in its folders, and which are not ``known``."""
-    if not _private(paths):
+    """QEMU processes whose blade is of this rack, whose files are in its folders, and which are not ``known``.
+
+    None of a rack on several hosts: one of them may be a namespace of this machine, and its blades look the same.
+    """
+    from orchestrator.hypervisor import hosts
+
+    if not _private(paths) or hosts.noted(paths):
         return []
     found = []
     for entry in Path("/proc").glob("[0-9]*"):

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache as once
 from pathlib import Path
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import libvirt
@@ -25,6 +26,9 @@ from orchestrator.hypervisor.domain import Guest
 from orchestrator.image import cache
 from orchestrator.image.recipe import hash_of
 from orchestrator.templates import template_folder
+
+if TYPE_CHECKING:
+    from orchestrator.hypervisor.hosts import Hosts
 
 _STATE = "state.save"
 _KIND = "kind.json"
@@ -80,17 +84,18 @@ def obtain(templates: Path, kind: Kind, key: str, boot_and_save: Callable[[Path]
         ) from error
 
 
-def restore(conn: libvirt.virConnect, state: Path, guest: Guest, scratch: Path) -> libvirt.virDomain:
-    """Make a clone of the saved blade ``state`` as ``guest``, paused; ``scratch`` names a file to use meanwhile."""
+def restore(hosts: Hosts, host: str | None, state: Path, guest: Guest, scratch: Path) -> libvirt.virDomain:
+    """Make a clone of the saved blade ``state`` as ``guest`` on a host, paused; ``scratch`` names a file to use."""
+    conn = hosts.conn(host)
     try:
-        clone(state, scratch, guest)
-        conn.restoreFlags(str(scratch), None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
+        hosts.do(host, "clone", state=str(state), target=str(scratch), guest=guest.to_json())
+        domain.restore_paused(conn, scratch)
         return conn.lookupByName(guest.name)
     except libvirt.libvirtError as error:
         raise RacklessError(f"cannot restore {guest.name} from its template: {error}",
                             hint="`rackless image clean --templates` makes it anew") from error  # fmt: skip
     finally:
-        scratch.unlink(missing_ok=True)
+        hosts.do(host, "discard", file=str(scratch))
 
 
 def clone(state: Path, target: Path, guest: Guest) -> None:

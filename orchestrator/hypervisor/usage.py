@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import libvirt
 
 from orchestrator.hypervisor.daemon import Daemon
 from orchestrator.hypervisor.domain import Owned, explain
+from orchestrator.hypervisor.hosts import Hosts
 from orchestrator.settings import PRIVATE_LIBVIRT, RackPaths
 
 # Its "balloon" would tell the resident size, but asks every QEMU: 4.5 s for 16 blades without KVM, and not 40 ms.
@@ -33,17 +35,23 @@ class Usage:
 
     cpu_seconds: float
     resident_bytes: int | None
+    """None when it has just ended, or is on another host."""
     cards: Mapping[str, Traffic]
     """By the name of the tap."""
 
 
-def usage(paths: RackPaths, conn: libvirt.virConnect, found: Mapping[str, Owned]) -> dict[str, Usage]:
-    """What each blade that runs costs, all asked at once. One that ends at this moment is left out."""
+def usage(hosts: Hosts, found: Mapping[str, Owned]) -> dict[str, Usage]:
+    """What each blade that runs costs, all of a host asked at once. One that ends at this moment is left out."""
     blades = {owned.domain.UUIDString(): name for name, owned in found.items()}
-    told = explain("count what blades use", lambda: conn.getAllDomainStats(
-        _WANTED, libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT))  # fmt: skip
-    return {blades[domain.UUIDString()]: parsed(stats, resident(paths, domain.name())) for domain, stats in told
-            if domain.UUIDString() in blades and "cpu.time" in stats}  # fmt: skip
+    costs: dict[str, Usage] = {}
+    for host in (None, *hosts.far) if hosts.here else hosts.far:
+        told = explain("count what blades use", partial(
+            hosts.conn(host).getAllDomainStats, _WANTED, libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT))  # fmt: skip
+        for domain, stats in told:
+            if domain.UUIDString() in blades and "cpu.time" in stats:
+                bytes_here = resident(hosts.paths, domain.name()) if host is None else None
+                costs[blades[domain.UUIDString()]] = parsed(stats, bytes_here)
+    return costs
 
 
 def parsed(stats: Mapping[str, Any], resident_bytes: int | None) -> Usage:

@@ -31,6 +31,11 @@ _MAIN_TABLE = 254  # RT_TABLE_MAIN: the table `ip route` shows
 _MISSING = (errno.ENODEV, errno.ENOENT)
 
 
+def port(bridge: str) -> str:
+    """Name of a bridge's port to other hosts (see vxlan.py): at most 15 bytes, IFNAMSIZ, up to side 99."""
+    return f"vx{bridge}"
+
+
 @dataclass(frozen=True)
 class Place(ABC):
     """Where a rack's network is, and what its parts are called there."""
@@ -91,6 +96,10 @@ class Place(ABC):
         """Would a process that is not ``own`` (which is given its pid) lose its network if this were removed?"""
 
     @abstractmethod
+    def target(self) -> dict[str, Any]:
+        """What `ip link add` is told so that a device made among this process's own interfaces appears here."""
+
+    @abstractmethod
     def entry(self) -> list[str]:
         """Words before a command that is to reach the blades' addresses (they need root); none when all do."""
 
@@ -120,8 +129,13 @@ class Place(ABC):
             raise _refused(what, errno.EPERM) from error
 
 
+def on(paths: RackPaths, host: str | None) -> Place:
+    """Where the network of a rack is on a host (None: this one). From here only names can be told of another's."""
+    return of(paths) if host is None else HostNetwork(paths.name, paths.settings.run_dir)
+
+
 def of(paths: RackPaths) -> Place:
-    """Where the network of a rack is."""
+    """Where the network of a rack is on this host."""
     if paths.settings.libvirt_uri == PRIVATE_LIBVIRT:
         return OwnNamespace(paths.name)
     return HostNetwork(paths.name, paths.settings.run_dir)
@@ -185,6 +199,9 @@ class OwnNamespace(Place):
                 if (entry / "ns/net").stat().st_ino == mark and not own(int(entry.name)):
                     return True
         return False
+
+    def target(self) -> dict[str, Any]:
+        return {"net_ns_fd": self.name}
 
     def entry(self) -> list[str]:
         return ["nsenter", f"--net={namespace.NAMED / self.name}"]
@@ -262,15 +279,17 @@ class HostNetwork(Place):
 
     def remove(self) -> None:
         with self.netlink(f"remove the bridges of rack {self.rack}") as net:
-            for network in (MANAGEMENT, FABRIC):
-                index = self._ours(net, self.bridge(network))
+            bridges = {self.bridge(network): self._ours(net, self.bridge(network)) for network in (MANAGEMENT, FABRIC)}
+            for name, index in {**bridges, **self.sides(net)}.items():
                 if index is not None:
-                    net.link("del", index=index)
-            for index in self.sides(net).values():
-                net.link("del", index=index)
+                    for each in (*net.link_lookup(ifname=port(name)), index):
+                        net.link("del", index=each)
 
     def strangers(self, own: Callable[[int], bool]) -> bool:
         return False
+
+    def target(self) -> dict[str, Any]:
+        return {}
 
     def entry(self) -> list[str]:
         return []

@@ -181,7 +181,7 @@ def broken_rack(patch: pytest.MonkeyPatch) -> Iterator[BrokenRack]:
             rack.serve(stack, spec)
 
         @contextmanager
-        def connection(_paths: RackPaths, start: bool = False) -> Iterator[Any]:
+        def connection(_paths: RackPaths, start: bool = False, **_how: bool) -> Iterator[Any]:
             yield conn
 
         def up(_settings: object, wanted: Any, _emit: object, only: Mapping[str, object]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator import blade
+from orchestrator import blade_files
 from orchestrator.errors import RacklessError
 from orchestrator.events import ignore
 from orchestrator.image import build
@@ -37,7 +37,7 @@ def spec() -> BladeSpec:
 
 
 def test_a_disk_has_a_file_system_and_takes_no_room(paths: RackPaths, spec: BladeSpec) -> None:
-    blade._make_files(paths, spec)
+    blade_files.make(paths, spec)
     files = paths.blade("sb0")
     assert files.root.stat().st_mode & 0o777 == 0o700
     assert (files.disk.stat().st_size, files.pmem.stat().st_size) == (64 << 20, 2 << 20)
@@ -47,16 +47,16 @@ def test_a_disk_has_a_file_system_and_takes_no_room(paths: RackPaths, spec: Blad
 
 
 def test_what_is_there_is_kept(paths: RackPaths, spec: BladeSpec) -> None:
-    blade._make_files(paths, spec)
+    blade_files.make(paths, spec)
     files = paths.blade("sb0")
     for file in (files.disk, files.pmem):
         with file.open("r+b") as opened:
             opened.seek(1 << 20)
             opened.write(b"precious")
     before = (files.disk.read_bytes(), files.pmem.read_bytes())
-    blade._make_files(paths, spec)
+    blade_files.make(paths, spec)
     assert (files.disk.read_bytes(), files.pmem.read_bytes()) == before
-    blade._make_files(paths, replace(spec, pmem=4 << 20))
+    blade_files.make(paths, replace(spec, pmem=4 << 20))
     assert files.pmem.read_bytes() == files.pmem_vol.read_bytes() == bytes(4 << 20)
     assert files.disk.read_bytes() == before[0]
 
@@ -66,7 +66,7 @@ def test_the_persistent_memory_of_a_rack_of_before_is_what_survived(paths: RackP
     files = paths.blade("sb0")
     files.root.mkdir(parents=True)
     files.pmem.write_bytes(b"old" + bytes((2 << 20) - 3))
-    blade._make_files(paths, spec)
+    blade_files.make(paths, spec)
     assert files.pmem.read_bytes() == files.pmem_vol.read_bytes() == b"old" + bytes((2 << 20) - 3)
 
 
@@ -79,9 +79,9 @@ def test_a_disk_half_made_by_a_killed_command_is_made_again(
     with monkeypatch.context() as patched:
         patched.setattr("subprocess.run", killed)
         with pytest.raises(KeyboardInterrupt):
-            blade._make_files(paths, spec)
+            blade_files.make(paths, spec)
     assert not paths.blade("sb0").disk.exists()
-    blade._make_files(paths, spec)
+    blade_files.make(paths, spec)
     assert paths.blade("sb0").disk.read_bytes()[0x438:0x43A] == b"\x53\xef"
     assert sorted(file.name for file in paths.blade("sb0").root.iterdir()) == ["disk.raw", "pmem.raw", "pmem.vol"]
 

@@ -192,7 +192,7 @@ def blade(paths: RackPaths, monkeypatch: pytest.MonkeyPatch) -> Any:
     made.resume = resume
 
     @contextmanager
-    def connection(_paths: RackPaths) -> Iterator[object]:
+    def connection(_paths: RackPaths, **_how: bool) -> Iterator[object]:
         yield object()
 
     monkeypatch.setattr(libvirt_qemu, "qemuMonitorCommand", monitor)

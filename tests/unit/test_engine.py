@@ -12,6 +12,7 @@ from orchestrator.events import ignore
 from orchestrator.faults.model import Faults
 from orchestrator.hypervisor import domain
 from orchestrator.hypervisor.domain import Owned
+from orchestrator.hypervisor.hosts import Hosts
 from orchestrator.settings import RackPaths, Settings
 from tests.unit.stand_in import blade_specs
 
@@ -47,5 +48,5 @@ def test_what_a_blade_stored_is_kept_unless_it_was_killed(
     pmem.prepare(files, 16 << 20)
     with files.pmem_vol.open("r+b") as file:
         file.write(b"stored, not persisted")
-    engine._end(paths, {"mb0": Owned(NOTHING, state, {})})
+    engine._end(Hosts(paths), {"mb0": Owned(NOTHING, state, {})})
     assert files.pmem.read_bytes().startswith(b"stored") == kept

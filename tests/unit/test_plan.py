@@ -58,7 +58,11 @@ def changed_blade(name: str, **fields: Any) -> Rack:
 
 RUNNING = carried_out(make_plan(DEFAULT, IMAGE, {}))
 
-GOLDEN_PLANS: dict[str, tuple[Rack, str, dict[str, Observed]]] = {
+FAR = {"address": "192.168.1.5", "uri": "qemu+ssh://root@192.168.1.5/system"}
+SPREAD = edited(DEFAULT, hosts={"here": {"address": "192.168.1.4"}, "far": FAR})
+ON_FAR: dict[str, str | None] = {"mb0": "far", "sb0": "far"}
+
+GOLDEN_PLANS: dict[str, tuple[Any, ...]] = {
     "first-up": (DEFAULT, IMAGE, {}),
     "nothing-to-do": (DEFAULT, IMAGE, RUNNING),
     "memory-changed": (changed_blade("mb0", memory="1 GiB"), IMAGE, RUNNING),
@@ -91,6 +95,9 @@ GOLDEN_PLANS: dict[str, tuple[Rack, str, dict[str, Observed]]] = {
     ),
     "new-image": (DEFAULT, "another-image-0123456789", RUNNING),
     "other-fabric": (edited(DEFAULT, fabric={"subnet": "10.99.0.0/24", "mtu": 4500}), IMAGE, RUNNING),
+    "spread": (SPREAD, IMAGE, {}, ON_FAR),
+    "hosts-added": (SPREAD, IMAGE, RUNNING, {}),
+    "blades-moved": (SPREAD, IMAGE, RUNNING, ON_FAR),
     "after-faults": (
         DEFAULT,
         IMAGE,

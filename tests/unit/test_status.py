@@ -43,7 +43,7 @@ def blades(monkeypatch: pytest.MonkeyPatch) -> dict[str, Owned]:
     found: dict[str, Owned] = {}
 
     @contextmanager
-    def connection(_paths: RackPaths) -> Iterator[Any]:
+    def connection(_paths: RackPaths, **_how: bool) -> Iterator[Any]:
         yield Refusing()
 
     monkeypatch.setattr(daemon, "connection", connection)
