@@ -109,12 +109,13 @@ Handle = Callable[[int, memoryview, memoryview, memoryview], tuple[int, int]]
 Raise OSError to answer with its errno."""
 
 
-def offer(node: Node, service: str, handle: Handle, slow: Collection[int] = ()) -> None:
+def offer(node: Node, service: str, handle: Handle, slow: Collection[int] = (), workers: int = SLOTS) -> None:
     """Serve `handle` to whoever connects to `service`: one thread per connection.
 
     slow -- opcodes that may take long: others do not wait for these
+    workers -- threads for those, of all connections
     """
-    aside = ThreadPoolExecutor(SLOTS, f"rpc {service} slow")
+    aside = ThreadPoolExecutor(workers, f"rpc {service} slow")
 
     def prepare(accepted: Accepted, device: Device) -> None:
         channel = Channel(device)
