@@ -46,6 +46,7 @@ class Budget:
 
     def grow(self, size: int) -> bool:
         """Have `size` bytes more, or fewer if negative; False when so many are not left."""
+        self.press(-size)
         with self._lock:
             if size < -self.room:
                 return False

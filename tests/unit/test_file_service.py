@@ -34,7 +34,7 @@ class Service:
     def __call__(self, op: Op, path: str, second: str = "", data: bytes = b"", **numbers: int) -> bytes:
         return self.raw(op, wire.encode(path, second, **numbers), data)
 
-    def read(self, path: str, **numbers: int) -> bytes:
+    def read(self, path: str, **numbers: Any) -> bytes:
         """The data of a READ."""
         return self(Op.READ, path, **numbers)[wire.VERSION_BYTES :]
 

@@ -196,8 +196,8 @@ def _main(root: str, patience: str, top: str, *places: str) -> None:
                 wire.drag = float(seconds)
             case ["restart"]:
                 wire.files = Files(wire.root)
-            case ["memory", number]:
-                living = int(number)
+            case ["memory", count]:
+                living = int(count)
             case ["counts"]:
                 stats = [memory.buffers.stats() for memory in memories.values()]
                 print(json.dumps({**wire.files.counts, "by_opcode": wire.files.tally.counts(), "buffers": stats}))

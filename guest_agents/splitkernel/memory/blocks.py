@@ -64,7 +64,7 @@ class Blocks:
                 return None
             end = offset + len(out)
             missing: list[tuple[int, int]] = []
-            for number in range(offset // BLOCK, -(-end // BLOCK)):
+            for number in range(offset // BLOCK, -(-end // BLOCK)) if out else ():
                 start = number * BLOCK
                 block = file.blocks.get(number)
                 if block is None:
