@@ -145,7 +145,8 @@ class Visit:
         """Take what needs no answer, and the descriptors that came with it. False if it is a request."""
         word, *args = message.split() or [""]
         if word == "return" and self._loan is not None:
-            self._loan.give_back(zip(map(int, args[::2]), map(int, args[1::2]), strict=False))
+            numbers = [int(arg) for arg in args if arg.isdecimal()]
+            self._loan.give_back(zip(numbers[::2], numbers[1::2], strict=False))
         elif word == "heir" and self._loan is not None and len(args) == 1:
             self._heirs.add(args[0], files)
         elif word == "forgo":
