@@ -174,7 +174,7 @@ class MemoryMonitor:
 def handlers(config: AgentConfig) -> dict[str, control.Handler]:
     """Start the memory monitor of this blade; what it adds to the agent's control server."""
     cache = Buffers(config.budget, lambda blade: rpc.Client(config.node, "storage", lambda: _storage(config, blade)))
-    rpc.offer(config.node, SERVICE, cache.handle, slow={Op.READ, Op.WRITE}, workers=WORKERS)
+    rpc.offer(config.node, SERVICE, cache.handle, {Op.READ, Op.WRITE}, WORKERS, (config.budget, BUFFERS))
     monitor = MemoryMonitor(config.node, config.budget, cache)
     threading.Thread(target=report_load, args=(config.holder, monitor), name="load", daemon=True).start()
     return monitor.handlers()
