@@ -1,6 +1,6 @@
 """The free pieces of a range, as a tree that knows its largest one: what fits first is found without looking at all.
 
-LegoOS's memory components keep such a tree of each process's address space on each blade, by `max_gap` (section 4.4). It
+LegoOS's memory components keep such a tree of each process's address space on each blade, by `max_gap` (4.4). It
 is a treap: a search tree by where pieces start, balanced by random weights, of which a node has more than its children.
 Trees are taken apart and joined; a tree that was handed in is used up. None is the empty one.
 """
