@@ -7,6 +7,8 @@ import itertools
 import os
 import random
 import stat
+import struct
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -353,3 +355,46 @@ def test_a_program_on_another_blade_reads_without_the_storage_blades_disk(two: A
     assert after["bytes_out"] == before["bytes_out"]
     assert after["by_opcode"]["M2S_READ"] == before["by_opcode"]["M2S_READ"]
     assert after["buffers"][0]["hits"] > before["buffers"][0]["hits"]
+
+
+def test_whoever_asks_sees_every_write_that_was_finished_before(tmp_path: Path) -> None:
+    """Writers and readers at once, each piece of data by another way: none reads what is older than it knows."""
+    blade = Blade(tmp_path, memory=2)
+    blocks, steps = 4, 500
+    blade.make("f", bytes(blocks * BLOCK))
+    finished, locks = [0] * blocks, [threading.Lock() for _ in range(blocks)]
+    failures: list[str] = []
+    home = threading.local()
+    blade.data._home = lambda _path: home.way and ("sb0", home.way)
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        for _ in range(steps):
+            number = chance.randrange(blocks)
+            home.way = chance.choice(["mb0", "mb0", "mb1", None])
+            if chance.random() < 0.4:
+                with locks[number]:
+                    blade.write("f", number * BLOCK, struct.pack("<Q", finished[number] + 1) * (BLOCK // 8))
+                    finished[number] += 1
+            else:
+                least = finished[number]
+                known = blade.version("f")
+                home.way = chance.choice(["mb0", "mb0", "mb1", None])
+                found = blade.read("f", number * BLOCK, BLOCK, known)
+                stamps = {stamp for (stamp,) in struct.iter_unpack("<Q", found)}
+                if len(found) != BLOCK or min(stamps) < least or max(stamps) > finished[number] + 1:
+                    failures.append(f"block {number}: {sorted(stamps)}, and {least} was finished before")
+
+    def run(seed: int) -> None:
+        try:
+            work(seed)
+        except BaseException as failure:
+            failures.append(repr(failure))
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert blade.data.counts["buffer_hits"] > 20
