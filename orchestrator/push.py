@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,26 +26,32 @@ _RESTART = (
 _POLL_SECONDS = 0.2
 
 
-def push(paths: RackPaths, blades: Mapping[str, BladeSpec], image: str, emit: Emit) -> str:
+def push(paths: RackPaths, blades: Mapping[str, BladeSpec], emit: Emit) -> str:
     """Build the agents as they are in the tree now and restart them in ``blades``; returns their version.
 
     Programs that run on the blades lose the agents they talk to.
     RacklessError when an agent does not come back.
     """
     emit = journal.recording(paths, emit)
-    with lock.hold(paths):
-        built = build.build(image, paths.settings.cache_dir / "images", emit)
+    with lock.hold(paths), _running(paths, blades) as running:
+        of = next(iter(running.values())).metadata  # blades of a rack have one image
+        built = build.build(of["recipe"], paths.settings.cache_dir / "images", emit, of["flavour"])
         archive = built.agents.with_name("agents.tar")
         together(dict(blades), lambda spec: _push_one(paths, spec, archive, built.key, emit))
-        with daemon.connection(paths) as conn:
-            running = domain.owned(conn, paths.name) if conn else {}
-            for name, spec in blades.items():  # now it is as the tree says, and `plan` has nothing to do
-                if name not in running:
-                    raise RacklessError(f"{name} ended meanwhile", hint="`rackless up` makes it anew")
-                owned = running[name]
-                metadata = {**owned.metadata, "spec": replace(spec, image=built.key).to_json()}
-                domain.explain(f"mark {name}", partial(domain.write_metadata, owned.domain, metadata))
-        return built.key
+        for name, owned in running.items():  # now it is as the tree says, and `plan` has nothing to do
+            metadata = {**owned.metadata, "spec": replace(blades[name], image=built.key).to_json()}
+            domain.explain(f"mark {name}", partial(domain.write_metadata, owned.domain, metadata))
+    return built.key
+
+
+@contextmanager
+def _running(paths: RackPaths, blades: Collection[str]) -> Iterator[dict[str, domain.Owned]]:
+    """What libvirt has of the blades. RacklessError when one is not there."""
+    with daemon.connection(paths) as conn:
+        there = domain.owned(conn, paths.name) if conn else {}
+        if gone := sorted(set(blades) - set(there)):
+            raise RacklessError(f"{gone[0]} has ended", hint="`rackless up` makes it anew")
+        yield {name: there[name] for name in blades}
 
 
 def _push_one(paths: RackPaths, spec: BladeSpec, archive: Path, version: str, emit: Emit) -> None:

@@ -13,22 +13,17 @@ import ctypes
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Lock
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
+from guest_agents.lite import abi
 from guest_agents.lite.errors import BadArgument, OutOfRange, TimedOut, error_for
-
-LIBRARY = Path(__file__).parents[1] / "native" / "build" / "lite_core.so"
 
 Address = dict[str, Any]
 """What a peer must know of our queue pairs; goes through JSON unharmed."""
 QosMode = Literal["none", "hw_sep", "sw_pri"]
 QOS_MODES: tuple[QosMode, ...] = ("none", "hw_sep", "sw_pri")
-
-_MAX_QPS = 8
-_MAX_PEERS = 64
 
 
 @dataclass(frozen=True)
@@ -113,153 +108,9 @@ class Event(NamedTuple):
 _EVENT_KINDS: tuple[Literal["peer_broken", "bind", "channel_closed"], ...] = ("peer_broken", "bind", "channel_closed")
 
 
-class _Config(ctypes.Structure):
-    _fields_ = (
-        ("device", ctypes.c_char * 64),
-        ("queue_pairs", ctypes.c_uint32),
-        ("qos", ctypes.c_uint32),
-        ("pool", ctypes.c_uint64),
-        ("slots", ctypes.c_uint64),
-        ("buffers", ctypes.c_uint64),
-        ("timeout_ms", ctypes.c_uint32),
-        ("spin_us", ctypes.c_uint32),
-    )
-
-
-class _Address(ctypes.Structure):
-    _fields_ = (
-        ("gid", ctypes.c_uint8 * 16),
-        ("count", ctypes.c_uint32),
-        ("heads_rkey", ctypes.c_uint32),
-        ("heads", ctypes.c_uint64),
-        ("qpn", ctypes.c_uint32 * _MAX_QPS),
-        ("psn", ctypes.c_uint32 * _MAX_QPS),
-    )
-
-
-class _Block(ctypes.Structure):
-    _fields_ = (
-        ("address", ctypes.c_uint64),
-        ("length", ctypes.c_uint64),
-        ("node", ctypes.c_uint32),
-        ("rkey", ctypes.c_uint32),
-    )
-
-
-class _Slab(ctypes.Structure):
-    _fields_ = (
-        ("address", ctypes.c_uint64),
-        ("bytes", ctypes.c_uint64),
-        ("number", ctypes.c_uint64),
-        ("rkey", ctypes.c_uint32),
-        ("pad", ctypes.c_uint32),
-    )
-
-
-class _Ring(ctypes.Structure):
-    _fields_ = (
-        ("address", ctypes.c_uint64),
-        ("size", ctypes.c_uint64),
-        ("max_message", ctypes.c_uint64),
-        ("lost", ctypes.c_uint64),
-        ("rkey", ctypes.c_uint32),
-        ("generation", ctypes.c_uint32),
-    )
-
-
-class _Event(ctypes.Structure):
-    _fields_ = (
-        ("kind", ctypes.c_uint32),
-        ("node", ctypes.c_uint32),
-        ("incarnation", ctypes.c_uint32),
-        ("port", ctypes.c_uint32),
-        ("client", ctypes.c_uint64),
-    )
-
-
-class _PeerStats(ctypes.Structure):
-    _fields_ = (
-        ("node", ctypes.c_uint32),
-        ("incarnation", ctypes.c_uint32),
-        ("state", ctypes.c_uint32),
-        ("queue_pairs", ctypes.c_uint32),
-        ("in_flight", ctypes.c_uint64),
-        ("waiting", ctypes.c_uint64),
-        ("bytes_out", ctypes.c_uint64),
-        ("bytes_in", ctypes.c_uint64),
-    )
-
-
-_COUNTERS = (
-    # since the start
-    "reads", "writes", "atomics", "calls", "sends", "receives", "replies", "cancels", "errors",
-    "bytes_read", "bytes_written", "bytes_local", "messages_in", "messages_dropped", "bad_requests", "bad_messages",
-    "peers_broken", "parked", "ring_waits", "timeouts", "polls", "sleeps", "posts", "mails", "knocks",
-    # now
-    "clients", "channels", "lmrs", "handles", "buffers", "ports", "ops", "pieces", "rings_in", "rings_out",
-    "descriptors", "slots_used", "slots_quarantined", "pool_used",
-    "bytes_slabs", "bytes_buffers", "bytes_pool", "bytes_slots", "bytes_rings", "queue_pairs",
-)  # fmt: skip
-
-
-class _Stats(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_uint64) for name in _COUNTERS),
-        ("n_peers", ctypes.c_uint64),
-        ("peers", _PeerStats * _MAX_PEERS),
-    )
-
-
-_PEER_STATES = ("prepared", "connected", "broken")
-
-_U32, _U64, _VOID = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
-_SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "close": (),
-    "join": (_U32, _U32),
-    "slab_open": (_U64, _VOID),
-    "slab_close": (_U64,),
-    "peer_prepare": (_U32, _U32, _VOID),
-    "peer_connect": (_U32, _U32, _VOID),
-    "peer_dead": (_U32, _U32),
-    "client_add": (_U32, _VOID),
-    "channel_add": (_U64, ctypes.c_int, _VOID),
-    "client_remove": (_U64,),
-    "lmr_put": (_U64, _VOID, _U32),
-    "lmr_freeze": (_U64, _U32),
-    "lmr_replace": (_U64, _VOID, _U32),
-    "lmr_thaw": (_U64,),
-    "lmr_kill": (_U64, ctypes.c_int),
-    "handle_add": (_U64, _U64, _U32, _VOID),
-    "handle_set": (_U64, _U64, _U32),
-    "handle_drop": (_U64, _U64),
-    "buffer_add": (_U64, _U64, _VOID, _VOID),
-    "buffer_drop": (_U64, _U32),
-    "port_open": (_U64, _U32, _U64),
-    "port_close": (_U64, _U32),
-    "ring_offer": (_U32, _U32, _U32, _VOID),
-    "ring_attach": (_U32, _U32, _U32, _VOID),
-    "ring_refuse": (_U32, _U32, _U32, ctypes.c_int),
-    "raw": (_U32, _U32, _U64, _U32, _VOID, _U64, _U64, _U64, _VOID),
-    "qos_set": (_U32,),
-    "stats": (_VOID,),
-    "next_event": (_U32, _VOID),
-}
-
-
-def _load() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(LIBRARY), use_errno=True)
-    library.lite_open.argtypes = (_VOID, _VOID)
-    library.lite_open.restype = ctypes.c_int
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(library, f"lite_{name}")
-        function.argtypes = (_VOID, *arguments)
-        function.restype = ctypes.c_int
-    return library
-
-
-def _blocks(blocks: Iterable[Block | tuple[int, int, int, int]]) -> ctypes.Array[_Block]:
-    items = [_Block(address, length, node, rkey) for node, address, rkey, length in blocks]
-    return (_Block * len(items))(*items)
+def _blocks(blocks: Iterable[Block | tuple[int, int, int, int]]) -> ctypes.Array[abi.Block]:
+    items = [abi.Block(address, length, node, rkey) for node, address, rkey, length in blocks]
+    return (abi.Block * len(items))(*items)
 
 
 class Core:
@@ -268,11 +119,11 @@ class Core:
     def __init__(self, config: Config | None = None) -> None:
         """Open the device and start the thread. NotJoined if there is no RDMA device of this name."""
         self.config = config or Config()
-        self._library = _load()
-        self._core = _VOID()
+        self._library = abi.load()
+        self._core = ctypes.c_void_p()
         self._slabs: dict[int, Slab] = {}
         self._lock = Lock()
-        native = _Config(
+        native = abi.Config(
             self.config.device.encode(),
             self.config.queue_pairs,
             QOS_MODES.index(self.config.qos),
@@ -291,7 +142,7 @@ class Core:
         """End the thread, every connection and all memory. No other call may be under way or come after."""
         if self._core:
             self._library.lite_close(self._core)
-            self._core = _VOID()
+            self._core = ctypes.c_void_p()
 
     def __enter__(self) -> Core:
         return self
@@ -320,7 +171,7 @@ class Core:
 
     def slab(self, size: int) -> Slab:
         """Registered memory for blocks: `size` bytes (rounded up to pages), zeroed, pinned. NO_MEMORY."""
-        out = _Slab()
+        out = abi.Slab()
         self._call("slab_open", size, ctypes.byref(out), about=f"{size} bytes cannot be registered")
         slab = Slab(out.address, out.bytes, out.rkey, self, out.number)
         with self._lock:
@@ -369,7 +220,7 @@ class Core:
         Queue pairs that were there for the node are destroyed before; their operations end NODE_UNREACHABLE (same
         incarnation) or NODE_DEAD (an older one). NODE_DEAD if the incarnation is older than the one known.
         """
-        out = _Address()
+        out = abi.Address()
         self._call("peer_prepare", node, incarnation, ctypes.byref(out))
         return {
             "gid": bytes(out.gid).hex(),
@@ -381,7 +232,7 @@ class Core:
     def peer_connect(self, node: int, incarnation: int, remote: Address) -> None:
         """Connect the prepared queue pairs to what the peer's `peer_prepare` returned. The numbers of queue pairs
         must be equal. NODE_UNREACHABLE if the peer was not prepared here, or its GID cannot be reached."""
-        native = _Address()
+        native = abi.Address()
         try:
             native.gid[:] = bytes.fromhex(remote["gid"])
             pairs = remote["qps"]
@@ -403,7 +254,7 @@ class Core:
 
     def client_add(self, pid: int) -> int:
         """A program; `pid` is the process whose memory its unregistered addresses mean."""
-        out = _U64()
+        out = ctypes.c_uint64()
         self._call("client_add", pid, ctypes.byref(out))
         return out.value
 
@@ -458,7 +309,7 @@ class Core:
 
     def handle_add(self, client: int, lmr: int, permissions: int) -> int:
         """A capability of one client for an LMR; never 0, and never the number of an earlier handle of the client."""
-        out = _U64()
+        out = ctypes.c_uint64()
         self._call("handle_add", client, lmr, permissions, ctypes.byref(out))
         return out.value
 
@@ -474,7 +325,7 @@ class Core:
 
     def buffer_add(self, client: int, size: int) -> tuple[int, int]:
         """Memory shared with the program and registered: (id, memfd). The caller closes the memfd when it is sent."""
-        number, fd = _U32(), ctypes.c_int(-1)
+        number, fd = ctypes.c_uint32(), ctypes.c_int(-1)
         self._call("buffer_add", client, size, ctypes.byref(number), ctypes.byref(fd))
         return number.value, fd.value
 
@@ -494,14 +345,14 @@ class Core:
 
     def ring_offer(self, node: int, incarnation: int, port: int) -> Ring:
         """Server's side of a bind: the ring for messages from `node` to `port`. PORT_CLOSED, NODE_DEAD, NO_MEMORY."""
-        out = _Ring()
+        out = abi.Ring()
         self._call("ring_offer", node, incarnation, port, ctypes.byref(out))
         return Ring(out.address, out.rkey, out.size, out.max_message, out.generation, out.lost)
 
     def ring_attach(self, node: int, incarnation: int, port: int, ring: Ring) -> None:
         """Client's side: the ring that `node` offered for `port`; what waits for it goes on, but who has lost a
         one-way message in a ring before gets PORT_CLOSED for the next."""
-        native = _Ring(ring.address, ring.size, ring.max_message, ring.lost, ring.rkey, ring.generation)
+        native = abi.Ring(ring.address, ring.size, ring.max_message, ring.lost, ring.rkey, ring.generation)
         self._call("ring_attach", node, incarnation, port, ctypes.byref(native))
 
     def ring_refuse(self, node: int, incarnation: int, port: int, code: int) -> None:
@@ -512,7 +363,7 @@ class Core:
 
     def _raw(self, op: int, place: tuple[int, int, int], data: Any, length: int, arg0: int = 0, arg1: int = 0) -> int:
         node, address, rkey = place
-        value = _U64()
+        value = ctypes.c_uint64()
         self._call("raw", op, node, address, rkey, data, length, arg0, arg1, ctypes.byref(value))
         return value.value
 
@@ -557,7 +408,7 @@ class Core:
 
     def next_event(self, timeout: float) -> Event | None:
         """The next event, or None after `timeout` seconds."""
-        out = _Event()
+        out = abi.Event()
         try:
             self._call("next_event", int(timeout * 1000), ctypes.byref(out))
         except TimedOut:
@@ -565,14 +416,14 @@ class Core:
         return Event(_EVENT_KINDS[out.kind], out.node, out.incarnation, out.port, out.client)
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start and amounts now (names: `_COUNTERS`), and `peers`: node -> incarnation, state,
+        """Counters since the start and amounts now (names: `abi.COUNTERS`), and `peers`: node -> incarnation, state,
         queue_pairs, in_flight, waiting, bytes_out, bytes_in."""
-        out = _Stats()
+        out = abi.Stats()
         self._call("stats", ctypes.byref(out))
         peers = {
             peer.node: {
                 "incarnation": peer.incarnation,
-                "state": _PEER_STATES[peer.state],
+                "state": abi.PEER_STATES[peer.state],
                 "queue_pairs": peer.queue_pairs,
                 "in_flight": peer.in_flight,
                 "waiting": peer.waiting,
@@ -581,4 +432,4 @@ class Core:
             }
             for peer in out.peers[: out.n_peers]
         }
-        return {**{name: int(getattr(out, name)) for name in _COUNTERS}, "peers": peers}
+        return {**{name: int(getattr(out, name)) for name in abi.COUNTERS}, "peers": peers}

@@ -48,7 +48,7 @@ def push(
     current = current_rack(rack)
     chosen = current.select(blades or [])
     with progress(current.name, as_json) as emit:
-        version = push_agents(current.paths, chosen, "debian13", emit)
+        version = push_agents(current.paths, chosen, emit)
     if as_json:
         typer.echo(json.dumps({"rack": current.name, "version": version, "blades": sorted(chosen)}))
     else:

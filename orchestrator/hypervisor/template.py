@@ -87,10 +87,10 @@ def obtain(templates: Path, kind: Kind, key: str, boot_and_save: Callable[[Path]
 
 
 def restore(conn: libvirt.virConnect, state: Path, guest: Guest, scratch: Path) -> libvirt.virDomain:
-    """Start a clone of the saved blade ``state`` as ``guest``; ``scratch`` names a file to use meanwhile."""
+    """Make a clone of the saved blade ``state`` as ``guest``, paused; ``scratch`` names a file to use meanwhile."""
     try:
         clone(state, scratch, guest)
-        conn.restore(str(scratch))
+        conn.restoreFlags(str(scratch), None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
         return conn.lookupByName(guest.name)
     except libvirt.libvirtError as error:
         raise RacklessError(f"cannot restore {guest.name} from its template: {error}",

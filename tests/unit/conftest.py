@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from guest_agents.lite.core import Config
 from tests.unit import lite_pair, stand_in
 from tests.unit.stand_in_rackless import SPLIT, Rackless
 
@@ -38,6 +39,14 @@ def lite_core(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "lite_core.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return lite_pair.build(folder)
+
+
+@pytest.fixture
+def pair(lite_core: Path) -> Iterator[lite_pair.Pair]:
+    """Two LITE cores that are connected."""
+    made = lite_pair.Pair(lite_core, Config(timeout_ms=5000))
+    yield made
+    made.close()
 
 
 @pytest.fixture

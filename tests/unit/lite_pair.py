@@ -7,13 +7,15 @@ import itertools
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from guest_agents.lite import core, wire
+from guest_agents.lite import abi, wire
 from guest_agents.lite.core import Config, Core, Event
 from guest_agents.lite.errors import LiteError
 from guest_agents.lite.wire import Flag, Op, Reply
@@ -23,6 +25,7 @@ FAKE = Path(__file__).parent / "native" / "fake_verbs.c"
 SECONDS = 20.0
 ALL = 31
 """Every permission."""
+PORT = 5
 
 # What must be back at zero when every program, LMR and peer has gone.
 BOOKS = ("clients", "channels", "lmrs", "handles", "buffers", "ports", "ops", "pieces", "rings_in", "rings_out",
@@ -126,7 +129,7 @@ class Pair:
     """Nodes 1 and 2, connected; binds are served as the tier would."""
 
     def __init__(self, library: Path, config: Config) -> None:
-        core.LIBRARY = library
+        abi.LIBRARY = library
         self.fake = ctypes.CDLL(str(library))
         self._others: int = self.fake.fake_registrations()  # of cores that tests before this could not close
         self.nodes = {1: Core(config), 2: Core(config)}
@@ -208,3 +211,35 @@ class Pair:
         for node in self.nodes.values():
             node.close()
         assert self.fake.fake_registrations() == self._others
+
+
+class Server(threading.Thread):
+    """Answers every call with its data reversed."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(daemon=True)
+        self.program = program
+        self.seen = 0
+
+    def run(self) -> None:
+        with suppress(OSError, struct.error):  # its channel closes in the end
+            self._serve()
+
+    def _serve(self) -> None:
+        reply, data = self.program.receive(PORT)
+        while reply.status == 0:
+            self.seen += 1
+            if reply.value == 0:
+                reply, data = self.program.receive(PORT)
+                continue
+            reply, data = self.program.ask(
+                Op.REPLY_RECEIVE, data[::-1], handle=reply.value, arg0=PORT, arg1=wire.INLINE, length=len(data),
+                flags=Flag.INLINE_DATA | Flag.INLINE_REPLY)  # fmt: skip
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for a condition; the test fails when it does not come."""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come"
+        time.sleep(0.005)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-from guest_agents.lite import core
+from guest_agents.lite import abi
 from guest_agents.lite.core import Config, Core
 from tests.unit import lite_blades
 
@@ -29,7 +29,7 @@ def stack(folder: Path, library: Path, *names: str) -> Iterator[dict[str, str]]:
 def whole(folder: Path, library: Path, *names: str) -> Iterator[lite_blades.Rack]:
     """The same, with all of each blade in reach."""
     with (
-        mock.patch.object(core, "LIBRARY", library),
+        mock.patch.object(abi, "LIBRARY", library),
         mock.patch.object(lite_blades, "StandInCore", _core),
     ):
         rack = lite_blades.Rack(folder, list(names), memory=MEMORY)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from guest_agents.lite.core import _COUNTERS
+from guest_agents.lite.abi import COUNTERS
 from guest_agents.splitkernel.memory.buffers import COUNTED
 from guest_agents.splitkernel.process import counters, figures
 from orchestrator.faults.model import Faults
@@ -72,7 +72,7 @@ def _lite(number: int) -> dict[str, Any]:
     peer = {"incarnation": 1, "state": "connected", "queue_pairs": 2, "in_flight": 0, "waiting": 0,
             "bytes_out": 10 * number, "bytes_in": 20 * number}  # fmt: skip
     return {"lmrs": 2, "handles": 3, "memory": {"bytes_allocated": 4 * MIB},
-            "core": {**dict.fromkeys(_COUNTERS, number), "peers": {"1": peer, "99": peer}}}  # fmt: skip
+            "core": {**dict.fromkeys(COUNTERS, number), "peers": {"1": peer, "99": peer}}}  # fmt: skip
 
 
 def snapshot(number: int) -> Snapshot:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import re
@@ -10,8 +9,6 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,25 +17,7 @@ from guest_agents.lite import errors, wire
 from guest_agents.lite.core import Config, Slab
 from guest_agents.lite.wire import Flag, Op
 from tests.unit import lite_pair
-from tests.unit.lite_pair import ALL, NATIVE, Pair, Program
-
-REASON = lite_pair.missing()
-needs_verbs = pytest.mark.skipif(REASON is not None, reason=REASON or "")
-PORT = 5
-
-
-@pytest.fixture
-def pair(lite_core: Path) -> Iterator[Pair]:
-    pair = Pair(lite_core, Config(timeout_ms=5000))
-    yield pair
-    pair.close()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + lite_pair.SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it does not come"
-        time.sleep(0.005)
+from tests.unit.lite_pair import ALL, NATIVE, PORT, Pair, Program, Server, until
 
 
 def test_header_and_python_agree() -> None:
@@ -52,7 +31,6 @@ def test_header_and_python_agree() -> None:
     assert (wire.REQUEST.size, wire.REPLY.size, wire.SEGMENT.size) == (64, 32, 16)
 
 
-@needs_verbs
 @pytest.mark.parametrize("seed", range(3))
 def test_reads_and_writes_at_any_place(pair: Pair, seed: int) -> None:
     chance = random.Random(seed)
@@ -74,7 +52,6 @@ def test_reads_and_writes_at_any_place(pair: Pair, seed: int) -> None:
     pair.clean_up(program)
 
 
-@needs_verbs
 def test_scatter_and_gather(pair: Pair) -> None:
     pair.lmr(1, (2, 8192), (1, 8192))
     program = Program(pair.nodes[1])
@@ -95,7 +72,6 @@ def test_scatter_and_gather(pair: Pair) -> None:
     pair.clean_up(program)
 
 
-@needs_verbs
 def test_atomics_of_both_nodes_add_up(pair: Pair) -> None:
     pair.lmr(1, (2, 4096))
     programs = [Program(pair.nodes[n]) for n in (1, 2, 1, 2)]
@@ -117,7 +93,6 @@ def test_atomics_of_both_nodes_add_up(pair: Pair) -> None:
     pair.clean_up(*programs)
 
 
-@needs_verbs
 def test_what_is_not_allowed_has_a_name(pair: Pair) -> None:
     pair.lmr(1, (2, 4096))
     program, stranger = Program(pair.nodes[1]), Program(pair.nodes[1])
@@ -147,7 +122,6 @@ def test_what_is_not_allowed_has_a_name(pair: Pair) -> None:
     pair.clean_up(program, stranger)
 
 
-@needs_verbs
 def test_many_outstanding(pair: Pair) -> None:
     pair.lmr(1, (2, 1 << 20))
     program = Program(pair.nodes[1])
@@ -163,7 +137,6 @@ def test_many_outstanding(pair: Pair) -> None:
     pair.clean_up(program)
 
 
-@needs_verbs
 def test_registered_buffers_need_no_copy_and_cannot_shrink(pair: Pair) -> None:
     pair.lmr(1, (2, 1 << 20))
     program = Program(pair.nodes[1])
@@ -188,7 +161,6 @@ def test_registered_buffers_need_no_copy_and_cannot_shrink(pair: Pair) -> None:
     pair.clean_up(program)
 
 
-@needs_verbs
 def test_an_lmr_moves_while_it_is_written(pair: Pair) -> None:
     pair.lmr(1, (2, 65536))
     node = pair.nodes[1]
@@ -226,7 +198,6 @@ def test_an_lmr_moves_while_it_is_written(pair: Pair) -> None:
     pair.clean_up(writer)
 
 
-@needs_verbs
 def test_freeze_waits_for_what_is_in_flight(pair: Pair) -> None:
     pair.lmr(1, (2, 4096))
     node = pair.nodes[1]
@@ -254,7 +225,6 @@ def test_freeze_waits_for_what_is_in_flight(pair: Pair) -> None:
     pair.clean_up(program)
 
 
-@needs_verbs
 def test_a_dead_peer_ends_what_is_in_flight_and_writes_nothing_after(pair: Pair) -> None:
     [(_, address)] = pair.lmr(1, (2, 1 << 20))
     node = pair.nodes[1]
@@ -277,7 +247,6 @@ def test_a_dead_peer_ends_what_is_in_flight_and_writes_nothing_after(pair: Pair)
     pair.clean_up(program, server)
 
 
-@needs_verbs
 def test_a_broken_peer_is_unreachable_until_connected_anew(pair: Pair) -> None:
     pair.lmr(1, (2, 1 << 20))
     node = pair.nodes[1]
@@ -294,157 +263,6 @@ def test_a_broken_peer_is_unreachable_until_connected_anew(pair: Pair) -> None:
     pair.clean_up(program)
 
 
-class Server(threading.Thread):
-    """Answers every call with its data reversed."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__(daemon=True)
-        self.program = program
-        self.seen = 0
-
-    def run(self) -> None:
-        with suppress(OSError, struct.error):  # its channel closes in the end
-            self._serve()
-
-    def _serve(self) -> None:
-        reply, data = self.program.receive(PORT)
-        while reply.status == 0:
-            self.seen += 1
-            if reply.value == 0:
-                reply, data = self.program.receive(PORT)
-                continue
-            reply, data = self.program.ask(
-                Op.REPLY_RECEIVE, data[::-1], handle=reply.value, arg0=PORT, arg1=wire.INLINE, length=len(data),
-                flags=Flag.INLINE_DATA | Flag.INLINE_REPLY)  # fmt: skip
-
-
-@needs_verbs
-def test_calls_of_every_size_from_many_programs(pair: Pair) -> None:
-    pair.fake.fake_delay(0)
-    programs = [Program(pair.nodes[2])]
-    pair.nodes[2].port_open(programs[0].client, PORT, wire.INLINE)
-    servers = [Server(programs[0])]
-    for _ in range(2):
-        programs.append(Program(pair.nodes[2], programs[0].client))
-        servers.append(Server(programs[-1]))
-    for server in servers:
-        server.start()
-    wrong: list[str] = []
-
-    def ask(program: Program, seed: int) -> None:
-        chance = random.Random(seed)
-        for _ in range(400):
-            data = chance.randbytes(min(int(2 ** chance.uniform(0, 13)), wire.INLINE))
-            reply, back = program.call(2, PORT, data)
-            if reply.status or back != data[::-1]:
-                wrong.append(f"{len(data)}: {reply}")
-
-    callers = [Program(pair.nodes[n]) for n in (1, 1, 1, 2)]
-    threads = [threading.Thread(target=ask, args=(caller, i)) for i, caller in enumerate(callers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-    assert sum(server.seen for server in servers) == 1600
-    pair.nodes[2].port_close(programs[0].client, PORT)
-    for server in servers:
-        server.join()
-    assert callers[0].call(2, PORT, b"x")[0].status == errors.PortClosed.code
-    pair.clean_up(*programs, *callers)
-
-
-@needs_verbs
-def test_large_messages(pair: Pair) -> None:
-    server, caller = Program(pair.nodes[2]), Program(pair.nodes[1])
-    pair.nodes[2].port_open(server.client, PORT, 3 << 20)
-    question, answer = random.Random(3).randbytes(3 << 20), random.Random(4).randbytes(1 << 20)
-    sent, got = bytearray(question), bytearray(1 << 20)
-
-    def place(memory: bytearray) -> int:
-        return ctypes.addressof((ctypes.c_char * len(memory)).from_buffer(memory))
-
-    tag = caller.post(
-        Op.CALL, handle=2, arg0=PORT, arg1=1 << 20, length=3 << 20, address=place(sent), offset=place(got)
-    )
-    assert server.receive(PORT)[0][1:3] == (errors.MessageTooLarge.code, 3 << 20)
-    inbox, outbox = bytearray(3 << 20), bytearray(answer)
-    reply, _ = server.ask(Op.RECEIVE, arg0=PORT, arg1=3 << 20, address=place(inbox))
-    assert (reply.status, reply.value2, bytes(inbox)) == (0, 1, question)
-    too_much = server.ask(Op.REPLY, handle=reply.value, length=(1 << 20) + 1, address=place(inbox))[0]
-    assert too_much.status == errors.MessageTooLarge.code
-    assert server.reply(reply.value, b"less") == errors.BadHandle.code
-    told, _ = caller.next()
-    assert (told.tag, told.status) == (tag, errors.MessageTooLarge.code)
-    tag = caller.post(
-        Op.CALL, handle=2, arg0=PORT, arg1=1 << 20, length=3 << 20, address=place(sent), offset=place(got)
-    )
-    reply, _ = server.ask(Op.RECEIVE, arg0=PORT, arg1=3 << 20, address=place(inbox))
-    assert server.ask(Op.REPLY, handle=reply.value, length=1 << 20, address=place(outbox))[0].status == 0
-    assert server.reply(reply.value, b"again") == errors.BadHandle.code
-    reply, _ = caller.next()
-    assert (reply.tag, reply.status, reply.length, bytes(got)) == (tag, 0, 1 << 20, answer)
-    over = caller.ask(Op.SEND, handle=2, arg0=PORT, length=(3 << 20) + 1, address=place(sent))[0]
-    assert over.status == errors.MessageTooLarge.code
-    pair.clean_up(server, caller)
-
-
-@needs_verbs
-def test_a_full_ring_holds_senders_back_and_loses_nothing(pair: Pair) -> None:
-    server, caller = Program(pair.nodes[2]), Program(pair.nodes[1])
-    pair.nodes[2].port_open(server.client, PORT, 8192)
-    for i in range(100):  # 100 x 8 KiB go into a ring of 256 KiB
-        caller.post(Op.SEND, struct.pack("<I", i) + bytes(8188), handle=2, arg0=PORT, length=8192,
-                    flags=Flag.INLINE_DATA, timeout_ms=wire.NO_LIMIT if i < 90 else 200)  # fmt: skip
-    until(lambda: pair.nodes[1].stats()["timeouts"] == 10)
-    seen = []
-    for _ in range(90):
-        reply, data = server.receive(PORT, timeout_ms=5000)
-        assert reply.status == 0
-        seen.append(struct.unpack_from("<I", data)[0])
-    assert sorted(seen) == list(range(90))
-    assert server.receive(PORT, flags=Flag.NO_WAIT)[0].status == errors.TimedOut.code
-    statuses = [caller.next()[0].status for _ in range(100)]
-    assert sorted(statuses) == [errors.RingFull.code] * 10 + [0] * 90
-    pair.clean_up(server, caller)
-
-
-@needs_verbs
-def test_a_late_reply_finds_its_slot_in_quarantine(pair: Pair) -> None:
-    server, caller = Program(pair.nodes[2]), Program(pair.nodes[1])
-    pair.nodes[2].port_open(server.client, PORT, 100)
-    assert caller.call(2, PORT, b"slow", timeout_ms=50)[0].status == errors.TimedOut.code
-    assert pair.nodes[1].stats()["slots_quarantined"] == 1
-    reply, data = server.receive(PORT)
-    assert data == b"slow"
-    assert server.reply(reply.value, b"late") == 0
-    until(lambda: pair.nodes[1].stats()["slots_quarantined"] == 0)
-    tag = caller.post(Op.CALL, b"never", handle=2, arg0=PORT, arg1=8, length=5, flags=3)
-    until(lambda: pair.nodes[2].stats()["messages_in"] == 2)
-    cancel = caller.post(Op.CANCEL, arg0=tag)
-    assert {caller.next()[0][:2], caller.next()[0][:2]} == {(tag, errors.Cancelled.code), (cancel, 0)}
-    pair.nodes[1].peer_dead(2, 1)
-    assert pair.nodes[1].stats()["slots_quarantined"] == 0
-    pair.clean_up(server, caller)
-
-
-@needs_verbs
-def test_a_server_that_dies_answers_its_callers(pair: Pair) -> None:
-    server, caller = Program(pair.nodes[2]), Program(pair.nodes[1])
-    pair.nodes[2].port_open(server.client, PORT, 100)
-    caller.post(Op.CALL, b"one", handle=2, arg0=PORT, arg1=8, length=3, flags=3)
-    assert server.receive(PORT)[1] == b"one"
-    caller.post(Op.CALL, b"two", handle=2, arg0=PORT, arg1=8, length=3, flags=3)
-    until(lambda: pair.nodes[2].stats()["messages_in"] == 2)
-    server.close()
-    pair.nodes[2].client_remove(server.client)
-    assert [caller.next()[0].status for _ in range(2)] == [errors.PortClosed.code] * 2
-    with pytest.raises(errors.BadHandle):
-        pair.nodes[2].client_remove(server.client)
-    pair.clean_up(caller)
-
-
-@needs_verbs
 @pytest.mark.parametrize("seed", range(4))
 def test_programs_killed_in_the_middle_of_anything_leave_nothing(pair: Pair, seed: int) -> None:
     chance = random.Random(seed)
@@ -483,7 +301,6 @@ def test_programs_killed_in_the_middle_of_anything_leave_nothing(pair: Pair, see
     pair.clean_up(server, witness)
 
 
-@needs_verbs
 @pytest.mark.parametrize("seed", range(4))
 def test_nonsense_from_a_program_harms_nobody(pair: Pair, seed: int) -> None:
     chance = random.Random(seed)
@@ -527,7 +344,6 @@ def test_nonsense_from_a_program_harms_nobody(pair: Pair, seed: int) -> None:
     pair.clean_up(server, witness)
 
 
-@needs_verbs
 def test_a_short_packet_closes_the_channel(pair: Pair) -> None:
     program = Program(pair.nodes[1])
     program.socket.send(b"short")
@@ -540,7 +356,6 @@ def test_a_short_packet_closes_the_channel(pair: Pair) -> None:
     pair.clean_up(program, other)
 
 
-@needs_verbs
 @pytest.mark.parametrize(
     "immediate", [0, 0xFFFFFFFF, 1 << 30 | 5 << 24, 1 << 30 | 5 << 24 | 0xFFFFFF, 2 << 30 | 999, 2 << 30]
 )
@@ -557,7 +372,6 @@ def test_nonsense_from_a_peer_is_counted_and_breaks_with_it(pair: Pair, immediat
     pair.clean_up(server, caller)
 
 
-@needs_verbs
 @pytest.mark.long
 def test_programs_that_read_no_answers_hinder_nobody(pair: Pair) -> None:
     pair.lmr(1, (2, 65536))
@@ -586,7 +400,6 @@ def test_programs_that_read_no_answers_hinder_nobody(pair: Pair) -> None:
     pair.clean_up(*lazy, busy)
 
 
-@needs_verbs
 @pytest.mark.parametrize("mode", ["none", "hw_sep", "sw_pri"])
 def test_every_priority_gets_through_in_every_mode(pair: Pair, mode: str) -> None:
     pair.nodes[1].qos_set(mode)  # type: ignore[arg-type]
@@ -613,11 +426,10 @@ def test_every_priority_gets_through_in_every_mode(pair: Pair, mode: str) -> Non
     pair.clean_up(*programs)
 
 
-@needs_verbs
 def test_joining_comes_first_and_limits_are_checked(lite_core: Path) -> None:
-    from guest_agents.lite import core
+    from guest_agents.lite import abi, core
 
-    core.LIBRARY = lite_core
+    abi.LIBRARY = lite_core
     with pytest.raises(errors.NotJoined):
         core.Core(Config(device="mlx5_0"))
     with pytest.raises(errors.BadArgument):
@@ -646,7 +458,6 @@ def test_joining_comes_first_and_limits_are_checked(lite_core: Path) -> None:
         node.client_remove(program.client)
 
 
-@needs_verbs
 def test_ten_thousand_lmrs_and_handles(pair: Pair) -> None:
     slab = pair.nodes[2].slab(4096)
     node = pair.nodes[1]
@@ -664,7 +475,6 @@ def test_ten_thousand_lmrs_and_handles(pair: Pair) -> None:
     pair.clean_up(program)
 
 
-@needs_verbs
 def test_closing_in_the_middle_of_work(lite_core: Path) -> None:
     """No clean-up before: what a stopping agent does."""
     pair = Pair(lite_core, Config())
@@ -683,7 +493,6 @@ def test_closing_in_the_middle_of_work(lite_core: Path) -> None:
 
 
 @pytest.mark.long
-@needs_verbs
 @pytest.mark.parametrize("seed", range(3))
 def test_a_storm_of_broken_links_ends_every_request_with_a_name(pair: Pair, seed: int) -> None:
     chance = random.Random(seed)

@@ -8,7 +8,6 @@ import json
 import random
 import socket
 import struct
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from guest_agents.lite.core import Config
 from guest_agents.lite.wire import Flag, Op
 from tests.unit import lite_pair
 from tests.unit.lite_blades import SECRET, Program, Rack, eventually
-from tests.unit.lite_pair import Pair
+from tests.unit.lite_pair import Pair, until
 from tests.unit.lite_stack import whole
 
 pytestmark = [
@@ -34,7 +33,7 @@ HEAD = struct.Struct("<IHBBIIIIIIIIQQQ")
 """struct message_head of rpc.h."""
 GOOD = {"magic": 0x4C495445, "port": PORT, "kind": 0, "sender": 0, "length": 5, "sequence": 0, "skipped": 0,
         "max_reply": 0, "slot": 0, "ticket": 0, "rkey": 0, "zero": 0, "address": 0, "z1": 0, "z2": 0}  # fmt: skip
-REQUEST, REPLY = 1 << 30, 2 << 30
+REQUEST, REPLY, BARE_REPLY = 1 << 30, 2 << 30, 3 << 30
 
 JUNK: list[Any] = [None, True, -1, 0, 1, 7, 2**31, 2**63, 2**64, 10**30, 1.5, float("inf"), "", "x", "x" * 200, "\0",
                    "é", [], [None], [1], [[1, 2]], ["mb0", 5], ["nowhere"], {}, {"a": 1}, [[[]]]]  # fmt: skip
@@ -169,13 +168,6 @@ def pair(lite_core: Path) -> Iterator[Pair]:
     pair.close()
 
 
-def until(condition: Any) -> None:
-    deadline = time.monotonic() + lite_pair.SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it does not come"
-        time.sleep(0.002)
-
-
 class Peers:
     """Node 2 serves, node 1 calls; the tests are what node 1 (or 2) would be if it were mad."""
 
@@ -257,7 +249,8 @@ def test_random_ring_contents_harm_nobody(pair: Pair, seed: int) -> None:
         head = HEAD.pack(*fields.values()) if chance.random() < 0.8 else chance.randbytes(64)
         if pair.nodes[2].stats()["rings_in"] and offset <= 4000:
             ctypes.memmove(peers.ring() + offset * 64, head, 64)
-        peers.immediate(2, chance.choice((REQUEST, REQUEST, REPLY)) | PORT << 24 | offset, chance.choice((0, 15, 64)))
+        opcode = chance.choice((REQUEST, REQUEST, REPLY, BARE_REPLY))
+        peers.immediate(2, opcode | PORT << 24 | offset, chance.choice((0, 15, 64)))
         reply, _ = peers.server.receive(PORT, 4096, timeout_ms=20)
         if reply.status == 0 and reply.value:  # a call, whose caller wants the answer somewhere
             assert peers.server.reply(reply.value, b"to nowhere"[: fields["max_reply"]]) in (
@@ -302,6 +295,23 @@ def test_a_malformed_reply_breaks_with_its_sender(pair: Pair, status: int, ticke
     else:
         assert (answer.tag, answer.status) == (tag, errors.NodeUnreachable.code)
         until(lambda: pair.nodes[1].stats()["peers"][2]["state"] == "broken")
+    peers.recover()
+    peers.clean_up()
+
+
+@pytest.mark.parametrize(("ticket", "length"), [(1, 5), (0, 9), (0, 0)])
+def test_a_malformed_reply_without_a_head_breaks_with_its_sender(pair: Pair, ticket: int, length: int) -> None:
+    """`ticket`: how much it is off."""
+    peers = Peers(pair)
+    peers.exchange()
+    tag = peers.caller.post(Op.CALL, b"q", handle=2, arg0=PORT, arg1=8, length=1, flags=3)
+    until(lambda: pair.nodes[2].stats()["messages_in"] == 3)
+    fields = dict(zip(GOOD, HEAD.unpack(ctypes.string_at(peers.ring() + 4 * 64, HEAD.size)), strict=True))
+    assert peers.server.receive(PORT)[1] == b"q"
+    peers.immediate(1, BARE_REPLY | (fields["ticket"] + ticket) % 2**18 << 12 | fields["slot"], length)
+    answer, _ = peers.caller.next()
+    assert (answer.tag, answer.status) == (tag, errors.NodeUnreachable.code)
+    until(lambda: pair.nodes[1].stats()["peers"][2]["state"] == "broken")
     peers.recover()
     peers.clean_up()
 

@@ -9,13 +9,10 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from guest_agents.lite import wire
-from guest_agents.lite.core import Config
 from guest_agents.lite.errors import BadHandle, BadMessage, NotJoined
 from guest_agents.lite.wire import Flag, Op, Reply
 from tests.unit import lite_pair
@@ -68,13 +65,6 @@ class Mailbox:
     def ask(self, op: int, data: bytes = b"", /, payload: int | None = None, **fields: int) -> tuple[Reply, bytes]:
         self.post(wire.request(op, 7, **fields), data, payload)
         return self.answer()
-
-
-@pytest.fixture
-def pair(lite_core: Path) -> Iterator[Pair]:
-    pair = Pair(lite_core, Config(timeout_ms=5000))
-    yield pair
-    pair.close()
 
 
 def area(pair: Pair, mailbox: Mailbox) -> int:

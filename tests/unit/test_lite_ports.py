@@ -6,13 +6,10 @@ import random
 import struct
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from guest_agents.lite import errors, wire
-from guest_agents.lite.core import Config
 from guest_agents.lite.wire import Flag, Op
 from tests.unit import lite_pair
 from tests.unit.lite_pair import Pair, Program
@@ -21,13 +18,6 @@ REASON = lite_pair.missing()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 PORT = 5
 CLOSED = errors.PortClosed.code
-
-
-@pytest.fixture
-def pair(lite_core: Path) -> Iterator[Pair]:
-    pair = Pair(lite_core, Config(timeout_ms=5000))
-    yield pair
-    pair.close()
 
 
 def send(program: Program, data: bytes, node: int = 2) -> int:

@@ -58,6 +58,10 @@ void rpc_void(struct op *op)
     struct reply_head *head = (struct reply_head *)(void *)op->head;
     head->status = LITE_BAD_MESSAGE;
     head->length = 0;
+    if (op->bare) {
+        op->bare = false;
+        op->imm = (uint32_t)IMM_REPLY << OPCODE_SHIFT | (op->imm % MOST_SLOTS);
+    }
 }
 
 static uint64_t head_of(const struct ring_out *ring)
@@ -128,7 +132,7 @@ static bool try(struct core *core, struct ring_out *ring, struct op *op)
     ring->in_flight++;
     op->head_bytes = sizeof *head;
     message_post(core, op, ring->peer, ring->address + offset, ring->rkey,
-                 (uint32_t)IMM_REQUEST << 30 | ring->port << 24 | (uint32_t)(offset / RING_UNIT));
+                 (uint32_t)IMM_REQUEST << OPCODE_SHIFT | ring->port << PORT_SHIFT | (uint32_t)(offset / RING_UNIT));
     return true;
 }
 
@@ -267,18 +271,33 @@ void rpc_malformed(struct core *core, struct peer *peer)
     peer_break(core, peer, LITE_NODE_UNREACHABLE);
 }
 
-void rpc_replied(struct core *core, struct peer *peer, uint32_t index, uint32_t bytes)
+/* What arrived in a slot: from its head, or, without one, from the immediate. False: nonsense. */
+static bool read_reply(const struct slot *slot, uint32_t imm, uint32_t bytes, struct reply_head *head)
+{
+    if (imm >> OPCODE_SHIFT == IMM_BARE_REPLY) {
+        *head = (struct reply_head){0, slot->ticket, bytes};
+        return bytes && imm == bare_reply(slot->index, slot->ticket);
+    }
+    if (bytes < sizeof *head)
+        return false;
+    memcpy(head, slot->bytes + SLOT_HEAD / 2, sizeof *head);
+    return head->ticket == slot->ticket && head->status <= 0;
+}
+
+void rpc_replied(struct core *core, struct peer *peer, uint32_t imm, uint32_t bytes)
 {
     struct rpc *rpc = core->rpc;
+    bool bare = imm >> OPCODE_SHIFT == IMM_BARE_REPLY;
+    uint32_t index = imm & ((1u << (bare ? SLOT_BITS : OPCODE_SHIFT)) - 1);
     struct slot *slot = index < rpc->slots ? rpc->slot[index] : NULL;
-    if (!slot || slot->peer != peer || slot->state == SLOT_IDLE || slot->replied || bytes < sizeof(struct reply_head)) {
+    struct reply_head head;
+    if (!slot || slot->peer != peer || slot->state == SLOT_IDLE || slot->replied ||
+        !read_reply(slot, imm, bytes, &head)) {
         rpc_malformed(core, peer);
         return;
     }
-    struct reply_head head;
-    memcpy(&head, slot->bytes + SLOT_HEAD / 2, sizeof head);
     struct op *op = slot->op;
-    if (head.ticket != slot->ticket || head.length > (op ? op->request.arg1 : slot_capacity(slot)) || head.status > 0) {
+    if (head.length > (op ? op->request.arg1 : slot_capacity(slot))) {
         rpc_malformed(core, peer);
         return;
     }

@@ -99,8 +99,10 @@ struct pool {
 };
 
 /* Where a reply is to arrive. */
-/* The upper two bits of an immediate; then 6 bits port and 24 bits ring offset in RING_UNITs, or 30 bits slot. */
-enum { IMM_REQUEST = 1, IMM_REPLY = 2, RING_UNIT = 64 };
+/* The upper two bits of an immediate; then 6 bits port and 24 bits ring offset in RING_UNITs, or 30 bits slot, or (for a
+ * reply that is nothing but data: 4 KiB are one packet then) the lower 18 bits of its ticket and 12 bits slot. */
+enum { IMM_REQUEST = 1, IMM_REPLY = 2, IMM_BARE_REPLY = 3, OPCODE_SHIFT = 30, PORT_SHIFT = 24, SLOT_BITS = 12 };
+enum { RING_UNIT = 64 };
 
 enum slot_state { SLOT_IDLE, SLOT_ACTIVE, SLOT_QUARANTINED };
 struct slot {
@@ -230,6 +232,7 @@ struct op {
     bool mailed;                         /* it came by mailbox, and is answered there */
     bool ended, told;                    /* its outcome is settled; the program knows it (or has gone) */
     bool final, sent, voided;            /* a message: its last work request is posted; has ended; carries no data */
+    bool bare;                           /* a reply: its head does not travel */
     uint8_t *inline_reply;               /* the data that follow the reply's header; 32 bytes before are ours */
     uint8_t *spilled;                    /* the answer, copied because its program does not read just now */
     /* messages */
@@ -377,7 +380,7 @@ void buffers_close(struct core *core, struct client *client);
 int rpc_open(struct core *core);
 void rpc_close(struct core *core);
 void rpc_call(struct core *core, struct op *op);
-void rpc_replied(struct core *core, struct peer *peer, uint32_t slot, uint32_t bytes);
+void rpc_replied(struct core *core, struct peer *peer, uint32_t imm, uint32_t bytes);
 void rpc_room(struct core *core);                             /* there may be room in a ring, or a slot, now */
 void rpc_slot_release(struct core *core, struct op *op);
 void rpc_sent(struct core *core, struct op *op);              /* all pieces of a message ended */

@@ -3,7 +3,7 @@
 
 #include <arpa/inet.h>
 
-enum { ENTRIES = 32, OPCODE_SHIFT = 30, PORT_SHIFT = 24 };
+enum { ENTRIES = 32 };
 
 struct piece *piece_take(struct core *core, struct peer *peer, uint32_t pair, struct op *op)
 {
@@ -83,8 +83,8 @@ static void received(struct core *core, const struct ibv_wc *wc)
         peer_break(core, peer, LITE_NODE_UNREACHABLE);
     else if (imm >> OPCODE_SHIFT == IMM_REQUEST)
         rpc_arrived(core, peer, imm >> PORT_SHIFT & (LITE_PORTS - 1), imm & ((1u << PORT_SHIFT) - 1));
-    else if (imm >> OPCODE_SHIFT == IMM_REPLY)
-        rpc_replied(core, peer, imm & ((1u << OPCODE_SHIFT) - 1), wc->byte_len);
+    else if (imm >> OPCODE_SHIFT)
+        rpc_replied(core, peer, imm, wc->byte_len);
     else
         rpc_malformed(core, peer);
 }

@@ -71,13 +71,15 @@ static void begin_reply(struct core *core, struct op *op, struct call *call, int
     struct reply_head *head = (struct reply_head *)(void *)op->head;
     *head = (struct reply_head){status, call->ticket, op->request.length};
     op->head_bytes = sizeof *head;
+    op->bare = !status && op->request.length && op->request.length <= CHUNK && call->slot < MOST_SLOTS;
     call->client = NULL;
     uint32_t index = (uint32_t)(call - core->rpc->call);
     if (index < core->rpc->free_call)
         core->rpc->free_call = index;
     core->stats.descriptors--;
     core->stats.replies++;
-    message_post(core, op, call->peer, call->slot_address, call->slot_rkey, (uint32_t)IMM_REPLY << 30 | call->slot);
+    uint32_t imm = op->bare ? bare_reply(call->slot, call->ticket) : (uint32_t)IMM_REPLY << OPCODE_SHIFT | call->slot;
+    message_post(core, op, call->peer, call->slot_address, call->slot_rkey, imm);
 }
 
 static struct call *new_call(struct core *core, struct client *client, const struct message *message)

@@ -18,7 +18,7 @@ enum {
     SLOT_CLASSES = 5,
     SLOT_HEAD = 32,     /* so that a struct lite_reply fits before the data; the reply's own head is the second half */
     SMALLEST_RING = 256 << 10,
-    MOST_SLOTS = 4096,
+    MOST_SLOTS = 1 << SLOT_BITS,
     MOST_CALLS = 1 << 16,
 };
 
@@ -49,6 +49,13 @@ _Static_assert(sizeof(struct lite_reply) == SLOT_HEAD && sizeof(struct reply_hea
 #define RING_CLOSED (1ull << 47)
 #define HEAD_MASK (RING_CLOSED - 1)
 enum { GENERATION_SHIFT = 48 };
+
+/* The immediate of a reply without a head: as much of the ticket as there is room for, and the slot. */
+static inline uint32_t bare_reply(uint32_t slot, uint32_t ticket)
+{
+    uint32_t ticket_mask = (1u << (OPCODE_SHIFT - SLOT_BITS)) - 1;
+    return (uint32_t)IMM_BARE_REPLY << OPCODE_SHIFT | (ticket & ticket_mask) << SLOT_BITS | slot;
+}
 
 /* A bit for each program of a blade (or for a few, if it has many), in masks of who lost a message. */
 #define SENDER(client) ((uint8_t)((client)->id % 64))

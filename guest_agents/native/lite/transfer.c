@@ -153,11 +153,11 @@ static void post_message(struct core *core, struct op *op, struct piece *piece)
     bool last = op->posted == rest;
     uint64_t at = last ? 0 : first + op->posted, length = last ? first : least(rest - op->posted, CHUNK);
     piece->wr.opcode = last ? IBV_WR_RDMA_WRITE_WITH_IMM : IBV_WR_RDMA_WRITE;
-    piece->wr.imm_data = htonl(op->imm);
-    piece->wr.wr.rdma.remote_addr = op->remote + (last ? 0 : op->head_bytes + at);
+    piece->wr.wr.rdma.remote_addr = op->remote + (last && !op->bare ? 0 : op->head_bytes + at);
     piece->wr.wr.rdma.rkey = op->rkey;
-    piece->wr.num_sge = last;
-    piece->sge[0] = (struct ibv_sge){(uintptr_t)piece->head, op->head_bytes, core->piece_region.mr->lkey};
+    const struct ibv_sge head = {(uintptr_t)piece->head, op->head_bytes, core->piece_region.mr->lkey};
+    piece->wr.num_sge = last && !op->bare;
+    piece->sge[0] = head;
     if (!attach(op, piece, at, (uint32_t)length)) {
         /* The program's memory cannot be read. Its place is taken, so something must come: a message without data. */
         op->status = LITE_BAD_ARGUMENT;
@@ -166,8 +166,10 @@ static void post_message(struct core *core, struct op *op, struct piece *piece)
         piece->wr.opcode = IBV_WR_RDMA_WRITE_WITH_IMM;
         piece->wr.wr.rdma.remote_addr = op->remote;
         piece->wr.num_sge = 1;
+        piece->sge[0] = head;
         piece->length = 0;
     }
+    piece->wr.imm_data = htonl(op->imm);
     memcpy(piece->head, op->head, op->head_bytes);
     if (last && op->head_bytes + piece->length <= INLINE_SEND)
         piece->wr.send_flags |= IBV_SEND_INLINE;

@@ -2,13 +2,16 @@
  *
  *   paging_stress MODE MIB [ROUNDS [SEED]]
  *
+ * Random, mixed and skewed touches of 0 rounds go on until there is something to read, or the end, on standard input.
  * Each page of a block holds words computed from its number and its version, so a lost, stale or misplaced page is
  * noticed. Exit 0 and one line with figures; exit 1 and one line that says what was wrong.
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -84,6 +87,12 @@ static void sequential(size_t pages, int rounds)
     free(block);
 }
 
+static bool told_to_end(void)
+{
+    struct pollfd in = {.fd = STDIN_FILENO, .events = POLLIN};
+    return poll(&in, 1, 0) != 0;
+}
+
 /* One in `write_one_in` touches changes the page; `skew` > 1 makes low pages more popular. */
 static void touch(const char *what, size_t pages, int touches, int write_one_in, int skew, uint64_t seed)
 {
@@ -94,7 +103,8 @@ static void touch(const char *what, size_t pages, int touches, int write_one_in,
         _exit(1);
     }
     double t0 = now();
-    for (int i = 0; i < touches; i++) {
+    int done = 0;
+    for (; touches ? done < touches : done % 64 || !told_to_end(); done++) {
         size_t p = pages;
         for (int s = 0; s < skew; s++) {
             size_t q = random_number(&seed) % pages;
@@ -107,7 +117,7 @@ static void touch(const char *what, size_t pages, int touches, int write_one_in,
     double t1 = now();
     for (size_t p = 0; p < pages; p++)
         check(what, block, p, version[p]);
-    printf("%s: %.0f us/touch\n", what, 1e6 * (t1 - t0) / touches);
+    printf("%s: %.0f us/touch\n", what, 1e6 * (t1 - t0) / (done ? done : 1));
     munmap(version, pages * 4);
     free(block);
 }
