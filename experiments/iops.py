@@ -1,7 +1,8 @@
 """4 KiB requests per second to files of the storage blade: `/vnode` beside NFS, both from the processor blade.
 
 Random and sequential reads, and writes that each end with fsync; the same program (files.c) on both. Reads begin with
-empty page caches on both blades, and are random over a file that neither has read ahead.
+empty page caches on both blades, and of a version of the file that no memory blade has buffers of, and are random over
+a file that neither has read ahead.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def prepare(bed: Bed) -> None:
 def ours(bed: Bed) -> Sample:
     """Requests per second below /vnode."""
     try:
-        return _requests(bed, "/vnode")
+        return _requests(bed, "/vnode", "/srv/vnode")
     finally:
         client.run(bed.near, "rm -f /vnode/requests", check=False)
 
@@ -46,7 +47,7 @@ def nfs(bed: Bed) -> Sample:
         client.run(bed.near, f"mkdir -p {_MOUNT}; mount -t nfs4 -o vers=4.2,proto=tcp {bed.disk_address}:/ {_MOUNT}",
                    timeout=60)  # fmt: skip
         try:
-            return _requests(bed, _MOUNT)
+            return _requests(bed, _MOUNT, _SERVED)
         finally:
             client.run(bed.near, f"umount -f {_MOUNT}", check=False)
     except RacklessError as error:
@@ -55,11 +56,12 @@ def nfs(bed: Bed) -> Sample:
         client.run(bed.disk, f"rpc.nfsd 0; exportfs -ua; rm -rf {_SERVED}", check=False)
 
 
-def _requests(bed: Bed, folder: str) -> Sample:
+def _requests(bed: Bed, folder: str, served: str) -> Sample:
     result: Sample = {}
     for what, order in WORK:
         for blade in (bed.near, bed.disk):
             client.run(blade, "sync; echo 3 > /proc/sys/vm/drop_caches")
+        client.run(bed.disk, f"touch -c {served}/requests")
         command = f"{_PROGRAM} {folder}/requests {FILE_MIB} {what} {order} {COUNT[what]}"
         result[f"{what}_{order}"] = float(client.run(bed.near, command, timeout=300).stdout)
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 _UNIT = 4 << 20
@@ -19,14 +20,24 @@ class Budget:
         self.total = total
         self._taken: Counter[str] = Counter()
         self._lock = threading.Lock()
+        self.spare: Callable[[int], None] = lambda size: None
+        """Gives back at least so many bytes of what can be done without, as far as there are any."""
 
     @property
     def room(self) -> int:
         """Bytes nobody has."""
         return self.total - self._taken.total()
 
-    def take(self, user: str, size: int) -> bool:
-        """Take `size` bytes for `user`; False when there are not so many left."""
+    def press(self, size: int) -> None:
+        """Have what can be done without given back until there is room for `size` bytes, if that can be."""
+        lacking = size - self.room
+        if lacking > 0:
+            self.spare(lacking)
+
+    def take(self, user: str, size: int, press: bool = True) -> bool:
+        """Take `size` bytes for `user`; False when there are not so many left, although others were pressed."""
+        if press:
+            self.press(size)
         with self._lock:
             if size > self.room:
                 return False
@@ -35,6 +46,7 @@ class Budget:
 
     def grow(self, size: int) -> bool:
         """Have `size` bytes more, or fewer if negative; False when so many are not left."""
+        self.press(-size)
         with self._lock:
             if size < -self.room:
                 return False

@@ -20,8 +20,8 @@ Messages known today (`?` marks an optional field, sizes are bytes, GIDs are str
     memory.allocate connection, pid, size                         region, addr, rkey, size
     memory.free     connection, region                            -
     memory.stats    -                                             regions, bytes_allocated, bytes_registered,
-                                                                  bytes_total, bytes_of_others, connections, refused,
-                                                                  requests (by opcode)
+                                                                  bytes_total, bytes_of_others, buffers, connections,
+                                                                  refused, requests (by opcode)
     storage.stats   -                                             requests, by_opcode, bytes_in, bytes_out, bytes_total,
                                                                   bytes_free
     process.stats   -                                             programs, storage, running (with their counters)

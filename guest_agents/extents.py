@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mmap
-from bisect import bisect_left, insort
+import random
+
+from guest_agents.gaps import Gap, first_fit, join, leftmost, rightmost, split, without
 
 
 class Extents:
@@ -12,24 +14,28 @@ class Extents:
     def __init__(self, size: int, unit: int = mmap.PAGESIZE) -> None:
         self.unit = unit
         self.size = size // unit * unit
-        self._free: list[tuple[int, int]] = [(0, self.size)] if self.size else []  # (offset, length), sorted
+        self._random = random.Random(0)
+        self._free = self._gap(0, self.size)
         self._taken: dict[int, int] = {}
         self.allocated = 0
         """Bytes given out."""
 
+    @property
+    def max_gap(self) -> int:
+        """Bytes of the largest piece that could be given out."""
+        return self._free.max_gap if self._free else 0
+
     def allocate(self, size: int) -> int | None:
         """Offset of a free piece of at least `size` bytes, or None."""
         size = max(1, -(-size // self.unit)) * self.unit
-        for number, (offset, length) in enumerate(self._free):
-            if length >= size:
-                if length == size:
-                    del self._free[number]
-                else:
-                    self._free[number] = (offset + size, length - size)
-                self._taken[offset] = size
-                self.allocated += size
-                return offset
-        return None
+        found = first_fit(self._free, size)
+        if found is None:
+            return None
+        low, rest = split(self._free, found.start)
+        self._free = join(join(low, self._gap(found.start + size, found.length - size)), without(rest, found))
+        self._taken[found.start] = size
+        self.allocated += size
+        return found.start
 
     def taken(self) -> list[int]:
         """Offsets of the pieces that were given out."""
@@ -39,10 +45,15 @@ class Extents:
         """Give a piece back; KeyError if there is none at `offset`."""
         length = self._taken.pop(offset)
         self.allocated -= length
-        number = bisect_left(self._free, (offset, 0))
-        if number < len(self._free) and self._free[number][0] == offset + length:
-            length += self._free.pop(number)[1]
-        if number and sum(self._free[number - 1]) == offset:
-            before, more = self._free.pop(number - 1)
-            offset, length = before, more + length
-        insort(self._free, (offset, length))
+        low, high = split(self._free, offset)
+        last, first = rightmost(low), leftmost(high)
+        if first is not None and first.start == offset + length:
+            high = without(high, first)
+            length += first.length
+        if last is not None and last.start + last.length == offset:
+            low = without(low, last)
+            offset, length = last.start, last.length + length
+        self._free = join(join(low, self._gap(offset, length)), high)
+
+    def _gap(self, start: int, length: int) -> Gap | None:
+        return Gap(start, length, self._random.random()) if length else None

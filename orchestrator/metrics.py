@@ -48,6 +48,9 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "rackless_memory_others_bytes": ("gauge", "Memory of the same account that others have, such as LITE."),
     "rackless_memory_regions": ("gauge", "Regions lent."),
     "rackless_memory_refused_total": ("counter", "Requests for a region for which there was no room."),
+    "rackless_memory_buffers_bytes": ("gauge", "Pieces of files that are kept: they give way to programs."),
+    "rackless_memory_buffers_hits_total": ("counter", "READs of files that were answered from what is kept."),
+    "rackless_memory_buffers_misses_total": ("counter", "READs of files that a storage blade was asked for."),
     # Files.
     "rackless_storage_requests_total": ("counter", "Requests to the file service, by opcode."),
     "rackless_storage_in_bytes_total": ("counter", "Bytes written to the file service."),
@@ -146,6 +149,8 @@ def _memory(add: Add, stats: Mapping[str, Any]) -> None:
              "regions": "regions", "refused": "refused_total"}  # fmt: skip
     for name, told in names.items():
         add(f"memory_{told}", stats[name])
+    for name, told in {"bytes": "bytes", "hits": "hits_total", "misses": "misses_total"}.items():
+        add(f"memory_buffers_{told}", stats["buffers"][name])
 
 
 def _storage(add: Add, stats: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from orchestrator.sampler import Sample
 
 PROGRAM_RATES = ("faults", "misses", "flushes", "zero_fills", "piggybacks", "evictions", "bytes_in", "bytes_out")
+BUFFER_RATES = ("hits", "misses", "bytes_hit", "bytes_missed", "bytes_written")
 MEMORY_RATES = ("misses", "flushes", "piggybacks", "bytes_in", "bytes_out")
 STORAGE_RATES = ("requests", "bytes_in", "bytes_out")
 _PAGE = 4096
@@ -130,6 +131,7 @@ def _memory(name: str, before: Sample, now: Sample) -> dict[str, Any]:
         "name": name,
         **stats,
         "rates": traffic,
+        "buffer_rates": _rates(earlier and earlier["buffers"], stats["buffers"], BUFFER_RATES, seconds),
         "request_rates": _rates(earlier and earlier["requests"], stats["requests"], opcodes, seconds),
     }
 

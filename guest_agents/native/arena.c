@@ -8,8 +8,9 @@
 
 enum {
     LONG_RUN = 32,                   /* pages: returned to the kernel when freed (128 KiB, as glibc does) */
+    SPARE_MOST = 16 * VREGION,       /* pages */
     SMALLEST_ARENA = 1 << 14,        /* pages (64 MiB) below which an arena is not worth having */
-    BASE_ALIGN = 4 << 20,            /* bytes: spans (64 KiB) and vRegions (4 MiB) start at multiples */
+    BASE_ALIGN = VREGION * PAGE_SIZE, /* bytes: spans (64 KiB) and vRegions start at multiples */
 };
 
 /* The system call itself: `mmap` is one of the names the shim interposes. */
@@ -51,6 +52,18 @@ size_t bits_next_clear(const uint64_t *bits, size_t from, size_t to)
     return to;
 }
 
+size_t bits_end(const uint64_t *bits, size_t to)
+{
+    while (to) {
+        size_t word = (to - 1) / 64, n = to - word * 64;
+        uint64_t set = bits[word] & (n < 64 ? (1ull << n) - 1 : ~0ull);
+        if (set)
+            return word * 64 + 64 - (size_t)__builtin_clzll(set);
+        to = word * 64;
+    }
+    return 0;
+}
+
 int arena_init(struct arena *arena, size_t pages)
 {
     char *range = NULL;
@@ -66,6 +79,7 @@ int arena_init(struct arena *arena, size_t pages)
         .base = (char *)(((uintptr_t)range + BASE_ALIGN - 1) & ~(uintptr_t)(BASE_ALIGN - 1)),
         .pages = pages,
         .reserved = pages,
+        .spare = VREGION,
         .long_run = LONG_RUN,
         .used = raw_memory(words),
         .stale = raw_memory(words),
@@ -74,6 +88,7 @@ int arena_init(struct arena *arena, size_t pages)
         .use = raw_memory(pages),
         .length = raw_memory(pages * sizeof *arena->length),
         .grow = arena->grow,
+        .shrink = arena->shrink,
         .drop = arena->drop,
         .settle = arena->settle,
     };
@@ -106,6 +121,9 @@ static bool occupy(struct arena *arena, size_t page, size_t count, enum page_use
             errno = error;
             return false;
         }
+        if (arena->shrunk && arena->spare < SPARE_MOST)
+            arena->spare *= 2; /* it comes and goes */
+        arena->shrunk = false;
     }
     size_t sealed = bits_next_set(arena->sealed, page, end);
     if (sealed < end) {
@@ -167,6 +185,23 @@ bool arena_claim(struct arena *arena, size_t page, size_t count, enum page_use u
     return true;
 }
 
+/* Give vRegions past the last page in use back, if that is worth it. */
+static void trim(struct arena *arena)
+{
+    size_t end = bits_end(arena->used, arena->reserved), had = arena->reserved;
+    size_t keep = (end + VREGION - 1) / VREGION * VREGION + arena->spare;
+    if (keep + arena->spare > had)
+        return;
+    for (size_t i = keep; i < had; i++) {
+        bit_clear(arena->stale, i);
+        bit_set(arena->sealed, i);
+    }
+    /* A later touch is the program's bug: there would be no place for what it writes. */
+    syscall(SYS_mprotect, arena_address(arena, keep), (had - keep) << PAGE_SHIFT, PROT_NONE);
+    arena->shrink(arena, keep);
+    arena->shrunk = true;
+}
+
 void arena_give(struct arena *arena, size_t page, size_t count, bool always_drop)
 {
     bool drop = always_drop || count >= arena->long_run;
@@ -181,4 +216,6 @@ void arena_give(struct arena *arena, size_t page, size_t count, bool always_drop
     arena->in_use -= count;
     if (page < arena->lowest_free)
         arena->lowest_free = page;
+    if (arena->shrink)
+        trim(arena);
 }

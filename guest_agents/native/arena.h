@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { PAGE_SHIFT = 12, PAGE_SIZE = 1 << PAGE_SHIFT };
+enum { PAGE_SHIFT = 12, PAGE_SIZE = 1 << PAGE_SHIFT, VREGION = (4 << 20) / PAGE_SIZE /* pages that are reserved together */ };
 
 #define NO_PAGE ((size_t)-1)
 
@@ -26,6 +26,8 @@ struct arena {
     size_t reserved;        /* pages below it may be given out without asking `grow` */
     size_t lowest_free;     /* no page below it is free */
     size_t in_use;          /* pages given out now */
+    size_t spare;           /* pages past the last one in use that stay reserved: then growing again costs nothing */
+    bool shrunk;            /* since it last grew */
     size_t long_run;        /* runs of so many pages are dropped when given back, shorter ones kept warm */
     uint64_t *used;         /* bit: given out */
     uint64_t *stale;        /* bit: free, but still holds old bytes */
@@ -36,6 +38,9 @@ struct arena {
 
     /* Make pages [0, top) usable: 0, or an errno if there is no memory for them. May raise `reserved`. */
     int (*grow)(struct arena *arena, size_t top);
+    /* Give back what is reserved for pages [reserved, ...), which have no contents and cannot be touched: NULL, or lowers
+     * `reserved`, to a multiple of VREGION. */
+    void (*shrink)(struct arena *arena, size_t reserved);
     /* Forget the contents of a run: it reads as zeros afterwards. */
     void (*drop)(struct arena *arena, size_t page, size_t count);
     /* Returns when nobody is reading pages that have just been marked unreadable. */
@@ -91,6 +96,8 @@ static inline void bit_clear(uint64_t *bits, size_t i)
 /* First bit in [from, to) that is set (or clear), or `to`. */
 size_t bits_next_set(const uint64_t *bits, size_t from, size_t to);
 size_t bits_next_clear(const uint64_t *bits, size_t from, size_t to);
+/* One past the last bit in [0, to) that is set; 0 if none is. */
+size_t bits_end(const uint64_t *bits, size_t to);
 
 /* Zeroed bookkeeping memory straight from the kernel, untouched parts of which cost nothing; NULL on failure. */
 void *raw_memory(size_t bytes);

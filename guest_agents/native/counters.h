@@ -36,7 +36,8 @@ struct counters {
     uint64_t bytes_in, bytes_out;
     uint64_t pages_touched;     /* peak of pages with contents: the working set */
     uint64_t forks;
-    uint64_t regions;           /* vRegions held */
+    uint64_t regions;           /* vRegions asked for */
+    uint64_t regions_returned;  /* of these, those that went back before the end */
     uint64_t wait_nanoseconds;  /* spent waiting for misses' READs */
     uint64_t busy_nanoseconds;  /* spent answering faults, waiting included */
     uint64_t miss_nanoseconds;  /* of these, spent on misses: */

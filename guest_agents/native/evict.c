@@ -360,6 +360,7 @@ bool evict_ahead(struct lines *l)
     struct victims victims = {.n = 0};
     evict(l, 0, pages, &victims);
     send_away(l, &victims);
+    make_room_anywhere(l, 0); /* they may have needed a segment that is larger than what they left */
     sample(l, 0);
     l->count->evicted_ahead += l->count->evictions - before;
     trace_done(TRACE_EVICT, begin, 0, l->count->evictions - before, 0, 0);

@@ -258,6 +258,7 @@ static void fetch(struct lines *l, size_t page, bool write)
     }
     uint64_t answered = nanoseconds();
     l->count->read_nanoseconds += answered - posted;
+    evict_make_room(l, run.first, run.pages); /* what was evicted ahead may have taken it, for another segment of pool */
     l->coming_pages = 0;
     l->fabric.other[1] = -1;
     if (early < EARLY_READS)

@@ -25,7 +25,7 @@
 #include "streams.h"
 
 enum {
-    REGION_PAGES = 1024,        /* a vRegion: 4 MiB */
+    REGION_PAGES = VREGION,
     RUN_PAGES = 32,             /* most pages that come in, or are evicted, together; less in a small ExCache */
     FLUSH_PAGES = 64,           /* most pages per flush of one blade */
     FLUSH_BATCHES = 8,          /* flushes in flight */

@@ -163,6 +163,15 @@ int monitor_region(struct monitor *m, uint64_t bytes, uint32_t copies, uint32_t 
     return 0;
 }
 
+void monitor_return(struct monitor *m, const struct region *region)
+{
+    char text[MESSAGE] = "return", *at = text + strlen(text);
+    for (uint32_t i = 0; i < COPIES; i++)
+        if (region->at[i].link != NO_LINK)
+            at += sprintf(at, " %u %lu", region->at[i].link, (unsigned long)region->at[i].address);
+    send(m->socket, text, strlen(text), MSG_NOSIGNAL); /* when it has gone, all goes back anyway */
+}
+
 char monitor_news(struct monitor *m, uint32_t *blade)
 {
     char text[MESSAGE];

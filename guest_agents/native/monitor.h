@@ -41,6 +41,9 @@ int monitor_release(struct monitor *m, uint32_t blade);
  * ENOMEM if there is no room for them. */
 int monitor_region(struct monitor *m, uint64_t bytes, uint32_t copies, uint32_t without, struct place place[COPIES]);
 
+/* The places of a region are not needed any more, and nothing is under way to them. No answer comes. */
+void monitor_return(struct monitor *m, const struct region *region);
+
 /* The next piece of news: 'l' (blade `*blade` is lost), 'b' (it is back), or 0. */
 char monitor_news(struct monitor *m, uint32_t *blade);
 

@@ -220,6 +220,19 @@ static int reserve(struct arena *arena, size_t top)
     return 0;
 }
 
+static void give_back(struct arena *arena, size_t reserved)
+{
+    pthread_mutex_lock(&lock);
+    for (size_t end = lines.regions * REGION_PAGES, page = reserved; page < end; page++)
+        if (lines.state[page]) { /* freed before there was a pager, or touched since */
+            family_before_drop(&family, page, 1);
+            lines_drop(&lines, page, 1);
+        }
+    pthread_mutex_unlock(&lock);
+    replica_give_back(&lines, &lock, reserved / REGION_PAGES);
+    arena->reserved = lines.regions * REGION_PAGES;
+}
+
 static void drop(struct arena *arena, size_t page, size_t count)
 {
     (void)arena;
@@ -381,6 +394,7 @@ static const char *start(struct arena *arena, size_t *excache_pages)
 
 static const struct pager pager = {
     .reserve = reserve,
+    .give_back = give_back,
     .drop = drop,
     .settle = settle,
     .hush = hush,

@@ -23,6 +23,8 @@ struct pager_config {
 struct pager {
     /* Reserve remote memory for pages [0, top): 0, or an errno. Raises arena->reserved. */
     int (*reserve)(struct arena *arena, size_t top);
+    /* The opposite: pages from `reserved` on have no contents, whatever there was, and need no remote memory. */
+    void (*give_back)(struct arena *arena, size_t reserved);
     /* The program no longer needs the contents of these pages. */
     void (*drop)(struct arena *arena, size_t page, size_t count);
     /* Returns when no eviction that began before is under way. */

@@ -119,6 +119,24 @@ int replica_reserve(struct lines *l, pthread_mutex_t *lock)
     return 0;
 }
 
+void replica_give_back(struct lines *l, pthread_mutex_t *lock, size_t keep)
+{
+    pthread_mutex_lock(lock);
+    wire_settle(l); /* what was flushed late must not arrive in what is another program's by then */
+    while (l->regions > keep) {
+        struct region region = l->region[--l->regions];
+        l->region[l->regions] = (struct region){0};
+        l->count->regions_returned++;
+        pthread_mutex_unlock(lock);
+        pthread_mutex_lock(&l->monitor.lock);
+        monitor_return(&l->monitor, &region);
+        pthread_mutex_unlock(&l->monitor.lock);
+        pthread_mutex_lock(lock);
+    }
+    count_degraded(l);
+    pthread_mutex_unlock(lock);
+}
+
 void replica_lost(struct lines *l, uint32_t link, const char *why)
 {
     if (!l->link[link].qp)

@@ -37,6 +37,9 @@ struct replica {
  * guards `l`; it is not held while the process monitor is asked. */
 int replica_reserve(struct lines *l, pthread_mutex_t *lock);
 
+/* Give the places of all regions but the first `keep` back; no page of them has contents. `lock` as above. */
+void replica_give_back(struct lines *l, pthread_mutex_t *lock, size_t keep);
+
 /* A memory blade is lost. Ends the program if it had the only copy of anything. */
 void replica_lost(struct lines *l, uint32_t link, const char *why);
 

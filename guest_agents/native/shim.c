@@ -84,6 +84,11 @@ static void load_pager(void)
     thread_is_local = before;
 }
 
+static void shrink(struct arena *arena, size_t reserved)
+{
+    pager->give_back(arena, reserved);
+}
+
 static int grow(struct arena *arena, size_t top)
 {
     if (is_child) {
@@ -95,6 +100,7 @@ static int grow(struct arena *arena, size_t top)
         load_pager();
         if (!pager)
             return ENOMEM;
+        arena->shrink = shrink;
         arena->long_run = 1; /* from now on an unneeded page costs a flush, if nobody drops it */
     }
     return pager->reserve(arena, top);
@@ -257,6 +263,7 @@ static void after_fork_child(void)
     if (pager && !is_child) {
         is_child = true;
         managed.arena.long_run = NO_PAGE;
+        managed.arena.shrink = NULL;
         pager->after_fork_child();
     }
     pthread_mutex_unlock(&local.lock);

@@ -264,9 +264,20 @@ void wire_flush(struct lines *l, size_t at_least)
         }
 }
 
+static bool flushing(const struct lines *l)
+{
+    return l->free_batches != (1u << FLUSH_BATCHES) - 1;
+}
+
+void wire_settle(struct lines *l)
+{
+    while (flushing(l))
+        wire_reap(l, true);
+}
+
 void lines_flush_all(struct lines *l)
 {
-    while (l->dirty_slots || l->free_batches != (1u << FLUSH_BATCHES) - 1) {
+    while (l->dirty_slots || flushing(l)) {
         wire_flush(l, 1);
         wire_reap(l, true);
     }

@@ -31,6 +31,9 @@ void wire_flush(struct lines *l, size_t at_least);
  * touched again. Divided by two, those worth sending along with a READ to that blade. */
 size_t wire_fair_share(const struct lines *l, size_t divisor);
 
+/* Wait until no flush is under way. */
+void wire_settle(struct lines *l);
+
 /* Take note of what has completed; if `wait` and something is under way, of one thing at least. */
 void wire_reap(struct lines *l, bool wait);
 

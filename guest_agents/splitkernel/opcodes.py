@@ -41,6 +41,9 @@ STORAGE = {
 }
 """Requests of the file service; others (FSYNC, SYMLINK, ...) LegoOS's storage component does not get."""
 
+BUFFERED = {Op.READ: "P2M_READ", Op.WRITE: "P2M_WRITE"}
+"""The same, asked of a memory blade's buffer cache by a processor blade."""
+
 MISS, FLUSH, REPLICA = "P2M_PCACHE_MISS", "P2M_PCACHE_FLUSH", "P2M_PCACHE_REPLICA"
 """What a pager sends, by RDMA READ and WRITE: no processor at the memory blade sees or counts these."""
 

@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from guest_agents import control
+from guest_agents.budget import Budget
 from guest_agents.verbs.arena import LOCAL, Arena
 from guest_agents.verbs.completion import Completions, check
 from guest_agents.verbs.connection import Connection, address_of
@@ -109,14 +110,28 @@ Handle = Callable[[int, memoryview, memoryview, memoryview], tuple[int, int]]
 Raise OSError to answer with its errno."""
 
 
-def offer(node: Node, service: str, handle: Handle, slow: Collection[int] = ()) -> None:
+CHANNEL_BYTES = 2 * SLOTS * _SLOT_BYTES
+"""What each side of a connection registers."""
+
+
+def offer(
+    node: Node, service: str, handle: Handle, slow: Collection[int] = (), workers: int = SLOTS,
+    account: tuple[Budget, str] | None = None,
+) -> None:  # fmt: skip
     """Serve `handle` to whoever connects to `service`: one thread per connection.
 
     slow -- opcodes that may take long: others do not wait for these
+    workers -- threads for those, of all connections
+    account -- what connections register is taken from that budget, for that user; else it is not accounted for
     """
-    aside = ThreadPoolExecutor(SLOTS, f"rpc {service} slow")
+    aside = ThreadPoolExecutor(workers, f"rpc {service} slow")
 
     def prepare(accepted: Accepted, device: Device) -> None:
+        if account is not None:
+            budget, user = account
+            if not budget.take(user, CHANNEL_BYTES):
+                raise control.ControlError(f"no memory for a connection of {service}", "add a memory blade")
+            accepted.on_close.append(lambda: budget.give(user, CHANNEL_BYTES))
         channel = Channel(device)
         accepted.connection.close()  # the node's own has no receive buffers
         accepted.connection = channel.connection

@@ -148,9 +148,10 @@ def _memory(look: dict[str, Any]) -> Table:
         rates = blade["rates"]
         rows.append((blade["name"], _mib(blade["bytes_allocated"]), _mib(blade["bytes_total"]), blade["regions"],
                      blade["connections"], blade["refused"], rates["misses"], rates["flushes"],
-                     _mib(rates["bytes_in"]), _mib(rates["bytes_out"])))  # fmt: skip
+                     _mib(rates["bytes_in"]), _mib(rates["bytes_out"]), _mib(blade["buffers"]["bytes"]),
+                     blade["buffer_rates"]["hits"], blade["buffer_rates"]["misses"]))  # fmt: skip
     return Table(("memory", "MiB lent", "MiB total", "regions", "programs", "refused", "misses/s", "flushes/s",
-                  "MiB/s read", "MiB/s written"), rows)  # fmt: skip
+                  "MiB/s read", "MiB/s written", "MiB buffers", "file hits/s", "misses/s"), rows)  # fmt: skip
 
 
 def _storage(look: dict[str, Any]) -> Table:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from guest_agents.lite.abi import COUNTERS
+from guest_agents.splitkernel.memory.buffers import COUNTED
 from guest_agents.splitkernel.process import counters, figures
 from orchestrator.faults.model import Faults
 from orchestrator.hypervisor.usage import Traffic
@@ -58,7 +59,8 @@ def _stats(kind: str, number: int) -> dict[str, Any]:
         return {"programs": 1, "storage": {}, "running": [program(number)]}
     if kind == "memory":
         return {"regions": 3, "bytes_allocated": 48 * MIB, "bytes_registered": 64 * MIB, "bytes_total": 160 * MIB,
-                "bytes_of_others": 8 * MIB, "connections": 1, "refused": 2, "requests": {"P2M_MMAP": 3}}  # fmt: skip
+                "bytes_of_others": 8 * MIB, "connections": 1, "refused": 2, "requests": {"P2M_MMAP": 3},
+                "buffers": {**dict.fromkeys(COUNTED, number), "hits": 7 * number, "bytes": 2 * MIB}}  # fmt: skip
     if kind == "storage":
         return {"requests": 10 * number, "by_opcode": {"P2S_OPEN": 4 * number, "P2S_READ": 6 * number},
                 "bytes_in": 100, "bytes_out": 5000, "bytes_total": 256 * MIB, "bytes_free": 200 * MIB}  # fmt: skip

@@ -138,6 +138,24 @@ def test_all_of_the_memory_can_be_lent_and_no_more(blades: Blades, desk: Path) -
     eventually(lambda: not blades.books())
 
 
+def test_a_region_that_is_returned_is_another_programs_next(blades: Blades, desk: Path) -> None:
+    with closing(Pager(desk, copies=2)) as pager:
+        words = pager.ask(f"region {REGION} 2").split()[1:]
+        kept = pager.ask(f"region {REGION} 2").split()[1:]
+        pager.socket.send(f"return {words[0]} {words[1]} {words[3]} {words[4]}".encode())  # nothing is answered
+        pager.socket.send(b"return 0 12345 9 x")
+        pager.ask("release nobody")  # but in order
+        assert sum(held["regions"] for held in blades.books().values()) == 2
+        assert sum(monitor.tally.counts().get("P2M_MUNMAP", 0) for monitor in blades.monitors.values()) == 2
+        with closing(Pager(desk, copies=2)) as other:
+            taken = set()
+            while (answer := other.ask(f"region {REGION} 1").split())[0] == "ok":
+                taken.add((answer[1], answer[2]))
+            assert len(taken) == 3 * (64 << 20) // REGION - 2
+            assert not {(kept[0], kept[1]), (kept[3], kept[4])} & taken
+    eventually(lambda: not blades.books())
+
+
 def test_programs_hear_of_deaths_and_returns(blades: Blades, desk: Path) -> None:
     with closing(Pager(desk, copies=2)) as pager:
         pager.region()

@@ -96,6 +96,28 @@ def test_every_byte_is_right_with_any_organisation(stage: Stage, seed: int) -> N
         assert (done.code, done.stderr, done.counted["failovers"]) == (0, "", 1), f"{organisation} {death}: {done}"
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_memory_that_is_unmapped_goes_back(stage: Stage, replicas: int) -> None:
+    done = stage.run(stage.stress, "ebbs", "48", "3", replicas=replicas, organisation={"pool": "off"})
+    assert (done.code, done.stdout, done.stderr) == (0, "ebbs: fine\n", "")
+    held = done.counted["regions"] - done.counted["regions_returned"]
+    assert done.counted["regions_returned"] >= 10
+    assert held < 10  # of 16: 6 MiB stay, and some spare
+    # It is enough that there is room for what is held at a time.
+    tight = stage.run(stage.stress, "ebbs", "48", "3", replicas=replicas, organisation={"pool": "off"}, regions=24)
+    assert (tight.code, tight.stdout, tight.stderr) == (0, "ebbs: fine\n", "")
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_memory_goes_back_while_blades_die(stage: Stage, seed: int) -> None:
+    chance = random.Random(seed)
+    death = f"{chance.randrange(3)}{chance.choice('xsld')}{chance.randrange(100, 2000)}"
+    done = stage.run(stage.stress, "ebbs", "32", "2", str(seed), events=death, excache=2 << 20)
+    assert (done.code, done.stdout) == (0, "ebbs: fine\n"), f"{death}: {done}"
+    assert done.counted["regions_returned"] > 0
+    assert done.counted["failovers"] == 1
+
+
 def test_a_line_that_meets_others_in_its_set_leaves_early(stage: Stage) -> None:
     """Seventeen pages of one set do not fit into 8 ways, but fit into an ExCache without sets."""
 

@@ -25,7 +25,8 @@ def test_a_job_is_the_sum_of_its_processes_by_blade_too(tmp_path: Path) -> None:
     assert (job["programs"], job["managed"], job["misses"], job["excache_bytes"]) == (3, 2, 6, 1 << 22)
     assert (job["zero_fills"], job["working_set_bytes"]) == (14, 15 * PAGE)
     assert {name: blade["misses"] for name, blade in job["blades"].items()} == {"mb0": 5, "mb1": 1}
-    assert job["requests"] == {"P2M_PCACHE_MISS": 6, "P2M_PCACHE_FLUSH": 0, "P2M_PCACHE_REPLICA": 0, "P2M_MMAP": 1}
+    assert job["requests"] == {"P2M_PCACHE_MISS": 6, "P2M_PCACHE_FLUSH": 0, "P2M_PCACHE_REPLICA": 0, "P2M_MMAP": 1,
+                               "P2M_MUNMAP": 0}  # fmt: skip
     assert job["hit_ratio_of_faults"] == 0.94
     assert [(one["pid"], one["command"], one["hit_ratio_of_faults"]) for one in job["processes"]] == [
         (11, "app", 0.9667), (10, "sort", 0.9)]  # fmt: skip
@@ -35,10 +36,11 @@ def test_a_job_is_the_sum_of_its_processes_by_blade_too(tmp_path: Path) -> None:
 def test_requests_leave_out_the_copies_of_re_replication() -> None:
     counted = dict.fromkeys(counters.FIELDS, 0) | {
         "misses": 374, "reads": 619, "writes": 1605, "replica_requests": 680, "rereplicated_bytes": 245 * PAGE,
-        "regions": 5,
+        "regions": 5, "regions_returned": 2,
     }  # fmt: skip
     assert figures.requests(counted) == {
-        "P2M_PCACHE_MISS": 374, "P2M_PCACHE_FLUSH": 680, "P2M_PCACHE_REPLICA": 680, "P2M_MMAP": 5}  # fmt: skip
+        "P2M_PCACHE_MISS": 374, "P2M_PCACHE_FLUSH": 680, "P2M_PCACHE_REPLICA": 680, "P2M_MMAP": 5,
+        "P2M_MUNMAP": 2}  # fmt: skip
 
 
 def test_without_faults_there_is_no_ratio(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from guest_agents.splitkernel.storage.wire import Op
 from orchestrator import agents
 from orchestrator.cli import top as command
 from orchestrator.errors import RacklessError
-from orchestrator.rates import view
+from orchestrator.rates import BUFFER_RATES, view
 from tests.unit.paging_counters import write_counters
 from tests.unit.split_blades import SECRET, Rack, Visitor, eventually
 
@@ -204,7 +204,7 @@ def test_a_program_that_came_in_between_has_no_rates() -> None:
     counted = {"requests": {"P2M_MMAP": 4}, "managed": 1, "pages_mapped": 5, "pages_pooled": 1, "pages_held": 9,
                "evictions": 3, "blades": {"mb0": {"misses": 7}}, "misses": 7}  # fmt: skip
     running = [{"id": "pb0.1", "started": 1.5, "counters": counted}]
-    memory = {"kind": "memory", "load": load, "stats": {"requests": {}}}
+    memory = {"kind": "memory", "load": load, "stats": {"requests": {}, "buffers": dict.fromkeys(BUFFER_RATES, 0)}}
     before = {"pb0": {"kind": "processor", "load": load, "stats": {"running": []}}, "mb0": memory}
     now = {"pb0": {"kind": "processor", "load": later, "stats": {"running": running}}, "mb0": {**memory, "load": later}}
     look = view(before, now)

@@ -11,12 +11,14 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from guest_agents.splitkernel.process import fuse
 from tests.unit import fsx, vnode_mounts
 from tests.unit.vnode_mounts import Mounts, mounted
 
@@ -115,9 +117,10 @@ def test_a_file_made_elsewhere_keeps_its_owner(here: Path, there: Path) -> None:
 
 def test_what_another_blade_replaces_is_another_file(here: Path, there: Path) -> None:
     (here / "f").write_text("old")
-    with (here / "f").open() as reader:
+    with (here / "f").open("rb", buffering=0) as reader:
         (there / "new").write_text("new")
         os.rename(there / "new", there / "f")
+        time.sleep(fuse.VALID_SECONDS)  # until then buffers may still know what it was
         with pytest.raises(OSError) as caught:
             reader.read()
         assert caught.value.errno == errno.ESTALE

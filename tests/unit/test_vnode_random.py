@@ -28,6 +28,18 @@ def test_random_operations_do_what_they_do_locally(tmp_path: Path, blades: int) 
         fsx.compare(mounts.blades, local, SEED, STEPS if blades == 1 else STEPS // 5)
 
 
+def test_random_operations_do_not_notice_where_buffers_are(tmp_path: Path) -> None:
+    """The same, while each piece of data goes another way: by this memory blade, by that, by none."""
+    local = tmp_path / "local"
+    local.mkdir()
+    local.chmod(0o777)
+    with mounted(tmp_path, 2) as mounts:
+        mounts.root.chmod(0o777)
+        mounts.tell("memory 2")
+        fsx.compare(mounts.blades, local, SEED, STEPS // 5)
+        assert sum(stats["hits"] for stats in mounts.counts()["buffers"]) > 0
+
+
 def test_random_operations_do_not_notice_restarts(tmp_path: Path) -> None:
     """The same, while the storage blade goes away and comes back with nothing kept, and answers are lost."""
     local = tmp_path / "local"

@@ -9,11 +9,17 @@ it is told on its stdin:
     deaf OP     the next request OP is carried out, and its answer lost
     drag S      every answer takes S seconds
     restart     the service starts anew, with nothing kept open
+    memory N    N memory blades live: data goes by the buffers of one of them, now this one, now that, and now by none
+    counts      as JSON: what the storage blade's service, and the buffers, have done
+
+Without a word there is one memory blade, and data goes by its buffers.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
+import json
 import os
 import subprocess
 import sys
@@ -25,6 +31,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from guest_agents.budget import Budget
+from guest_agents.splitkernel.memory.buffers import Buffers
+from guest_agents.splitkernel.process.buffers import Buffered
 from guest_agents.splitkernel.process.patience import Patient
 from guest_agents.splitkernel.process.vnode import Vnode
 from guest_agents.splitkernel.storage.files import Files
@@ -64,6 +73,16 @@ class Mounts:
         self.process.stdin.write(word + "\n")
         self.process.stdin.flush()
         assert self.process.stdout.readline() == "done\n"
+
+    def counts(self) -> dict[str, Any]:
+        """What the service and the buffers have done."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("counts\n")
+        self.process.stdin.flush()
+        counts = json.loads(self.process.stdout.readline())
+        assert self.process.stdout.readline() == "done\n"
+        return dict(counts)
 
 
 @contextmanager
@@ -124,10 +143,41 @@ class Wire:
         return into(out[:head], out[head : head + data]) if into else None
 
 
+class Memory:
+    """The network to the buffers of a memory blade."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.buffers = Buffers(Budget(64 << 20), lambda _storage: wire)
+        self.local = threading.local()
+
+    def call(
+        self, opcode: int, first: bytes, second: bytes | memoryview = b"", into: Callable[..., Any] | None = None
+    ) -> Any:
+        if not hasattr(self.local, "out"):
+            self.local.out = memoryview(bytearray((1 << 20) + (12 << 10)))
+        out = self.local.out
+        try:
+            head, data = self.buffers.handle(opcode, memoryview(first), memoryview(second), out)
+        except OSError as failure:
+            raise RemoteError(failure.errno, "") from failure
+        return into(out[:head], out[head : head + data]) if into else None
+
+
+class RemoteError(OSError):
+    """As rpc.RpcError."""
+
+
 def _main(root: str, patience: str, top: str, *places: str) -> None:
     wire = Wire(Path(root))
+    memories = {f"mb{number}": Memory(wire) for number in range(3)}
+    living, turns = 1, itertools.count()
+
+    def home(_path: str) -> tuple[str, str] | None:
+        turn = next(turns) % (living + 1) if living > 1 else 0
+        return ("sb0", f"mb{turn}") if turn < living else None
+
     for number, place in enumerate(places):
-        vnode = Vnode(Patient(wire, float(patience)), f"pb{number}", top)
+        vnode = Vnode(Patient(Buffered(wire, home, memories.__getitem__), float(patience)), f"pb{number}", top)
         threading.Thread(target=vnode.serve, args=(Path(place),), daemon=True).start()
     for place in places:
         while f" {place} fuse" not in Path("/proc/mounts").read_text():
@@ -146,6 +196,11 @@ def _main(root: str, patience: str, top: str, *places: str) -> None:
                 wire.drag = float(seconds)
             case ["restart"]:
                 wire.files = Files(wire.root)
+            case ["memory", count]:
+                living = int(count)
+            case ["counts"]:
+                stats = [memory.buffers.stats() for memory in memories.values()]
+                print(json.dumps({**wire.files.counts, "by_opcode": wire.files.tally.counts(), "buffers": stats}))
         print("done", flush=True)
 
 

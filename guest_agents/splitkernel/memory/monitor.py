@@ -22,13 +22,21 @@ from guest_agents.config import AgentConfig
 from guest_agents.lite.errors import LiteError
 from guest_agents.splitkernel.managers.holder import Holder
 from guest_agents.splitkernel.managers.memory import REPORT_SECONDS
+from guest_agents.splitkernel.memory.blocks import USER as BUFFERS
+from guest_agents.splitkernel.memory.buffers import COUNTED, SERVICE, Buffers
 from guest_agents.splitkernel.opcodes import CONTROL, Tally
+from guest_agents.splitkernel.storage.wire import Op
+from guest_agents.verbs import rpc
 from guest_agents.verbs.arena import Arena
 from guest_agents.verbs.device import Device
 from guest_agents.verbs.node import Accepted, Node
 
 SLAB = 64 << 20
 USER = "splitkernel"
+WORKERS = 8
+"""Threads that answer READs and WRITEs of files: they wait for storage blades."""
+CONNECT_SECONDS = 10.0
+"""As in process/monitor.py."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +51,12 @@ class Region:
 
 
 class MemoryMonitor:
-    """The slabs and their books; their memory comes from a budget that LITE draws on too."""
+    """The slabs and their books; their memory comes from a budget that LITE and `buffers` draw on too."""
 
-    def __init__(self, node: Node, budget: Budget) -> None:
+    def __init__(self, node: Node, budget: Budget, buffers: Buffers | None = None) -> None:
         self._node = node
         self._budget = budget
+        self._buffers = buffers
         self._slabs: list[Arena] = []
         self._regions: dict[int, Region] = {}
         self._numbers = itertools.count(1)
@@ -87,23 +96,34 @@ class MemoryMonitor:
     def stats(self, request: control.Message) -> control.Message:
         """memory.stats: what is given out and to how many, what was asked and how often there was no room."""
         del request
+        kept, by_opcode = self._buffered()
         with self._lock:
             return {
                 "regions": len(self._regions),
                 "bytes_allocated": self._allocated(),
                 "bytes_registered": sum(slab.size for slab in self._slabs),
                 "bytes_total": self._budget.total,
-                "bytes_of_others": self._budget.total - self._budget.room - sum(slab.size for slab in self._slabs),
+                "bytes_of_others": self._budget.total - self._free() - sum(slab.size for slab in self._slabs),
                 "connections": len({region.connection for region in self._regions.values()}),
                 "refused": self._refused,
-                "requests": self.tally.counts(),
+                "requests": {**self.tally.counts(), **by_opcode},
+                "buffers": kept,
             }
+
+    def _buffered(self) -> tuple[dict[str, int], dict[str, int]]:
+        if self._buffers is None:
+            return dict.fromkeys((*COUNTED, "files", "bytes", "limit"), 0), {}
+        return self._buffers.stats(), self._buffers.tally.counts()
+
+    def _free(self) -> int:
+        """Bytes that nobody has, or only the buffers, which give way."""
+        return self._budget.room + self._budget.taken().get(BUFFERS, 0)
 
     def load(self) -> dict[str, int]:
         """What the global memory manager is told: bytes that can still be given out, requests for regions so far."""
         with self._lock:
             unused = sum(slab.size for slab in self._slabs) - self._allocated()
-            return {"free": self._budget.room + unused, "requests": self._requests}
+            return {"free": self._free() + unused, "requests": self._requests}
 
     def _offer(self, accepted: Accepted, device: Device) -> None:
         del device  # regions are asked for later, each in a slab with a key of its own
@@ -128,6 +148,7 @@ class MemoryMonitor:
             offset = slab.extents.allocate(size)
             if offset is not None:
                 return slab, offset
+        self._budget.press(max(SLAB, size))
         room = self._budget.room
         taken = min(max(SLAB, size), room)
         if size > room or not self._budget.take(USER, taken):
@@ -152,9 +173,18 @@ class MemoryMonitor:
 
 def handlers(config: AgentConfig) -> dict[str, control.Handler]:
     """Start the memory monitor of this blade; what it adds to the agent's control server."""
-    monitor = MemoryMonitor(config.node, config.budget)
+    cache = Buffers(config.budget, lambda blade: rpc.Client(config.node, "storage", lambda: _storage(config, blade)))
+    rpc.offer(config.node, SERVICE, cache.handle, {Op.READ, Op.WRITE}, WORKERS, (config.budget, BUFFERS))
+    monitor = MemoryMonitor(config.node, config.budget, cache)
     threading.Thread(target=report_load, args=(config.holder, monitor), name="load", daemon=True).start()
     return monitor.handlers()
+
+
+def _storage(config: AgentConfig, blade: str) -> control.ControlClient:
+    address = config.peers("storage").get(blade)
+    if address is None:
+        raise control.ControlError(f"storage blade {blade} is not there", "is it up?")
+    return control.ControlClient((address, control.PORT), config.secret, CONNECT_SECONDS)
 
 
 def report_load(holder: Holder, monitor: MemoryMonitor) -> None:

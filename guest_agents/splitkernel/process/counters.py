@@ -35,6 +35,7 @@ FIELDS = (
     "pages_touched",
     "forks",
     "regions",
+    "regions_returned",
     "wait_nanoseconds",
     "busy_nanoseconds",
     "miss_nanoseconds",

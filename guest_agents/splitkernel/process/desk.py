@@ -19,6 +19,7 @@ SOCK_SEQPACKET, one text message each way; replies are "ok ..." or "error ERRNO 
                                                                      and "drain BLADE" (take all elsewhere) and "keep"
     heir NUMBER                    -> (no answer)                    a child was forked; three descriptors: see heirs.py
     forgo NUMBER                   -> (no answer)                    it has called exec or ended
+    return [INDEX ADDRESS]...      -> (no answer)                    the places of a region, which is needed no more
 
 When a pager's socket closes, its program has ended (or called exec), its children get what they still need of its
 memory, and all it held is given back. When a socket of
@@ -142,8 +143,11 @@ class Visit:
 
     def note(self, message: str, files: list[int]) -> bool:
         """Take what needs no answer, and the descriptors that came with it. False if it is a request."""
-        word, *args = message.split()[:2] or [""]
-        if word == "heir" and self._loan is not None and len(args) == 1:
+        word, *args = message.split() or [""]
+        if word == "return" and self._loan is not None:
+            numbers = [int(arg) for arg in args if arg.isdecimal()]
+            self._loan.give_back(zip(numbers[::2], numbers[1::2], strict=False))
+        elif word == "heir" and self._loan is not None and len(args) == 1:
             self._heirs.add(args[0], files)
         elif word == "forgo":
             self._heirs.forget(" ".join(args))

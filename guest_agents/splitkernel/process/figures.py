@@ -21,7 +21,7 @@ _NANO = 1e-9
 
 
 def requests(counted: Mapping[str, Any]) -> dict[str, int]:
-    """What a pager sent, by opcode: READs, WRITEs of first and of second copies, regions asked for.
+    """What a pager sent, by opcode: READs, WRITEs of first and of second copies, regions asked for and given back.
 
     One of ours carries up to 32 pages (READ) or 16 (WRITE), one of LegoOS's a page. Copies that give regions their
     second place back are none of these.
@@ -32,6 +32,7 @@ def requests(counted: Mapping[str, Any]) -> dict[str, int]:
         opcodes.FLUSH: max(counted["writes"] - counted["replica_requests"] - copied, 0),
         opcodes.REPLICA: counted["replica_requests"],
         opcodes.CONTROL["memory.allocate"]: counted["regions"],
+        opcodes.CONTROL["memory.free"]: counted["regions_returned"],
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -183,6 +183,8 @@ class Loan:
         self._place = place
         self.blades = blades
         self._connections: dict[str, Held] = {}
+        self._granted: dict[tuple[int, int], Granted] = {}
+        """By blade and address."""
         self._next = pid % len(blades) if blades else 0  # so that small programs do not all start on the first
 
     def connect(self, blade: str, qpn: int, psn: int, gid: str) -> Address:
@@ -204,10 +206,18 @@ class Loan:
                 self._next = (one.blade + 1) % len(self.blades)
             granted.append(one)
             if len(granted) == copies:
+                self._granted.update({(given.blade, given.address): given for given in granted})
                 return granted
         for other in granted:
             self._free(other)
         return None
+
+    def give_back(self, places: Iterable[tuple[int, int]]) -> None:
+        """These places (blade, address) are not needed any more, nor is anything under way to them."""
+        for place in places:
+            granted = self._granted.pop(place, None)
+            if granted is not None:
+                self._free(granted)
 
     def _region(self, blade: str, size: int) -> Granted | None:
         held = self._reached(blade)
@@ -235,9 +245,10 @@ class Loan:
 
     def _free(self, granted: Granted) -> None:
         blade = self.blades[granted.blade]
-        with suppress(control.ControlError):  # that blade has gone
-            connection = self._connections[blade].number
-            self._lender.call(blade, "memory.free", connection=connection, region=granted.number)
+        held = self._reached(blade)
+        if held is not None:
+            with suppress(control.ControlError):  # that blade has gone
+                self._lender.call(blade, "memory.free", connection=held.number, region=granted.number)
 
     def release(self, blade: str) -> None:
         """Give back all on one blade, which the program cannot reach; does not wait for it.
@@ -245,6 +256,7 @@ class Loan:
         Whoever watches hears "back" when the blade has answered.
         """
         held = self._connections.pop(blade, None)
+        self._granted = {place: one for place, one in self._granted.items() if self.blades[one.blade] != blade}
         if held is not None:
             threading.Thread(target=self._release, args=(blade, held), name="release", daemon=True).start()
 

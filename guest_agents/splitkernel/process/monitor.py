@@ -10,8 +10,11 @@ from typing import Any
 
 from guest_agents import control
 from guest_agents.config import AgentConfig
+from guest_agents.splitkernel.managers.storage import buffers
+from guest_agents.splitkernel.memory.buffers import SERVICE as BUFFERS
 from guest_agents.splitkernel.process import figures
 from guest_agents.splitkernel.process.belonging import Belonging
+from guest_agents.splitkernel.process.buffers import Buffered
 from guest_agents.splitkernel.process.desk import Desk, Stock
 from guest_agents.splitkernel.process.memory import Lender
 from guest_agents.splitkernel.process.patience import Patient
@@ -24,7 +27,23 @@ SOCKET = Path("/run/rackless/split.sock")
 JOBS = Path("/run/rackless/jobs")
 CONNECT_SECONDS = 10.0
 """A storage blade that takes longer to answer counts as away, and is tried again."""
+BUFFER_SECONDS = 45.0
+"""A memory blade waits for a storage blade no longer than that: when it is given up, nothing is under way there."""
 log = logging.getLogger("rackless.process")
+
+
+class Mounted:
+    """The files of a storage blade, and the way their data takes."""
+
+    def __init__(self, data: Buffered, client: str) -> None:
+        self.data = data
+        self.vnode = Vnode(Patient(data), client)
+
+    def counts(self) -> tuple[Counter[str], Counter[str]]:
+        """Requests of the kernel, bytes and what buffers answered; what was asked of blades, by opcode."""
+        by_opcode = Counter(self.vnode.tally.counts())
+        by_opcode.update(self.data.tally.counts())
+        return Counter({**self.vnode.counts, **self.data.counts}), by_opcode
 
 
 def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control.Handler]:
@@ -32,15 +51,34 @@ def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control
 
     port -- where other agents' control servers listen
     """
-    mounts: dict[str, Vnode] = {}
+    mounts: dict[str, Mounted] = {}
     SOCKET.parent.mkdir(parents=True, exist_ok=True)
-    vnode = _vnode(config, port, config.name)
-    threading.Thread(target=_serve, args=(vnode, config.vnode), name="vnode", daemon=True).start()
+    lender = Lender(config.name, config.secret, lambda: config.peers("memory"), port, config.node.introduction,
+                    config.node.device)  # fmt: skip
+    config.watch("memory", lender.members)
+
+    def mounted(client: str, blade: str | None = None) -> Mounted:
+        """The files of a storage blade, without `blade` of the first there is; no two mounts are of one `client`."""
+
+        def home(path: str) -> tuple[str, str] | None:
+            storage = blade or min(config.peers("storage"), default=None)
+            living = [name for name in config.peers("memory") if lender.stays(name)]
+            memory = buffers(config.holder.ledger.vnodes, storage, path, living) if storage is not None else None
+            return (storage, memory) if storage is not None and memory is not None else None
+
+        def caller(memory: str) -> Client:
+            return Client(config.node, BUFFERS, lambda: _agent(config, port, "memory", memory), BUFFER_SECONDS)
+
+        storage = Client(config.node, "storage", lambda: _agent(config, port, "storage", blade))
+        return Mounted(Buffered(storage, home, caller), client)
+
+    first = mounted(config.name)
+    threading.Thread(target=_serve, args=(first.vnode, config.vnode), name="vnode", daemon=True).start()
 
     def serve_blade(blade: str, where: Path) -> None:
         # Not under the name that /vnode has, which may be of the same blade: each empties the attic of its own name.
-        mounts[blade] = _vnode(config, port, f"{config.name}.vnodes", blade)
-        _serve(mounts[blade], where)
+        mounts[blade] = mounted(f"{config.name}.vnodes", blade)
+        _serve(mounts[blade].vnode, where)
 
     def call(blade: str, op: str, **fields: Any) -> control.Message:
         address = config.peers("processor").get(blade)
@@ -51,17 +89,14 @@ def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control
     def storage() -> dict[str, Any]:
         """By storage blade: requests of the kernel, what was asked for them by opcode, bytes."""
         counts: dict[str, tuple[Counter[str], Counter[str]]] = {}
-        first = [(name, vnode) for name in sorted(config.peers("storage"))[:1]]
-        for blade, files in [*first, *mounts.items()]:
+        default = [(name, first) for name in sorted(config.peers("storage"))[:1]]
+        for blade, files in [*default, *mounts.items()]:
             sums, by_opcode = counts.setdefault(blade, (Counter(), Counter()))
-            sums.update(files.counts)
-            by_opcode.update(files.tally.counts())
+            for total, more in zip((sums, by_opcode), files.counts(), strict=True):
+                total.update(more)
         return {blade: {**sums, "by_opcode": dict(by_opcode)} for blade, (sums, by_opcode) in counts.items()}
 
     belonging = Belonging(config.name, config.holder, Roots(serve_blade).of, call)
-    lender = Lender(config.name, config.secret, lambda: config.peers("memory"), port, config.node.introduction,
-                    config.node.device)  # fmt: skip
-    config.watch("memory", lender.members)
     swap = Swap()
     desk = Desk(SOCKET, Stock(JOBS, config.excache, lender, belonging, storage, swap=swap))
     desk.start()
@@ -91,18 +126,13 @@ def drain(lender: Lender, swap: Swap, request: control.Message) -> control.Messa
     return {}
 
 
-def _vnode(config: AgentConfig, port: int, client: str, blade: str | None = None) -> Vnode:
-    """The files of a storage blade, without `blade` of the first there is; no two mounts are of one `client`."""
-    return Vnode(Patient(Client(config.node, "storage", lambda: _storage(config, port, blade))), client)
-
-
-def _storage(config: AgentConfig, port: int, blade: str | None) -> control.ControlClient:
-    blades = config.peers("storage")
+def _agent(config: AgentConfig, port: int, kind: str, blade: str | None) -> control.ControlClient:
+    blades = config.peers(kind)
     if not blades:
-        raise control.ControlError("the rack has no storage blade", "add one to have files under /vnode")
+        raise control.ControlError(f"the rack has no {kind} blade", "add one to have files under /vnode")
     name = blade or min(blades)
     if name not in blades:
-        raise control.ControlError(f"storage blade {name} is not there", "is it up?")
+        raise control.ControlError(f"{kind} blade {name} is not there", "is it up?")
     return control.ControlClient((blades[name], port), config.secret, CONNECT_SECONDS)
 
 

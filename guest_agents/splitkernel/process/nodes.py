@@ -8,11 +8,12 @@ the kernel next looks up a name: the file moves in the tree with all below it, o
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass, field
 
-from guest_agents.splitkernel.process.fuse import ROOT
+from guest_agents.splitkernel.process.fuse import ROOT, VALID_SECONDS
 from guest_agents.splitkernel.storage import wire
-from guest_agents.splitkernel.storage.wire import Attributes
+from guest_agents.splitkernel.storage.wire import Attributes, Version
 
 DEEPEST = 2048
 """Most directories above a file: a path of MAX_PATH bytes has no more."""
@@ -30,6 +31,10 @@ class Node:
     opens: int = 0
     told: bytes = b""
     """The attributes that the kernel was last told, packed: there may be a hundred thousand nodes."""
+    version: Version | None = None
+    """Of its contents, as the storage blade last said; None if answers have crossed and nobody can tell."""
+    heard: float = 0.0
+    """When it said so."""
     hidden: str | None = None
     """Removed while open: the path at the storage blade until the last close."""
 
@@ -107,6 +112,22 @@ class Nodes:
         with self._lock:
             if number in self._nodes:
                 self._nodes[number].told = wire.repack_attributes(told)
+                self.know(number, wire.version_of(told))
+
+    def know(self, number: int, version: Version) -> None:
+        """The storage blade has just said which version of its contents a file has."""
+        with self._lock:
+            node = self._nodes.get(number)
+            if node is not None:
+                late = node.version is not None and version.moment < node.version.moment
+                node.version = None if late else version
+                node.heard = time.monotonic()
+
+    def version(self, number: int) -> Version | None:
+        """What is known of a file's contents and may be believed still."""
+        with self._lock:
+            node = self._nodes[number]
+            return node.version if time.monotonic() - node.heard < VALID_SECONDS else None
 
     def told(self, number: int) -> Attributes | None:
         """What it was last told."""

@@ -65,7 +65,7 @@ class Files:
         try:
             match opcode:
                 case Op.READ:
-                    return 0, self._read(request, out)
+                    return wire.VERSION_BYTES, self._read(request, out)
                 case Op.READDIR:
                     return 0, self._readdir(request, out)
                 case Op.LOOK:
@@ -88,14 +88,17 @@ class Files:
     # -- data --
 
     def _read(self, r: Request, out: memoryview) -> int:
+        head = wire.VERSION_BYTES
         with self._kept.file(r.path, r.identity) as file:
-            count = os.preadv(file.fd, [out[: min(r.b, len(out))]], r.a)
+            # Of before: should a write come in between, then nobody knows this version much longer.
+            out[:head] = wire.version_of(os.fstat(file.fd)).pack()
+            count = os.preadv(file.fd, [out[head : head + min(r.b, wire.MAX_REPLY, len(out) - head)]], r.a)
         self.counts["bytes_out"] += count
         return count
 
     def _write(self, r: Request, data: memoryview) -> bytes:
-        with self._kept.file(r.path, r.identity) as file, file.changing():
-            status = os.fstat(file.fd)
+        with self._kept.file(r.path, r.identity) as file, file.changing() as change:
+            status = change.before
             at = status.st_size if r.flags & os.O_APPEND else r.a
             done = 0
             while done < len(data):
@@ -107,7 +110,8 @@ class Files:
                     break  # what fitted was written; the next write says why no more
             dropped = bool(r.flags & wire.DROP_SUID) and _drop_suid(file.fd, status.st_mode)
         self.counts["bytes_in"] += done
-        return wire.WRITTEN.pack(done, at, dropped)
+        versions = wire.version_of(change.before).pack() + wire.version_of(change.after).pack()
+        return wire.WRITTEN.pack(done, at, dropped) + versions
 
     def _open(self, r: Request) -> bytes:
         if r.flags & os.O_TRUNC:

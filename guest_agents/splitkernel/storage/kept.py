@@ -20,6 +20,14 @@ _SECOND = 10**9
 
 
 @dataclass
+class Change:
+    """A file's status before and after a change: nobody else has changed it in between."""
+
+    before: os.stat_result
+    after: os.stat_result
+
+
+@dataclass
 class Kept:
     """One open file. Whoever changes it or its position holds `lock`."""
 
@@ -31,18 +39,21 @@ class Kept:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
-    def changing(self) -> Iterator[None]:
+    def changing(self) -> Iterator[Change]:
         """Change the contents: afterwards it has another mtime, and a later one.
 
         Clients keep what they have read while size and mtime stay the same, but the kernel's clock for mtime stands
         still for milliseconds: two writes could not be told apart.
         """
         with self.lock:
-            before = os.fstat(self.fd).st_mtime_ns
-            yield
-            now = os.fstat(self.fd)
+            status = os.fstat(self.fd)
+            before = status.st_mtime_ns
+            change = Change(status, status)
+            yield change
+            change.after = now = os.fstat(self.fd)
             if now.st_mtime_ns <= before < now.st_mtime_ns + _SECOND:  # later than that: somebody has set it
                 os.utime(self.fd, ns=(now.st_atime_ns, max(time.time_ns(), before + 1)))
+                change.after = os.fstat(self.fd)
 
 
 class KeptFiles:

@@ -7,8 +7,13 @@ with no leading slash; "" is the root.
 A path may mean another file by the time a request comes: another blade has renamed or replaced it. So a request can
 also say which file it means, by the `identity` that attributes carry; ESTALE answers one whose path means another.
 
+What a file's contents are at a moment is its version. READs and WRITEs tell it, so that memory blades may keep what
+went through them (memory/buffers.py): two contents of a file never have the same one.
+
 Request, first part: u64 identity (0: whichever), u64 a, u64 b, u64 c, u32 flags, u32 length of path, path, second
 path or name. Bulk data of a WRITE is the second part of the message, that of a READ the second part of the reply.
+To a memory blade a READ's and a WRITE's second path is the storage blade's name, and a READ's second part the version
+that the asking blade knows, if it knows one.
 """
 
 from __future__ import annotations
@@ -24,8 +29,8 @@ class Op(IntEnum):
     """What is asked; in brackets what a, b, c and flags mean, and the reply."""
 
     GETATTR = 1  # -> attributes
-    READ = 2  # [offset, size] -> second part: bytes, fewer at the end of the file
-    WRITE = 3  # [offset; flags O_APPEND: at the end, DROP_SUID] -> u64 bytes written, u64 where, u64 whether dropped
+    READ = 2  # [offset, size] -> version; second part: bytes, fewer at the end of the file
+    WRITE = 3  # [offset; flags O_APPEND: at the end, DROP_SUID] -> WRITTEN, version before, version after
     CREATE = 4  # [mode with type: regular, FIFO or socket; uid, gid] -> attributes; EEXIST if there is one
     OPEN = 5  # [flags O_TRUNC] -> attributes
     TRUNCATE = 6  # [size] -> attributes
@@ -61,6 +66,8 @@ _ENTRY = struct.Struct("<QII")
 STATFS = struct.Struct("<7Q")
 COUNT = struct.Struct("<Q")
 WRITTEN = struct.Struct("<QQQ")
+"""u64 bytes written, u64 where, u64 whether set-user-ID was dropped."""
+_VERSION = struct.Struct("<Qqq")
 _U64 = (1 << 64) - 1
 
 
@@ -94,7 +101,25 @@ class Attributes(NamedTuple):
     identity: int
 
 
+class Version(NamedTuple):
+    """What tells one contents of a file from all others; times in nanoseconds. mtime alone can be set back."""
+
+    size: int
+    mtime: int
+    ctime: int
+
+    def pack(self) -> bytes:
+        """For the wire; `unpack_version` reads it."""
+        return _VERSION.pack(*self)
+
+    @property
+    def moment(self) -> tuple[int, int]:
+        """Of two versions of a file the later one has the greater, unless the storage blade's clock was set back."""
+        return self.ctime, self.mtime
+
+
 ATTRIBUTES_BYTES = _ATTRIBUTES.size
+VERSION_BYTES = _VERSION.size
 
 
 def encode(path: str, second: str = "", a: int = 0, b: int = 0, c: int = 0, flags: int = 0, identity: int = 0) -> bytes:
@@ -143,6 +168,18 @@ def pack_attributes(stat: os.stat_result, identity: int) -> bytes:
 def unpack_attributes(data: bytes | memoryview, offset: int = 0) -> Attributes:
     """Attributes from the wire."""
     return Attributes(*_ATTRIBUTES.unpack_from(data, offset))
+
+
+def version_of(known: os.stat_result | Attributes) -> Version:
+    """The version that attributes tell."""
+    if isinstance(known, Attributes):
+        return Version(known.size, known.mtime, known.ctime)
+    return Version(known.st_size, known.st_mtime_ns, known.st_ctime_ns)
+
+
+def unpack_version(data: bytes | memoryview, offset: int = 0) -> Version:
+    """A version from the wire."""
+    return Version(*_VERSION.unpack_from(data, offset))
 
 
 def repack_attributes(attributes: Attributes) -> bytes:

@@ -372,6 +372,54 @@ static void maps(size_t pages, int rounds, uint64_t seed)
     printf("maps: fine\n");
 }
 
+/* Memory that comes and goes: mappings that are made, grow, and are unmapped in any order, while a child that was forked
+ * in between goes on with what there was. What stays through all of it is below them. */
+static void ebbs(size_t pages, int rounds, uint64_t seed)
+{
+    enum { MAPS = 6 };
+    size_t stays = pages / 8;
+    uint64_t *low = mmap(NULL, stays * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    for (size_t p = 0; p < stays; p++)
+        fill(low, p, 5);
+    for (int r = 0; r < rounds; r++) {
+        uint64_t *map[MAPS];
+        size_t n[MAPS];
+        for (int i = 0; i < MAPS; i++) {
+            n[i] = pages / MAPS / 2 + random_number(&seed) % (pages / MAPS);
+            map[i] = mmap(NULL, n[i] / 2 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+            map[i] = mremap(map[i], n[i] / 2 * PAGE, n[i] * PAGE, MREMAP_MAYMOVE);
+            if (map[i] == MAP_FAILED)
+                wrong("no memory", n[i], 0, 0);
+            for (size_t p = 0; p < n[i]; p++) {
+                check("fresh", map[i], p, 0);
+                fill(map[i], p, 1 + (uint32_t)i);
+            }
+        }
+        pid_t child = r % 2 ? fork() : 0;
+        if (r % 2 && child == 0) {
+            for (int i = 0; i < MAPS; i++)
+                for (size_t p = 0; p < n[i]; p++)
+                    check("child's", map[i], p, 1 + (uint32_t)i);
+            _exit(0);
+        }
+        for (int left = MAPS; left; left--) {
+            int i = (int)(random_number(&seed) % MAPS);
+            while (!map[i])
+                i = (i + 1) % MAPS;
+            for (size_t p = 0; p < n[i]; p += 3)
+                check("before it goes", map[i], p, 1 + (uint32_t)i);
+            munmap(map[i], n[i] * PAGE);
+            map[i] = NULL;
+        }
+        int status = 0;
+        if (r % 2 && (waitpid(child, &status, 0) != child || status))
+            wrong("child", (size_t)r, (uint64_t)status, 0);
+        for (size_t p = 0; p < stays; p++)
+            check("what stays", low, p, 5);
+    }
+    printf("ebbs: fine\n");
+}
+
 /* Pages that meet in one set of a set-associative ExCache, again and again; and, among them, some that may not be read
  * when they have to leave. */
 static void conflicts(size_t pages, int rounds, size_t stride)
@@ -430,6 +478,8 @@ int main(int argc, char **argv)
         conflicts(pages, rounds, argc > 4 ? strtoul(argv[4], NULL, 10) : 64);
     else if (!strcmp(mode, "maps"))
         maps(pages, rounds, seed);
+    else if (!strcmp(mode, "ebbs"))
+        ebbs(pages, rounds, seed);
     else
         return 2;
     return 0;

@@ -205,6 +205,35 @@ int monitor_region(struct monitor *m, uint64_t bytes, uint32_t copies, uint32_t 
     return 0;
 }
 
+static char *returned[REGIONS];
+static size_t n_returned;
+
+/* What has gone back is another program's: nothing may be written there any more. */
+__attribute__((destructor)) static void look_at_returned(void)
+{
+    for (size_t i = 0; i < n_returned; i++)
+        for (size_t at = 0; at < REGION_BYTES; at++)
+            if (returned[i][at] != (char)0xdb) {
+                printf("CHECK: written to memory that was returned\n");
+                fflush(stdout);
+                _exit(1);
+            }
+}
+
+void monitor_return(struct monitor *m, const struct region *region)
+{
+    (void)m;
+    for (int i = 0; i < COPIES; i++)
+        if (region->at[i].link != NO_LINK) {
+            struct blade *blade = &blades[region->at[i].link];
+            if (!blade->held--)
+                abort();
+            memset((void *)region->at[i].address, 0xdb, REGION_BYTES);
+            if (n_returned < REGIONS)
+                returned[n_returned++] = (char *)region->at[i].address;
+        }
+}
+
 char monitor_news(struct monitor *m, uint32_t *blade)
 {
     char text[2];
