@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from guest_agents.hotpot import blocks
 from guest_agents.hotpot.blocks import PAGE, STRIDE, ZERO, Copy
 from guest_agents.hotpot.changes import Change, decode
-from guest_agents.hotpot.errors import BadArgument, Corrupt, NotOwner
+from guest_agents.hotpot.errors import BadArgument, Corrupt, NodeLost, NotOwner
 from guest_agents.hotpot.log import Log, State
 from guest_agents.hotpot.media import Folder, Media
 from guest_agents.hotpot.messages import Handler, Message, pack, unpack
@@ -74,13 +74,16 @@ class Store:
 class DataNode:
     """Copies of pages of all datasets. Thread-safe.
 
+    media -- the number of this node's media: who counts on copies on others is told that they are lost
     updated -- told of each new version of a page, also of those that are not kept here
     changed -- told when there are copies of another dataset, or of none, or its record is another
     """
 
     def __init__(
-        self, folder: Folder, log: Log, updated: Callable[[int, int, Copy], None], changed: Callable[[], None]
-    ) -> None:
+        self, folder: Folder, log: Log, media: str, updated: Callable[[int, int, Copy], None],
+        changed: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self._media = media
         self._folder = folder
         self._log = log
         self._updated = updated
@@ -219,6 +222,10 @@ class DataNode:
 
     # What others ask
 
+    def _is_meant(self, header: Message) -> None:
+        if header.get("media") not in (None, self._media):
+            raise NodeLost("this node has come back without the copies that it had")
+
     def _obey(self, store: Store, header: Message) -> None:
         known = store.record.epoch(header["part"])
         if header["epoch"] < known:
@@ -226,7 +233,8 @@ class DataNode:
 
     def _replica(self, _source: int, header: Message, payload: memoryview) -> Message:
         """A commit, to pages of which copies are here. If some are not, or are others, these are `stale`, and nothing
-        is done."""
+        is done. NodeLost: those that the home counts on are."""
+        self._is_meant(header)
         changes = decode(header["pages"], payload)
         xid, fresh, stale = header["xid"], [], []
         with self._lock:
@@ -257,7 +265,8 @@ class DataNode:
         return {}
 
     def _seed(self, _source: int, header: Message, payload: memoryview) -> Message:
-        """Whole pages as they are at their home."""
+        """Whole pages as they are at their home. NodeLost, as before."""
+        self._is_meant(header)
         record, pages = Record.from_json(header["record"]), _copies(header, payload)
         with self._lock:
             new = record.id not in self._stores
@@ -289,7 +298,9 @@ class DataNode:
         return {"versions": [[page, copy.version] for page, copy in copies.items() if copy]}
 
     def _fence(self, _source: int, header: Message, _payload: memoryview) -> Message:
-        """Obey no home of an earlier epoch from now on; versions of the copies here of a part, doubtful ones too."""
+        """Obey no home of an earlier epoch from now on; versions of the copies here of a part, doubtful ones too.
+        NodeLost, as before."""
+        self._is_meant(header)
         record, part, start = Record.from_json(header["record"]), header["part"], header["start"]
         with self._lock:
             store = self._stores.get(record.id)

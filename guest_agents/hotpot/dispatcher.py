@@ -209,7 +209,7 @@ class Dispatcher:
                 listed.record = listed.record.moved(part, source)
                 self.save()
             return {"mine": True, "record": listed.record.to_json(), "synced": sorted(listed.synced[part]),
-                    "solo": sorted(listed.solo)}  # fmt: skip
+                    "solo": sorted(listed.solo), "media": self.media_of(listed.synced[part])}  # fmt: skip
 
     def _synced(self, source: int, header: Message, _payload: memoryview) -> Message:
         """A home tells which nodes get its copies, or do not any more. NotOwner."""
@@ -220,12 +220,16 @@ class Dispatcher:
             if wrong or (number, part) in self.moving | self.lost:
                 raise NotOwner(f"node {source} is not the home of part {part} of {listed.record.name}")
             listed.synced[part] = (listed.synced[part] | set(header["add"])) - set(header["remove"])
-            if "solo_is" in header:
+            if "solo_is" in header and set(header["synced"]) <= listed.synced[part]:  # else it has not heard of a loss
                 listed.solo -= set(range(part, listed.record.chunks, len(listed.record.homes)))
                 listed.solo |= set(header["solo_is"])
             listed.solo |= set(header["solo"])
             self.save()
-        return {}
+            return {"media": self.media_of(listed.synced[part])}
+
+    def media_of(self, nodes: Iterable[int]) -> list[tuple[int, str]]:
+        """The numbers of these nodes' media."""
+        return [(node, self._media[node]) for node in nodes if node in self._media]
 
     # Datasets
 

@@ -46,6 +46,8 @@ class Home:
     """By chunk: nodes that may have pages of it in their caches."""
     synced: set[int] = field(default_factory=set)
     """Nodes of which the dispatcher knows that their copies may be trusted: all that are in `copies`."""
+    media_of: dict[int, str] = field(default_factory=dict)
+    """Their media's numbers: a node that has come back with others has lost its copies, and takes none unasked."""
     solo: set[int] = field(default_factory=set)
     """Chunks of which the dispatcher knows that pages were committed without a copy elsewhere."""
     short: set[int] = field(default_factory=set)

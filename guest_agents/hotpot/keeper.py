@@ -141,7 +141,7 @@ class Keeper:
                 home = self._owner.home(number, part)
                 gone = home.synced - set(synced)
                 if home.ready and gone and home.record.epoch(part) == epoch:
-                    self._owner.replicas.bereaved(home, gone)
+                    self._owner.replicas.exclude(home, gone)
         known = {(number, part) for number, part, _epoch, _synced in answer["homes"]}
         for home in self._owner.homes():
             if home.key not in known:

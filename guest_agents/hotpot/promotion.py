@@ -64,8 +64,9 @@ def _move(dispatcher: Dispatcher, listed: Listed, part: int, candidates: list[in
             return
         dispatcher.moving.add(key)
         new, synced = listed.record.moved(part, candidates[0]), sorted(listed.synced[part])
+        media = dispatcher.media_of(synced)
     try:
-        about = {"record": new.to_json(), "part": part, "synced": synced, "solo": sorted(listed.solo),
+        about = {"record": new.to_json(), "part": part, "synced": synced, "media": media, "solo": sorted(listed.solo),
                  "claims": _claims(dispatcher, number, part)}  # fmt: skip
         reply = dispatcher.links.call(new.homes[part], "promote", about, port=PORT)
     except HotpotError as failure:
@@ -114,7 +115,8 @@ class Promotion:
     def _promote(self, _source: int, header: Message, _payload: memoryview) -> Message:
         """Make a home of the copies there are. NodeLost: one cannot be read now; NoSpace."""
         record, part = Record.from_json(header["record"]), header["part"]
-        have = [(node, versions_at(self._links, node, record, part)) for node in header["synced"]]
+        media = dict(header["media"])
+        have = [(node, versions_at(self._links, node, record, part, media.get(node))) for node in header["synced"]]
         best: dict[int, tuple[int, int]] = {}
         for node, versions in have:
             for page, version in versions.items():
@@ -136,12 +138,13 @@ class Promotion:
         return {"synced": [node for node in header["synced"] if node != self._links.node.node_id], "lost": len(lost)}
 
 
-def versions_at(links: Links, node: int, record: Record, part: int) -> dict[int, int]:
-    """Versions of the copies of a part on a node, which obeys this record from then on. NodeLost, NotOwner."""
+def versions_at(links: Links, node: int, record: Record, part: int, media: str | None) -> dict[int, int]:
+    """Versions of the copies of a part on the media of a node, which obeys this record from then on. NodeLost,
+    NotOwner."""
     versions: dict[int, int] = {}
     start = 0
     while True:
-        about = {"record": record.to_json(), "part": part, "start": start}
+        about = {"record": record.to_json(), "part": part, "start": start, "media": media}
         pages = links.call(node, "fence", about, port=LEAF)["pages"]
         if not pages:
             return versions
@@ -176,13 +179,13 @@ def reunite(links: Links, owner: Owner, home: Home) -> list[str]:
         return [f"part {part} of {home.record.name} has another home now; what was here was dropped"]
     home.record = record = Record.from_json(reply["record"])
     home.refused = False
-    home.synced, home.solo = set(reply["synced"]), set(reply["solo"])
+    home.synced, home.solo, home.media_of = set(reply["synced"]), set(reply["solo"]), dict(reply["media"])
     home.copies.clear()
     have: dict[int, dict[int, int]] = {}
     away = set()
     for node in home.synced:
         try:
-            have[node] = versions_at(links, node, record, part)
+            have[node] = versions_at(links, node, record, part, home.media_of.get(node))
         except NodeLost:
             away.add(node)
     wrong = _mend(links, owner, home, have)
@@ -193,9 +196,10 @@ def reunite(links: Links, owner: Owner, home: Home) -> list[str]:
     for node in have.keys() - away:
         for page in have[node]:
             home.copies[page].add(node)
+    home.short = {page for page in record.pages_of(part) if home.version(page)}
+    home.solo |= {page // record.chunk_pages for page in home.short if not home.copies[page]}
     if away:
         owner.replicas.exclude(home, away)
-    home.short = {page for page in record.pages_of(part) if home.version(page)}
     attended(links, home, links.living() | {links.node.node_id})
     home.ready = True
     return wrong

@@ -86,8 +86,8 @@ class Service:
                                                 ("log", "intents", "log-copies"))  # fmt: skip
         self.atlas = Atlas(self.lease)
         self.owner = Owner(self.lease, media, self._log)
-        self.copies = DataNode(media, copies_log, self._updated, self._save)
         self._media: str = (self._book.document or {}).get("media") or secrets.token_hex(8)
+        self.copies = DataNode(media, copies_log, self._media, self._updated, self._save)
         self.coordinator = Coordinator(self.lease, self.atlas, self._intents, self._media, self._let_go)
         self._fetcher = Fetcher(self.lease, self.atlas, self.owner, self.copies)
         self._opened: dict[int, Opened] = {}

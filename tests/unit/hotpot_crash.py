@@ -181,6 +181,9 @@ class Run:
     def busy(self) -> list[str]:
         """What is not at rest."""
         found = []
+        dispatcher = self.net.machines[0].life and self.net.machines[0].service._dispatcher
+        trusted = dispatcher and {(number, part): set(listed.synced[part]) for number, listed in
+                                  dispatcher.listed.items() for part in range(len(listed.record.homes))}  # fmt: skip
         up = {machine.number for machine in self.net.machines if machine.life is not None}
         for machine in self.net.machines:
             if machine.life is None:
@@ -190,6 +193,8 @@ class Run:
             service = machine.service
             found += [f"{machine.name}: entry {entry.xid:x} {entry.state!r}" for entry in service.owner.entries()]
             for home in service.owner.homes():
+                if trusted and home.synced - trusted.get(home.key, home.synced):
+                    found.append(f"{machine.name}: home {home.key} has not heard that copies were lost")
                 if not home.ready or home.locks or home.short or home.claims or home.missed & up:
                     found.append(f"{machine.name}: home {home.key} ready {home.ready} locks {home.locks} {home.short}")
                 found += [f"{machine.name}: doubtful" for _ in service.copies.doubtful(*home.key)]
