@@ -151,13 +151,25 @@ class DataNode:
                     store.held.add(page)
 
     def let_go(self, dataset: int, part: int) -> None:
-        """This node is the home of these pages now: it needs no copies of them. What is on media stays until others
-        know of the home."""
+        """This node is the home of these pages now, and others know it: it needs no copies of them."""
         with self._lock:
             store = self._stores.get(dataset)
             if store is not None:
-                store.held = {page for page in store.held if store.record.part(page) != part}
-                store.doubtful = {p: v for p, v in store.doubtful.items() if store.record.part(p) != part}
+                store.clear([page for page in store.held | store.doubtful.keys() if store.record.part(page) == part])
+
+    def keep(self, record: Record, pages: dict[int, Copy]) -> None:
+        """This node was the home of these pages: keep them, and trust them as soon as their next home does. NoSpace."""
+        with self._lock:
+            new = record.id not in self._stores
+            store = self.open(record)
+            for page in pages:
+                store.media.reserve(page * STRIDE, STRIDE)
+            store.write(list(pages.items()))
+            for page, copy in pages.items():
+                store.held.discard(page)
+                store.doubtful[page] = copy.version
+        if new:
+            self._changed()
 
     def learn_of(self, reply: Message) -> None:
         """The same, as the dispatcher says it."""

@@ -277,7 +277,8 @@ class Dispatcher:
             raise BadArgument(f"no Hotpot on nodes {sorted(unknown)}")
         if not nodes:
             raise NoSpace("no node can own chunks")
-        return Record(self._next, name, size, mode, chunk, self._place(size), tuple(nodes[:chunks]))
+        return Record(self._next, name, size, mode, chunk, self._place(size), tuple(nodes[:chunks]),
+                      adapt=bool(header.get("adapt")))  # fmt: skip
 
     def _place(self, size: int) -> int:
         """Where programs map it: the first gap among the others."""

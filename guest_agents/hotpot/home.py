@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -24,6 +24,19 @@ _BATCH = 128
 """Pages in one scattered write."""
 Key = tuple[int, int]
 """Dataset and part."""
+
+
+@dataclass
+class Leave:
+    """How far a home has moved (migration.py)."""
+
+    node: int
+    pages: list[int] = field(default_factory=list)
+    """Some that the node has still to get."""
+    frozen: float = 0.0
+    """Since when there are no commits; 0: there are."""
+    handed: float = 0.0
+    """When the node has become the home; until all have heard that, they read here."""
 
 
 @dataclass
@@ -62,6 +75,13 @@ class Home:
     """Transactions that had begun before this became the home, and may still come."""
     xids: set[int] = field(default_factory=set)
     """Transactions that had last written pages when this node became their home in place of a lost one."""
+
+    accessed: Counter[int] = field(default_factory=Counter)
+    """Bytes that nodes have fetched and committed in this window."""
+    leave: Leave | None = None
+    """It goes to another node."""
+    sound: bool = False
+    """It has come here from a home that lived: what nodes have cached is not old."""
 
     @property
     def key(self) -> Key:

@@ -144,7 +144,8 @@ class Keeper:
                     self._owner.replicas.exclude(home, gone)
         known = {(number, part) for number, part, _epoch, _synced in answer["homes"]}
         for home in self._owner.homes():
-            if home.key not in known:
+            handed = home.leave.handed if home.leave is not None else 0.0
+            if home.key not in known and time.monotonic() > handed + self._lease.timing.lease:
                 home.ready = False
         trusted = {tuple(pair) for pair in answer["trusted"]}
         for record in self._copies.records():
@@ -164,7 +165,8 @@ class Keeper:
     def _ask_home(self, record: Record, part: int, doubtful: dict[int, int]) -> None:
         node = record.homes[part]
         if node == self._links.node.node_id:
-            if self._owner.home(record.id, part).ready:
+            home = self._owner.home(record.id, part)
+            if home.ready and home.leave is None:
                 self._copies.settle(record.id, doubtful, set(doubtful))
             return
         asked = dict(sorted(doubtful.items())[:_LISTED])
@@ -184,6 +186,8 @@ class Keeper:
     def _repair(self) -> None:
         """Make copies of pages that have too few, and reach nodes that missed news."""
         for home in self._owner.homes():
+            if home.leave is not None and home.leave.frozen:
+                continue
             if home.ready and home.missed:
                 promotion.attended(self._links, home, home.missed & self._links.living())
             if not home.ready or not home.short:

@@ -26,6 +26,8 @@ class Timing:
     """After that long without a call of its node, a part gets another home, if there are copies of all of it."""
     patience: float = 10.0
     """How long a commit waits for an owner that does not answer, before it is InDoubt (and goes on without anybody)."""
+    window: float = 15.0
+    """How long accesses are counted before it is decided whether a part moves."""
     settle: float = 2.0
     """How old something unfinished must be before its owner asks what became of it."""
 

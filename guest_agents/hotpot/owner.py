@@ -102,6 +102,18 @@ class Owner:
             home.memory.free()
         home.media.remove()
 
+    def freeze(self, home: Home) -> None:
+        """No commit begins in it any more; it is leaving."""
+        with self._lock:
+            assert home.leave is not None
+            home.leave.frozen = time.monotonic()
+
+    def busy(self, home: Home) -> bool:
+        """Whether commits to it have not ended, or some may come, or not everybody has heard of one."""
+        with self._lock:
+            return bool(home.locks or home.claims or home.missed
+                        or any(entry.home is home for entry in self._entries.values()))  # fmt: skip
+
     # What has been logged and not ended
 
     def entries(self) -> list[Entry]:
@@ -348,6 +360,7 @@ class Owner:
     def _redo(self, entry: Entry, xid: int, changes: Sequence[Change], writer: int) -> Message:
         home, replicas, degree = entry.home, entry.replicas, entry.degree
         written = [change for change in changes if change.pieces]
+        home.accessed[entry.origin.node] += sum(len(data) for change in written for _, data in change.pieces)
         fresh: dict[int, Copy] = {change.page: home.after(change, xid, degree) for change in written}
         copies = self.replicas.replicate(home, xid, written, fresh, replicas, degree) if fresh else replicas
         self.lease.check()
@@ -372,6 +385,8 @@ class Owner:
 
     def _lock_pages(self, home: Home, xid: int, pages: Sequence[int]) -> None:
         with self._lock:
+            if home.leave is not None and home.leave.frozen:
+                raise Retry("the pages are moving to another owner")
             if any(home.locks.get(page, xid) != xid for page in pages):
                 self.counts["owner_conflicts"] += 1
                 raise Retry("a page is in another commit")

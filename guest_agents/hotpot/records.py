@@ -41,6 +41,8 @@ class Record:
     """Node id of the home of each part. Chunk n is of part n modulo the number of parts."""
     moves: tuple[int, ...] = ()
     """How often each part has got another home."""
+    adapt: bool = False
+    """Parts move to the nodes that use them most."""
 
     @property
     def pages(self) -> int:

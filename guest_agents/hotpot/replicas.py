@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 
 from guest_agents.hotpot.blocks import Copy
 from guest_agents.hotpot.changes import Change, encode
-from guest_agents.hotpot.errors import Corrupt, HotpotError, Isolated, NotOwner, PagesLost, TooFewNodes
+from guest_agents.hotpot.errors import Corrupt, HotpotError, Isolated, NodeLost, NotOwner, PagesLost, TooFewNodes
 from guest_agents.hotpot.home import Home
 from guest_agents.hotpot.lease import Lease
 from guest_agents.hotpot.messages import LEAF, Call, Message
@@ -200,6 +200,14 @@ class Replicas:
             for nodes in list(home.caching.values()):
                 nodes -= lost
             home.missed |= lost
+
+    def give(self, home: Home, node: int, pages: Sequence[int]) -> None:
+        """Copies of pages to one node; nobody changes them meanwhile. Isolated; NodeLost: it does not take them."""
+        if self.register(home, {node}, pages) or self.send(home, "seed", {node: {p: home.read(p) for p in pages}}):
+            self.exclude(home, {node})
+            raise NodeLost(f"node {node} takes no copies of {home.record.name}")
+        for page in pages:
+            home.copies[page].add(node)
 
     def repair(self, home: Home, pages: Sequence[int]) -> None:
         """More copies of pages that have fewer than their degree; nobody changes them meanwhile. Isolated."""

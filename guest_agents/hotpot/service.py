@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from guest_agents import lite
+from guest_agents.hotpot.adapter import Adapter
 from guest_agents.hotpot.atlas import Atlas
-from guest_agents.hotpot.blocks import Copy
+from guest_agents.hotpot.blocks import PAGE, Copy
 from guest_agents.hotpot.book import Book
 from guest_agents.hotpot.cache import Cache
 from guest_agents.hotpot.changes import Change
@@ -31,6 +32,7 @@ from guest_agents.hotpot.log import Log
 from guest_agents.hotpot.master import Master
 from guest_agents.hotpot.media import Folder
 from guest_agents.hotpot.messages import LEAF, PORT, Links, Message, unpack
+from guest_agents.hotpot.migration import Migration, hand_over
 from guest_agents.hotpot.opened import Fetcher, Opened
 from guest_agents.hotpot.owner import Owner
 from guest_agents.hotpot.promotion import Promotion
@@ -95,16 +97,18 @@ class Service:
         self._saving = threading.Lock()
         self._writing: dict[int, tuple[int, list[int]]] = {}
         self.counts = {"commits": 0, "retries": 0, "aborts": 0}
+        migration = Migration(self.lease, self.owner, self.copies)
+        self.adapter = Adapter(self.lease, self.atlas, migration, self._all_opened)
         resolver = Resolver(self.links, self.owner, self.atlas)
         self._dispatcher: Dispatcher | None = None
         ours = {**self.owner.handlers(), **resolver.handlers(),
                 **Promotion(self.links, self.owner, self.copies, self._save).handlers()}  # fmt: skip
-        leaf = {**self.owner.leaf_handlers(), **self.copies.handlers(), **self.coordinator.handlers(),
+        leaf = {**self.owner.leaf_handlers(), **migration.handlers(), **self.copies.handlers(), **self.coordinator.handlers(),
                 **mirror(media.open("mirror", BOOK_BYTES)),
                 "home_create": self._home_create, "home_drop": self._home_drop, "attend": self._attend}  # fmt: skip
         if node.node_id == manager:
             self._dispatcher = Dispatcher(self.links, Book(media.open("datasets", BOOK_BYTES)), gather, timing)
-            ours |= self._dispatcher.handlers()
+            ours |= {**self._dispatcher.handlers(), "hand_over": hand_over(self._dispatcher)}
             master = Master(self.links.living, 0.0 if self._dispatcher.fresh else timing.lease)
             leaf |= {**self._dispatcher.leaf_handlers(master.hold), **master.handlers()}
         ours["stat"] = lambda _source, _header, _payload: self.stat()
@@ -180,11 +184,13 @@ class Service:
                 time.sleep(_REGISTER_EVERY)
             else:
                 self.keeper.start()
+                self.adapter.start()
                 break
         return self
 
     def close(self) -> None:
         """Stop serving."""
+        self.adapter.close()
         self.keeper.close()
         self.links.close()
 
@@ -220,6 +226,18 @@ class Service:
             with suppress(NodeLost):
                 self.dispatcher("close", dataset=dataset)
             opened.cache.close()
+
+    def _all_opened(self) -> list[Opened]:
+        with self._opening:
+            return list(self._opened.values())
+
+    def migrate(self, dataset: int, at: int, node: int) -> None:
+        """Begin to move the part that has a byte of a dataset to a node. NotMapped, BadArgument, Retry, NodeLost."""
+        record = self.atlas.refresh(self._find(dataset).cache.record.id)
+        [(start, _)] = check_areas(record, [(at, 1)])
+        part = record.part(start // PAGE)
+        about = {"dataset": dataset, "part": part, "node": node}
+        self.links.call(record.homes[part], "leave", about, port=LEAF)
 
     def _find(self, dataset: int) -> Opened:
         with self._opening:
@@ -262,12 +280,17 @@ class Service:
         """A home is in use from now on: the chunks of its part that may be cached here."""
         record, part = self.atlas.learn(Record.from_json(header["record"])), header["part"]
         self.copies.learn(record)
+        for home in self.owner.homes():
+            if home.key == (record.id, part) and home.record.epoch(part) < record.epoch(part):
+                self.owner.drop(home)
+                self._save()
         opened = self._opened.get(record.id)
         if opened is None:
             return {"chunks": []}
         opened.cache.record = record
         opened.forget(part)
-        opened.suspect.add(part)
+        if not header["sound"]:
+            opened.suspect.add(part)
         return {"chunks": [chunk for chunk in list(opened.told) if chunk % len(record.homes) == part]}
 
     def _suspect(self, dataset: int, part: int) -> None:
@@ -277,9 +300,7 @@ class Service:
 
     def _revalidate(self, *, cut_off: bool) -> None:
         """What is cached here may be old, if this node was cut off, or a home was away."""
-        with self._opening:
-            every = list(self._opened.values())
-        for opened in every:
+        for opened in self._all_opened():
             if cut_off:
                 opened.suspect |= set(range(len(opened.cache.record.homes)))
             if opened.suspect:

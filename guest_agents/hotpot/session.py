@@ -49,6 +49,7 @@ class Session:
         mode: str = "mrmw",
         chunk: int = CHUNK,
         owners: Sequence[int] | None = None,
+        adapt: bool = False,
     ) -> Dataset:
         """Make a dataset of `size` bytes of zero and open it.
 
@@ -56,10 +57,11 @@ class Session:
             for each page, from acquire to commit
         chunk -- bytes that lie together on one node, a multiple of 4096
         owners -- node ids among which the chunks go round; None: all nodes that have Hotpot
+        adapt -- the chunks that one owner has move to another node when that uses them more than all others together
         DatasetExists, NoSpace, BadArgument, NodeLost.
         """
         listed = None if owners is None else list(owners)
-        self.ask("create", name=name, size=size, mode=mode, chunk=chunk, owners=listed)
+        self.ask("create", name=name, size=size, mode=mode, chunk=chunk, owners=listed, adapt=adapt)
         return self.open(name)
 
     def open(self, name: str) -> Dataset:

@@ -1,10 +1,11 @@
 """One run of the crash matrix: transactions on all machines of a simulated rack, one of which loses its power at a
 chosen step; then everything that ran is judged.
 
-    python -m tests.unit.hotpot_crash MODE FATE STEP COUNT SEED
+    python -m tests.unit.hotpot_crash MODE FATE STEP COUNT SEED [moves]
 
 runs one again and says what happens. A step is an event of hotpot_sim.py, such as "serve commit" or "persist log"; the
-machine at which it comes for the COUNT-th time loses its power there.
+machine at which it comes for the COUNT-th time loses its power there. With `moves`, parts go from node to node all the
+time.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from guest_agents.hotpot.blocks import PAGE
 from guest_agents.hotpot.cache import Cache
 from guest_agents.hotpot.coordinator import new_xid
 from guest_agents.hotpot.errors import FewerCopies, HotpotError, InDoubt
+from guest_agents.hotpot.messages import LEAF
 from guest_agents.hotpot.records import Record
 from guest_agents.hotpot.service import Transaction
 from tests.unit.hotpot_history import CELL, STRIDE, Attempt, Cell, check
@@ -33,6 +35,8 @@ TRANSACTIONS = 24
 FATES = ("reboot", "lost", "gone", "partition")
 NESTED = {"prepare", "commit", "commit_now", "release", "replica", "seed", "acquire"}
 """Messages before which a transaction of another machine may run."""
+MOVING = {"leave", "hand_over", "promote", "attend", "confirm", "seed", "fence", "make_room", "clear"}
+"""Messages of adaptation, before which any transaction may run."""
 QUIET_SECONDS = 30.0
 
 
@@ -45,11 +49,12 @@ class Case:
     step: str
     count: int
     seed: int
+    moves: bool = False
 
     @property
     def words(self) -> str:
         """As the command line takes it."""
-        return f"{self.mode} {self.fate} {self.step.replace(' ', '_')} {self.count} {self.seed}"
+        return f"{self.mode} {self.fate} {self.step.replace(' ', '_')} {self.count} {self.seed}{' moves' * self.moves}"
 
 
 class Run:
@@ -59,6 +64,7 @@ class Run:
         self.net = net
         self.case = case
         self.rand = random.Random(f"writers {case.words}")
+        self.lots = random.Random(f"moves {case.words}")
         self.attempts: list[Attempt] = []
         self.refused: list[str] = []
         self.victims: list[int] = []
@@ -103,6 +109,19 @@ class Run:
         """Now and then somebody else is faster."""
         if self._depth in (1, 2) and op in NESTED and self.rand.random() < 0.04:
             self.transact()
+        if self.case.moves and self._depth == 0 and op in MOVING and self.lots.random() < 0.3:
+            self.transact()
+
+    def move(self) -> None:
+        """Now and then a part is to go to another node."""
+        able = [machine for machine in self.net.machines if machine.life is not None]
+        if not self.case.moves or self.lots.random() < 0.6 or not able or self.record is None:
+            return
+        machine, part = self.lots.choice(able), self.lots.randrange(len(self.record.homes))
+        record = machine.service.atlas.latest(self.record)
+        about = {"dataset": record.id, "part": part, "node": self.lots.randint(1, 4)}
+        with suppress(HotpotError, PowerOff):
+            machine.service.links.call(record.homes[part], "leave", about, port=LEAF)
 
     def cache(self, machine: Machine) -> Cache | None:
         """The dataset, opened there."""
@@ -195,6 +214,8 @@ class Run:
             for home in service.owner.homes():
                 if trusted and home.synced - trusted.get(home.key, home.synced):
                     found.append(f"{machine.name}: home {home.key} has not heard that copies were lost")
+                if home.leave is not None:
+                    found.append(f"{machine.name}: home {home.key} is leaving: {home.leave}")
                 if not home.ready or home.locks or home.short or home.claims or home.missed & up:
                     found.append(f"{machine.name}: home {home.key} ready {home.ready} locks {home.locks} {home.short}")
                 found += [f"{machine.name}: doubtful" for _ in service.copies.doubtful(*home.key)]
@@ -293,6 +314,7 @@ def run(case: Case) -> tuple[list[str], Run]:
             for number in range(TRANSACTIONS):
                 if number == 4:
                     this.trap()
+                this.move()
                 this.transact()
                 net.wait(this.rand.choice([0.0, 0.0, 0.05, 0.3]))
             if case.fate == "partition":
@@ -311,9 +333,9 @@ def run(case: Case) -> tuple[list[str], Run]:
 
 def main() -> None:
     """Run one case and tell of it."""
-    mode, fate, step, count, seed = sys.argv[1:]
+    mode, fate, step, count, seed, *moves = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    wrong, this = run(Case(mode, fate, step.replace("_", " "), int(count), int(seed)))
+    wrong, this = run(Case(mode, fate, step.replace("_", " "), int(count), int(seed), moves == ["moves"]))
     print(f"machines {this.victims} failed; {len(this.attempts)} transactions, "
           f"{sum(a.acknowledged for a in this.attempts)} acknowledged, refused: {this.refused}")  # fmt: skip
     print("\n".join(wrong) or "nothing is wrong")
