@@ -4,8 +4,8 @@ MRMW: 1. every owner, in the order of parts so that two commits cannot hold each
 logs; any refusal undoes it. 2. all owners at once make copies and change the home pages. 3. they drop their logs and
 unlock. With a single part there is nothing to vote on, and it is one message.
 
-MRSW: the pages are the writer's alone since he acquired them at the master, so each owner does all at once; a second
-message tells them that all have done it.
+MRSW: the pages are the writer's alone since he acquired them at the master, so each owner does all at once, this node
+last; a second message tells them that all have done it.
 
 What this node intends is on its own media too, with all bytes, before anybody else knows of it. A commit that was
 decided goes on until every owner has carried it out, also after a crash of this node: an owner that comes back finds it
@@ -203,9 +203,15 @@ class Coordinator:
         """Every owner does its part, if it has not; what went wrong, by part."""
         more: Message = {"again": True} if attempt.late else {}
         attempt.asked |= attempt.groups.keys()
-        calls = {part: (self._where(attempt, part), "commit_now", {**header, **more}, payload)
-                 for part, (header, payload) in attempt.groups.items() if part not in attempt.done}  # fmt: skip
-        return self._collect(attempt, calls)
+        waves: tuple[dict[int, Call], dict[int, Call]] = {}, {}
+        for part, (header, payload) in attempt.groups.items():
+            if part not in attempt.done:
+                node = self._where(attempt, part)
+                mine = node == self._links.node.node_id
+                waves[mine][part] = node, "commit_now", {**header, **more}, payload
+        # What this node owns comes last: if it is lost as both owner and committing node, the others have all done
+        # their parts when there can be copies of its own, and it is committed, or there are none, and it is undone.
+        return self._collect(attempt, waves[0]) or self._collect(attempt, waves[1])
 
     def _collect(self, attempt: Attempt, calls: dict[int, Call]) -> dict[int, HotpotError]:
         failures = {}

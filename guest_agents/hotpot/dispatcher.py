@@ -348,8 +348,7 @@ class Dispatcher:
                     "nodes": {str(node): media for node, media in self._media.items()},
                     "datasets": [listed.to_json() for listed in self.listed.values()]}  # fmt: skip
         self._book.save(document)
-        others = self._registered - {self.links.node.node_id}
-        near = [node for node in sorted(others) if not self.silent(node, self.timing.lease)]
+        near = sorted(self._registered & self.links.living() - {self.links.node.node_id})
         self.links.call_all([(node, "mirror", {"document": document}, b"") for node in near], LEAF)
 
 

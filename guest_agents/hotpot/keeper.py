@@ -165,10 +165,16 @@ class Keeper:
     def _ask_home(self, record: Record, part: int, doubtful: dict[int, int]) -> None:
         node = record.homes[part]
         if node == self._links.node.node_id:
-            home = self._owner.home(record.id, part)
-            if home.ready and home.leave is None:
-                self._copies.settle(record.id, doubtful, set(doubtful))
-            return
+            try:
+                home = self._owner.home(record.id, part)
+            except NotOwner:  # it was, and has not heard where it went; or it was to be, and did not come to be
+                record = Record.from_json(self._lease.ask("find", {"dataset": record.id})["record"])
+                self._copies.learn(record)
+                node = record.homes[part]
+            else:
+                if home.ready and home.leave is None:
+                    self._copies.settle(record.id, doubtful, set(doubtful))
+                return
         asked = dict(sorted(doubtful.items())[:_LISTED])
         about = {"dataset": record.id, "part": part, "pages": [list(pair) for pair in asked.items()]}
         try:

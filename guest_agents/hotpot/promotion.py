@@ -146,7 +146,7 @@ class Promotion:
         home = self._owner.open(record, part, new=True)
         home.write({**fresh, **{page: Copy(blocks.LOST, bytes(PAGE)) for page in lost}})
         home.sound = "pages" in header
-        home.xids = {copy.xid for copy in fresh.values()}
+        home.xids = set(header["xids"]) if home.sound else {copy.xid for copy in fresh.values()}
         for claim in header["claims"]:
             if claim["xid"] not in home.xids:
                 home.claims[claim["xid"]] = Claim(Origin(*claim["origin"]), claim["parts"])
