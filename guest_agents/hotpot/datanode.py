@@ -171,10 +171,6 @@ class DataNode:
         if new:
             self._changed()
 
-    def learn_of(self, reply: Message) -> None:
-        """The same, as the dispatcher says it."""
-        self.learn(Record.from_json(reply["record"]))
-
     def learn(self, record: Record) -> None:
         """A newer record of a dataset."""
         with self._lock:

@@ -12,7 +12,7 @@ from guest_agents.hotpot import promotion
 from guest_agents.hotpot.coordinator import Coordinator
 from guest_agents.hotpot.datanode import DataNode
 from guest_agents.hotpot.dispatcher import Dispatcher
-from guest_agents.hotpot.errors import HotpotError, NodeLost, NotOwner, VersionMismatch
+from guest_agents.hotpot.errors import HotpotError, NodeLost, VersionMismatch
 from guest_agents.hotpot.lease import Lease
 from guest_agents.hotpot.messages import PORT, Message
 from guest_agents.hotpot.owner import Owner
@@ -99,6 +99,7 @@ class Keeper:
     def turn(self) -> None:
         """Everything once."""
         was_cut_off = not self._lease.valid
+        synced = {home.key: set(home.synced) for home in self._owner.homes()}
         answer = self._lease.renew({"media": self._media})
         if answer is not None and "unknown" in answer:
             try:
@@ -113,7 +114,7 @@ class Keeper:
         if answer is None or "unknown" in answer:
             return
         self.reunite()
-        self._heed(answer)
+        self._heed(answer, synced)
         self._revalidate(cut_off=was_cut_off)
         self._rejoin()
         self._resolver.look()
@@ -134,12 +135,12 @@ class Keeper:
                     if home.ready:
                         self._copies.let_go(*home.key)
 
-    def _heed(self, answer: Message) -> None:
-        """What the dispatcher knows of copies."""
+    def _heed(self, answer: Message, before: dict[tuple[int, int], set[int]]) -> None:
+        """What the dispatcher knows of copies; `before`: what homes knew when it was asked, others have come since."""
         for number, part, epoch, synced in answer["homes"]:
             with suppress(HotpotError):
                 home = self._owner.home(number, part)
-                gone = home.synced - set(synced)
+                gone = home.synced & before.get(home.key, set()) - set(synced)
                 if home.ready and gone and home.record.epoch(part) == epoch:
                     self._owner.replicas.exclude(home, gone)
         known = {(number, part) for number, part, _epoch, _synced in answer["homes"]}
@@ -163,25 +164,17 @@ class Keeper:
                         self._ask_home(record, part, doubtful)
 
     def _ask_home(self, record: Record, part: int, doubtful: dict[int, int]) -> None:
-        node = record.homes[part]
-        if node == self._links.node.node_id:
-            try:
-                home = self._owner.home(record.id, part)
-            except NotOwner:  # it was, and has not heard where it went; or it was to be, and did not come to be
-                record = Record.from_json(self._lease.ask("find", {"dataset": record.id})["record"])
-                self._copies.learn(record)
-                node = record.homes[part]
-            else:
-                if home.ready and home.leave is None:
-                    self._copies.settle(record.id, doubtful, set(doubtful))
-                return
+        # What this node has heard of homes may be old, or of one that did not come to be.
+        record = Record.from_json(self._lease.ask("find", {"dataset": record.id})["record"])
+        self._copies.learn(record)
+        if record.homes[part] == self._links.node.node_id:
+            home = self._owner.home(record.id, part)
+            if home.ready and home.leave is None:
+                self._copies.settle(record.id, doubtful, set(doubtful))
+            return
         asked = dict(sorted(doubtful.items())[:_LISTED])
         about = {"dataset": record.id, "part": part, "pages": [list(pair) for pair in asked.items()]}
-        try:
-            reply = self._links.call(node, "rejoin", about, port=PORT)
-        except (NotOwner, NodeLost):
-            self._copies.learn_of(self._lease.ask("find", {"dataset": record.id}))
-            return
+        reply = self._links.call(record.homes[part], "rejoin", about, port=PORT)
         over = doubtful.keys() - asked.keys()
         stale = set(reply.get("stale", ()))
         gone = {page: doubtful[page] for page in stale | over}
