@@ -299,6 +299,11 @@ class Cache:
             for page in pages:
                 self._forget(page)
 
+    def pages(self) -> list[int]:
+        """All pages that are here, or on their way."""
+        with self._changed:
+            return list(self._pages)
+
     def states(self) -> dict[str, set[int]]:
         """Pages by state."""
         with self._changed:

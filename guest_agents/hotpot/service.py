@@ -291,6 +291,7 @@ class Service:
         opened.forget(part)
         if not header["sound"]:
             opened.suspect.add(part)
+        opened.told |= {page // record.chunk_pages for page in opened.cache.pages() if record.part(page) == part}
         return {"chunks": [chunk for chunk in list(opened.told) if chunk % len(record.homes) == part]}
 
     def _suspect(self, dataset: int, part: int) -> None:

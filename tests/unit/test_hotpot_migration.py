@@ -48,7 +48,10 @@ def test_a_part_goes_to_another_node_with_all_that_was_committed(net: Net) -> No
     assert service(net, 2).owner.counts["migrations"] == 1
 
 
-def test_reads_and_commits_go_on_while_it_moves_and_find_the_new_home(net: Net) -> None:
+def test_reads_and_commits_go_on_while_it_moves_and_find_the_new_home(
+    net: Net, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(migration, "_FEW", 0)
     write(net, 4, b"0000", 0)
     seen, done, refused, count = [], {0: 0, 2: 0}, 0, itertools.count(1)
 
