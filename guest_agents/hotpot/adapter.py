@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from guest_agents.hotpot.atlas import Atlas
+from guest_agents.hotpot.eviction import Eviction
 from guest_agents.hotpot.errors import HotpotError
 from guest_agents.hotpot.lease import Lease
 from guest_agents.hotpot.messages import LEAF
@@ -25,11 +26,13 @@ class Adapter:
     """
 
     def __init__(
-        self, lease: Lease, atlas: Atlas, migration: Migration, opened: Callable[[], list[Opened]]
-    ) -> None:
+        self, lease: Lease, atlas: Atlas, migration: Migration, eviction: Eviction,
+        opened: Callable[[], list[Opened]],
+    ) -> None:  # fmt: skip
         self._lease = lease
         self._atlas = atlas
         self._migration = migration
+        self._eviction = eviction
         self._opened = opened
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -58,6 +61,7 @@ class Adapter:
             if opened.cache.record.adapt:
                 self._report(opened)
         self._migration.turn()
+        self._eviction.turn()
 
     def _report(self, opened: Opened) -> None:
         """Owners do not see what is read from their memory: tell them."""

@@ -23,10 +23,13 @@ from guest_agents.hotpot.log import Log, State
 from guest_agents.hotpot.media import Folder, Media
 from guest_agents.hotpot.messages import Handler, Message, pack, unpack
 from guest_agents.hotpot.records import Record
+from guest_agents.shelf import UNIT
 
 log = logging.getLogger("rackless.hotpot")
 _LISTED = 8000
 """Pages in one reply of `fence`."""
+_GROUP = 64
+"""Pages that go together when there is no room."""
 
 
 @dataclass
@@ -40,6 +43,8 @@ class Store:
     """Pages of which the present version is here."""
     doubtful: dict[int, int] = field(default_factory=dict)
     """Pages with the versions that a crash has left here."""
+    used: dict[int, None] = field(default_factory=dict)
+    """Groups of pages, those last that were used last."""
 
     def read(self, page: int) -> Copy:
         """A page. Corrupt."""
@@ -69,6 +74,15 @@ class Store:
         self.held -= set(pages)
         for page in pages:
             self.doubtful.pop(page, None)
+        for unit in {at // UNIT for page in pages for at in (page * STRIDE, (page + 1) * STRIDE - 1)}:
+            if not any(page in self.held or page in self.doubtful
+                       for page in range(unit * UNIT // STRIDE, -(-(unit + 1) * UNIT // STRIDE))):  # fmt: skip
+                self.media.release(unit * UNIT, UNIT)
+
+    def use(self, page: int) -> None:
+        """It was asked for, or has changed."""
+        self.used.pop(page // _GROUP, None)
+        self.used[page // _GROUP] = None
 
 
 class DataNode:
@@ -104,6 +118,7 @@ class DataNode:
             store = self._stores.get(dataset)
             if store is None or page not in store.held:
                 return None
+            store.use(page)
             return store.read(page)
 
     def held(self, dataset: int) -> set[int]:
@@ -111,6 +126,17 @@ class DataNode:
         with self._lock:
             store = self._stores.get(dataset)
             return set(store.held) if store else set()
+
+    def count(self) -> int:
+        """Of all copies that are here."""
+        with self._lock:
+            return sum(len(store.held) + len(store.doubtful) for store in self._stores.values())
+
+    def oldest(self) -> list[tuple[Record, set[int]]]:
+        """Pages that go together when there is no room, those that were longest not used first; by dataset."""
+        with self._lock:
+            return [(store.record, pages) for store in self._stores.values() for group in store.used
+                    if (pages := store.held & set(range(group * _GROUP, (group + 1) * _GROUP)))]  # fmt: skip
 
     def records(self) -> list[Record]:
         """Datasets of which copies are here, or were."""
@@ -147,6 +173,7 @@ class DataNode:
             store.clear([page for page in pages if page in stale])
             for page in pages:
                 if page not in stale:
+                    store.use(page)
                     store.doubtful.pop(page)
                     store.held.add(page)
 
@@ -266,6 +293,7 @@ class DataNode:
                 store.write(fresh)
                 self._log.drop(place)
                 for page, _copy in fresh:
+                    store.use(page)
                     store.held.add(page)
                     store.doubtful.pop(page, None)
         for page, copy in fresh:
@@ -287,6 +315,7 @@ class DataNode:
                 store.media.reserve(page * STRIDE, STRIDE)
             store.write(pages)
             for page, _copy in pages:
+                store.use(page)
                 store.held.add(page)
                 store.doubtful.pop(page, None)
         if newer:
@@ -332,13 +361,15 @@ class DataNode:
             return 0
 
     def _clear(self, _source: int, header: Message, _payload: memoryview) -> Message:
-        """The home is going to send copies of a part, and knows of none here: what there is, is old. NotOwner."""
+        """The home is going to send copies of a part, and knows of none here: what there is, is old. Or it does not want
+        copies of some pages here any more. NotOwner."""
+        self._is_meant(header)
         with self._lock:
             store = self._stores.get(header["dataset"])
             if store is not None:
                 self._obey(store, header)
                 old = [page for page in store.held | store.doubtful.keys()
-                       if store.record.part(page) == header["part"]]  # fmt: skip
+                       if store.record.part(page) == header["part"] and page in header.get("pages", (page,))]  # fmt: skip
                 store.clear(old)
         return {}
 

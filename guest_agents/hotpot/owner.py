@@ -37,6 +37,8 @@ from guest_agents.hotpot.replicas import Replicas
 log = logging.getLogger("rackless.hotpot")
 _REFUSED = 10_000
 """Transactions that were given up, of which messages may still come."""
+_ROOM = (1 << 63) + 3
+"""Whose pages are of which a copy goes; no transaction has this number."""
 EntryKey = tuple[int, int, int]
 """Transaction, dataset, part."""
 
@@ -59,7 +61,7 @@ class Owner:
     def handlers(self) -> dict[str, Handler]:
         """What others may ask, on PORT."""
         return {"prepare": self._prepare, "commit": self._commit, "release": self._release,
-                "commit_now": self._commit_now, "rejoin": self._rejoin}  # fmt: skip
+                "commit_now": self._commit_now, "rejoin": self._rejoin, "make_room": self._make_room}  # fmt: skip
 
     def leaf_handlers(self) -> dict[str, Handler]:
         """What others may ask, on LEAF."""
@@ -436,6 +438,21 @@ class Owner:
                 home.copies[page].add(source)
         self.replicas.register(home, {source}, pages, cleared=True)
         return {"stale": []}
+
+    def _make_room(self, source: int, header: Message, _payload: memoryview) -> Message:
+        """A data node has no room for copies: those go that are not needed there, or can be elsewhere. Retry,
+        Isolated, NodeLost: it is not known which have gone."""
+        home = self.home(header["dataset"], header["part"])
+        if not home.ready or home.leave is not None:
+            raise Retry("the home is being recovered, or moves")
+        pages = [page for page in header["pages"] if source in home.copies[page]]
+        free = self.held_still(home, pages, _ROOM)
+        try:
+            gone = self.replicas.withdraw(home, source, free)
+        finally:
+            self.let_go(home, free, _ROOM)
+        self.counts["evictions_refused"] += len(header["pages"]) - len(gone)
+        return {"pages": gone}
 
     def _caching(self, source: int, header: Message, _payload: memoryview) -> Message:
         """A node is about to cache pages of a chunk, or has closed the dataset (no chunk)."""

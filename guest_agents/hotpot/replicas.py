@@ -209,8 +209,27 @@ class Replicas:
         for page in pages:
             home.copies[page].add(node)
 
-    def repair(self, home: Home, pages: Sequence[int]) -> None:
-        """More copies of pages that have fewer than their degree; nobody changes them meanwhile. Isolated."""
+    def withdraw(self, home: Home, node: int, pages: Sequence[int]) -> list[int]:
+        """Take copies away from a node, those of which there are enough without, when others have been made; nobody
+        changes them meanwhile. Which. Isolated, NodeLost: not known, none of its copies counts."""
+        self.repair(home, pages, without=node)
+        gone = [page for page in pages if len(home.copies[page] - {node}) + 1 >= home.read(page).degree]
+        if bare := [page for page in gone if home.copies[page] <= {node}]:
+            self.register(home, set(), bare)
+        about = {"dataset": home.record.id, "part": home.part, "epoch": home.record.epoch(home.part), "pages": gone,
+                 "media": home.media_of.get(node)}  # fmt: skip
+        try:
+            self._links.call(node, "clear", about, port=LEAF)
+        except HotpotError:
+            self.exclude(home, {node})
+            raise
+        for page in gone:
+            home.copies[page].discard(node)
+        return gone
+
+    def repair(self, home: Home, pages: Sequence[int], without: int = 0) -> None:
+        """More copies of pages that have fewer than their degree, not counting one at `without`; nobody changes them
+        meanwhile. Isolated."""
         by_node: dict[int, dict[int, Copy]] = defaultdict(dict)
         others = self._links.living() - {self._links.node.node_id}
         for page in pages:
@@ -220,7 +239,7 @@ class Replicas:
                 home.short.discard(page)
                 continue
             have = home.copies[page]
-            for node in self._more(home, [page], copy.degree - 1 - len(have), others - have):
+            for node in self._more(home, [page], copy.degree - 1 - len(have - {without}), others - have):
                 by_node[node][page] = copy
         if not by_node:
             return

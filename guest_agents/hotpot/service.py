@@ -26,6 +26,7 @@ from guest_agents.hotpot.coordinator import Coordinator, new_xid
 from guest_agents.hotpot.datanode import DataNode
 from guest_agents.hotpot.dispatcher import Dispatcher, mirror
 from guest_agents.hotpot.errors import FewerCopies, HotpotError, InDoubt, NodeLost, NoSuchDataset, OldMedia
+from guest_agents.hotpot.eviction import Eviction, Limits
 from guest_agents.hotpot.keeper import Keeper
 from guest_agents.hotpot.lease import Lease, Timing
 from guest_agents.hotpot.log import Log
@@ -67,12 +68,14 @@ class Service:
     gather -- on the manager: lets nodes that have not registered do so (dispatcher.py)
     wake -- lets the manager's service start, if it has not (keeper.py)
     log_bytes -- size of each of its logs
+    limits -- what it may take of the blade's memory, and copies of its media (eviction.py)
     """
 
     def __init__(
         self, node: lite.Node, folder: Path | Folder, manager: int,
         gather: Callable[[set[int]], None] = lambda _known: None,
         timing: Timing = USUAL, log_bytes: int = LOG_BYTES, wake: Callable[[], None] = lambda: None,
+        limits: Limits | None = None,
     ) -> None:  # fmt: skip
         self.node = node
         self.manager = manager
@@ -98,7 +101,9 @@ class Service:
         self._writing: dict[int, tuple[int, list[int]]] = {}
         self.counts = {"commits": 0, "retries": 0, "aborts": 0}
         migration = Migration(self.lease, self.owner, self.copies)
-        self.adapter = Adapter(self.lease, self.atlas, migration, self._all_opened)
+        self.eviction = Eviction(self.links, self.atlas, media, self.copies, self._all_opened, self.owner.counts,
+                                 limits or Limits())  # fmt: skip
+        self.adapter = Adapter(self.lease, self.atlas, migration, self.eviction, self._all_opened)
         resolver = Resolver(self.links, self.owner, self.atlas)
         self._dispatcher: Dispatcher | None = None
         ours = {**self.owner.handlers(), **resolver.handlers(),

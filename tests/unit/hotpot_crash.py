@@ -1,11 +1,11 @@
 """One run of the crash matrix: transactions on all machines of a simulated rack, one of which loses its power at a
 chosen step; then everything that ran is judged.
 
-    python -m tests.unit.hotpot_crash MODE FATE STEP COUNT SEED [moves]
+    python -m tests.unit.hotpot_crash MODE FATE STEP COUNT SEED [moves] [scarce]
 
 runs one again and says what happens. A step is an event of hotpot_sim.py, such as "serve commit" or "persist log"; the
 machine at which it comes for the COUNT-th time loses its power there. With `moves`, parts go from node to node all the
-time.
+time; with `scarce`, nodes have room for few mapped pages and copies.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from guest_agents.hotpot.blocks import PAGE
 from guest_agents.hotpot.cache import Cache
 from guest_agents.hotpot.coordinator import new_xid
 from guest_agents.hotpot.errors import FewerCopies, HotpotError, InDoubt
+from guest_agents.hotpot.eviction import Limits
 from guest_agents.hotpot.messages import LEAF
 from guest_agents.hotpot.records import Record
 from guest_agents.hotpot.service import Transaction
@@ -50,11 +51,12 @@ class Case:
     count: int
     seed: int
     moves: bool = False
+    scarce: bool = False
 
     @property
     def words(self) -> str:
         """As the command line takes it."""
-        return f"{self.mode} {self.fate} {self.step.replace(' ', '_')} {self.count} {self.seed}{' moves' * self.moves}"
+        return f"{self.mode} {self.fate} {self.step.replace(' ', '_')} {self.count} {self.seed}{' moves' * self.moves}{' scarce' * self.scarce}"
 
 
 class Run:
@@ -109,8 +111,15 @@ class Run:
         """Now and then somebody else is faster."""
         if self._depth in (1, 2) and op in NESTED and self.rand.random() < 0.04:
             self.transact()
-        if self.case.moves and self._depth == 0 and op in MOVING and self.lots.random() < 0.3:
+        if (self.case.moves or self.case.scarce) and self._depth == 0 and op in MOVING and self.lots.random() < 0.3:
             self.transact()
+
+    def squeeze(self) -> None:
+        """Now and then there is less room, or more."""
+        for machine in self.net.machines:
+            if self.case.scarce and machine.life is not None and self.lots.random() < 0.3:
+                machine.service.eviction.limits = Limits(self.lots.choice([0, 2, 9]) * PAGE,
+                                                         self.lots.choice([0, 2, 9]) * blocks.STRIDE)  # fmt: skip
 
     def move(self) -> None:
         """Now and then a part is to go to another node."""
@@ -199,6 +208,9 @@ class Run:
         """Everything that can come back does, and comes to rest."""
         self.net.trap = None
         self.net.away = set()
+        for machine in self.net.machines:
+            if machine.life is not None:
+                machine.service.eviction.limits = Limits()
         deadline = self.net.now + QUIET_SECONDS
         while (busy := self.busy()) and self.net.now < deadline:
             self.net.wait(0.2)
@@ -322,6 +334,7 @@ def run(case: Case) -> tuple[list[str], Run]:
                 if number == 4:
                     this.trap()
                 this.move()
+                this.squeeze()
                 this.transact()
                 net.wait(this.rand.choice([0.0, 0.0, 0.05, 0.3]))
             if case.fate == "partition":
@@ -340,9 +353,9 @@ def run(case: Case) -> tuple[list[str], Run]:
 
 def main() -> None:
     """Run one case and tell of it."""
-    mode, fate, step, count, seed, *moves = sys.argv[1:]
+    mode, fate, step, count, seed, *more = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    wrong, this = run(Case(mode, fate, step.replace("_", " "), int(count), int(seed), moves == ["moves"]))
+    wrong, this = run(Case(mode, fate, step.replace("_", " "), int(count), int(seed), "moves" in more, "scarce" in more))
     print(f"machines {this.victims} failed; {len(this.attempts)} transactions, "
           f"{sum(a.acknowledged for a in this.attempts)} acknowledged, refused: {this.refused}")  # fmt: skip
     print("\n".join(wrong) or "nothing is wrong")

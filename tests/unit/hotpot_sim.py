@@ -56,6 +56,9 @@ class LossyMedia:
     def reserve(self, offset: int, length: int) -> None:
         pass
 
+    def release(self, offset: int, length: int) -> None:
+        assert not any(self._now[offset : offset + length])
+
     def read(self, offset: int, length: int) -> bytes:
         return bytes(self._now[offset : offset + length])
 
