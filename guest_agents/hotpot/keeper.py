@@ -12,12 +12,13 @@ from guest_agents.hotpot import promotion
 from guest_agents.hotpot.coordinator import Coordinator
 from guest_agents.hotpot.datanode import DataNode
 from guest_agents.hotpot.dispatcher import Dispatcher
-from guest_agents.hotpot.errors import HotpotError, NodeLost, VersionMismatch
+from guest_agents.hotpot.errors import HotpotError, Isolated, NodeLost, VersionMismatch
 from guest_agents.hotpot.lease import Lease
 from guest_agents.hotpot.messages import PORT, Message
 from guest_agents.hotpot.owner import Owner
 from guest_agents.hotpot.records import SETTINGS, Record
 from guest_agents.hotpot.resolver import Resolver
+from guest_agents.hotpot.seat import Seat
 
 log = logging.getLogger("rackless.hotpot")
 _REPAIRED = 64
@@ -42,7 +43,7 @@ class Keeper:
 
     def __init__(
         self, lease: Lease, owner: Owner, copies: DataNode, coordinator: Coordinator, resolver: Resolver,
-        dispatcher: Dispatcher | None, media: str, revalidate: Callable[..., None],
+        seat: Seat, dispatcher: Dispatcher | None, media: str, revalidate: Callable[..., None],
         suspect: Callable[[int, int], None], about: Callable[[], Message],
         wake: Callable[[], None],
     ) -> None:  # fmt: skip
@@ -52,7 +53,8 @@ class Keeper:
         self._copies = copies
         self._coordinator = coordinator
         self._resolver = resolver
-        self._dispatcher = dispatcher
+        self.dispatcher = dispatcher
+        self._seat = seat
         self._media = media
         self._revalidate = revalidate
         self._suspect = suspect
@@ -104,13 +106,17 @@ class Keeper:
         if answer is not None and "unknown" in answer:
             try:
                 self.register()
-            except (NodeLost, VersionMismatch) as failure:
+            except (NodeLost, Isolated, VersionMismatch) as failure:
                 log.warning("the dispatcher: %s", failure)
                 return
             answer = self._lease.renew({"media": self._media})
         if answer is None and not self._lease.valid and time.monotonic() - self._woken > _WAKE_SECONDS:
             self._wake()
             self._woken = time.monotonic()
+        if answer is None and not self._lease.valid:
+            self._seat.look()
+            if self._seat.due() or (self.dispatcher is not None and self.dispatcher.refused):
+                self._seat.stand()
         if answer is None or "unknown" in answer:
             return
         self.reunite()
@@ -120,8 +126,11 @@ class Keeper:
         self._resolver.look()
         self._coordinator.resume()
         self._repair()
-        if self._dispatcher is not None:
-            promotion.watch(self._dispatcher)
+        if self.dispatcher is not None and not self.dispatcher.superseded:
+            with suppress(HotpotError):
+                self.dispatcher.in_office()
+                self.dispatcher.strike_off()
+                promotion.watch(self.dispatcher)
 
     def reunite(self) -> None:
         """Homes that are not in use yet get there."""

@@ -26,6 +26,8 @@ class Timing:
     """After that long without a call of its node, a part gets another home, if there are copies of all of it."""
     patience: float = 10.0
     """How long a commit waits for an owner that does not answer, before it is InDoubt (and goes on without anybody)."""
+    takeover: float = 20.0
+    """After that long without an answer of the dispatcher, another node becomes it."""
     window: float = 15.0
     """How long accesses are counted before it is decided whether a part moves."""
     settle: float = 2.0
@@ -39,6 +41,10 @@ class Lease:
         self.links = links
         self.manager = manager
         self.timing = timing
+        self.term = 0
+        """No dispatcher of an earlier one is obeyed (seat.py)."""
+        self.heard = time.monotonic()
+        """When the dispatcher has last answered, or this began."""
         self._until = 0.0
 
     @property
@@ -58,8 +64,10 @@ class Lease:
             answer = self.ask("beat", about)
         except HotpotError:
             return None
+        if answer.get("term", 0) < self.term:
+            return None
         if "unknown" not in answer:
-            self._until = began + self.timing.lease
+            self._until, self.heard = began + self.timing.lease, began
         return answer
 
     def ask(self, op: str, about: Message) -> Message:

@@ -24,8 +24,8 @@ from guest_agents.hotpot.cache import Cache
 from guest_agents.hotpot.changes import Change
 from guest_agents.hotpot.coordinator import Coordinator, new_xid
 from guest_agents.hotpot.datanode import DataNode
-from guest_agents.hotpot.dispatcher import Dispatcher, mirror
-from guest_agents.hotpot.errors import FewerCopies, HotpotError, InDoubt, NodeLost, NoSuchDataset, OldMedia
+from guest_agents.hotpot.dispatcher import Dispatcher
+from guest_agents.hotpot.errors import FewerCopies, HotpotError, InDoubt, Isolated, NodeLost, NoSuchDataset, OldMedia
 from guest_agents.hotpot.eviction import Eviction, Limits
 from guest_agents.hotpot.keeper import Keeper
 from guest_agents.hotpot.lease import Lease, Timing
@@ -39,6 +39,7 @@ from guest_agents.hotpot.owner import Owner
 from guest_agents.hotpot.promotion import Promotion
 from guest_agents.hotpot.records import Area, Record, by_page, check_areas
 from guest_agents.hotpot.resolver import Resolver
+from guest_agents.hotpot.seat import Seat
 
 LOG_BYTES = 4 << 20
 USUAL = Timing()
@@ -64,7 +65,7 @@ class Service:
     """The service of one node. Use as a context manager, or close().
 
     folder -- where its media are; what an earlier life has left there is taken over. OldMedia, Corrupt: it cannot be
-    manager -- node id of the blade that has the dispatcher
+    manager -- node id of the blade that has the dispatcher, as long as no other has taken its place (seat.py)
     gather -- on the manager: lets nodes that have not registered do so (dispatcher.py)
     wake -- lets the manager's service start, if it has not (keeper.py)
     log_bytes -- size of each of its logs
@@ -78,7 +79,6 @@ class Service:
         limits: Limits | None = None,
     ) -> None:  # fmt: skip
         self.node = node
-        self.manager = manager
         self.links = Links(node)
         self.lease = Lease(self.links, manager, timing)
         media = folder if isinstance(folder, Folder) else Folder(folder)
@@ -106,21 +106,45 @@ class Service:
         self.adapter = Adapter(self.lease, self.atlas, migration, self.eviction, self._all_opened)
         resolver = Resolver(self.links, self.owner, self.atlas)
         self._dispatcher: Dispatcher | None = None
+        self._datasets: Book | None = None
+        self._gather, self._timing, self._folder = gather, timing, media
+        self.seat = Seat(self.lease, media.open("mirror", BOOK_BYTES), self._take_seat, self._leave_seat)
         ours = {**self.owner.handlers(), **resolver.handlers(),
                 **Promotion(self.links, self.owner, self.copies, self._save).handlers()}  # fmt: skip
         leaf = {**self.owner.leaf_handlers(), **migration.handlers(), **self.copies.handlers(), **self.coordinator.handlers(),
-                **mirror(media.open("mirror", BOOK_BYTES)),
+                **self.seat.handlers(),
                 "home_create": self._home_create, "home_drop": self._home_drop, "attend": self._attend}  # fmt: skip
-        if node.node_id == manager:
-            self._dispatcher = Dispatcher(self.links, Book(media.open("datasets", BOOK_BYTES)), gather, timing)
-            ours |= {**self._dispatcher.handlers(), "hand_over": hand_over(self._dispatcher)}
-            master = Master(self.links.living, 0.0 if self._dispatcher.fresh else timing.lease)
-            leaf |= {**self._dispatcher.leaf_handlers(master.hold), **master.handlers()}
         ours["stat"] = lambda _source, _header, _payload: self.stat()
         self.links.handlers = {PORT: ours, LEAF: leaf}
-        self.keeper = Keeper(self.lease, self.owner, self.copies, self.coordinator, resolver, self._dispatcher,
+        if node.node_id == manager:
+            self._dispatcher = self._new_dispatcher()
+        self.keeper = Keeper(self.lease, self.owner, self.copies, self.coordinator, resolver, self.seat, self._dispatcher,
                              self._media, self._revalidate, self._suspect, self._about, wake)  # fmt: skip
         self._recover(media)
+
+    def _new_dispatcher(self) -> Dispatcher:
+        if self._datasets is None:
+            self._datasets = Book(self._folder.open("datasets", BOOK_BYTES))
+        made = Dispatcher(self.links, self._datasets, self._gather, self._timing)
+        master = Master(self.links.living, 0.0 if made.fresh else self._timing.lease)
+        ports = self.links.handlers
+        self.links.handlers = {
+            PORT: {**ports[PORT], **made.handlers(), "hand_over": hand_over(made)},
+            LEAF: {**ports[LEAF], **made.leaf_handlers(master.hold), **master.handlers()},
+        }
+        return made
+
+    def _take_seat(self, document: Message) -> None:
+        """This node is the dispatcher from now on. Isolated: not yet, but it goes on trying."""
+        if self._datasets is None:
+            self._datasets = Book(self._folder.open("datasets", BOOK_BYTES))
+        self._datasets.save(document)
+        self._dispatcher = self.keeper.dispatcher = self._new_dispatcher()
+        self._dispatcher.save()
+
+    def _leave_seat(self) -> None:
+        if self._dispatcher is not None:
+            self._dispatcher.superseded = True
 
     def _recover(self, media: Folder) -> None:
         """Take over what an earlier life has left."""
@@ -176,14 +200,16 @@ class Service:
         keep -- look after everything from then on, in a thread
         """
         if self._dispatcher is not None:
-            self._dispatcher.restore()
+            self.seat.look()
+            self._dispatcher.restore(self.seat.document)
         self.links.start()
         deadline = time.monotonic() + _REGISTER_SECONDS
         while keep:
             try:
                 self.keeper.register()
                 self.keeper.turn()
-            except NodeLost:  # its service may be about to start
+            except (NodeLost, Isolated):  # its service may be about to start, or be another
+                self.seat.look()
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_REGISTER_EVERY)
@@ -201,7 +227,7 @@ class Service:
 
     def dispatcher(self, op: str, **fields: Any) -> Message:
         """Ask the dispatcher."""
-        return self.links.call(self.manager, op, fields)
+        return self.links.call(self.lease.manager, op, fields)
 
     # Datasets
 
@@ -397,7 +423,7 @@ class Service:
         return outcome.copies
 
     def _lock(self, xid: int, record: Record, pages: list[int]) -> None:
-        self.links.call(self.manager, "acquire", {"xid": xid, "dataset": record.id, "pages": pages}, port=LEAF)
+        self.links.call(self.lease.manager, "acquire", {"xid": xid, "dataset": record.id, "pages": pages}, port=LEAF)
         with self._opening:
             held = self._writing.get(xid, (record.id, []))[1]
             self._writing[xid] = record.id, [*held, *pages]
@@ -407,7 +433,7 @@ class Service:
             with self._opening:
                 self._writing.pop(xid, None)
             with suppress(NodeLost):
-                self.links.call(self.manager, "let_go", {"xid": xid}, port=LEAF)
+                self.links.call(self.lease.manager, "let_go", {"xid": xid}, port=LEAF)
 
     # Observation
 
@@ -431,7 +457,7 @@ class Service:
                 "copies": len(self.copies.held(number)),
                 "counts": {} if cache is None else cache.counts,
             }
-        mine = {} if self._dispatcher is None else {"all_datasets": self._dispatcher.datasets()}
+        mine = {} if self._dispatcher is None or self._dispatcher.superseded else {"all_datasets": self._dispatcher.datasets()}
         return {"node": self.node.name, "node_id": self.node.node_id, "datasets": datasets, **mine,
                 "counts": {**self.counts, **self.owner.counts}, "recovered": self.keeper.said,
                 "unfinished": self.coordinator.unfinished,

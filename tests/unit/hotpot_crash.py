@@ -1,11 +1,12 @@
 """One run of the crash matrix: transactions on all machines of a simulated rack, one of which loses its power at a
 chosen step; then everything that ran is judged.
 
-    python -m tests.unit.hotpot_crash MODE FATE STEP COUNT SEED [moves] [scarce]
+    python -m tests.unit.hotpot_crash MODE FATE STEP COUNT SEED [moves] [scarce] [standby]
 
 runs one again and says what happens. A step is an event of hotpot_sim.py, such as "serve commit" or "persist log"; the
 machine at which it comes for the COUNT-th time loses its power there. With `moves`, parts go from node to node all the
-time; with `scarce`, nodes have room for few mapped pages and copies.
+time; with `scarce`, nodes have room for few mapped pages and copies; with
+`standby`, only the machine with the dispatcher fails, and with fate `gone` it does not come back.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from guest_agents.hotpot import blocks
 from guest_agents.hotpot.blocks import PAGE
 from guest_agents.hotpot.cache import Cache
 from guest_agents.hotpot.coordinator import new_xid
+from guest_agents.hotpot.dispatcher import Dispatcher
 from guest_agents.hotpot.errors import FewerCopies, HotpotError, InDoubt
 from guest_agents.hotpot.eviction import Limits
 from guest_agents.hotpot.messages import LEAF
@@ -52,11 +54,13 @@ class Case:
     seed: int
     moves: bool = False
     scarce: bool = False
+    standby: bool = False
 
     @property
     def words(self) -> str:
         """As the command line takes it."""
-        return f"{self.mode} {self.fate} {self.step.replace(' ', '_')} {self.count} {self.seed}{' moves' * self.moves}{' scarce' * self.scarce}"
+        more = " moves" * self.moves + " scarce" * self.scarce + " standby" * self.standby
+        return f"{self.mode} {self.fate} {self.step.replace(' ', '_')} {self.count} {self.seed}{more}"
 
 
 class Run:
@@ -81,10 +85,10 @@ class Run:
         left = [self.case.count]
 
         def hit(machine: Machine, event: str) -> bool:
-            if event != self.case.step:
+            if event != self.case.step or (self.case.standby and machine.number != 1):
                 return False
             left[0] -= 1
-            if left[0] or (self.case.fate == "gone" and machine.number == 1):
+            if left[0] or (self.case.fate == "gone" and machine.number == 1 and not self.case.standby):
                 return False
             self.victims.append(machine.number)
             if self.case.fate == "partition":
@@ -97,7 +101,7 @@ class Run:
 
     def cut_off(self, machine: Machine) -> None:
         """A machine, and perhaps another, can reach only each other; not the one with the dispatcher."""
-        number = machine.number if machine.number != 1 else 2
+        number = machine.number if machine.number != 1 or self.case.standby else 2
         self.net.away = {number} | ({self.rand.choice([2, 3, 4])} if self.rand.random() < 0.4 else set())
 
     def died(self, machine: Machine) -> None:
@@ -219,7 +223,7 @@ class Run:
     def busy(self) -> list[str]:
         """What is not at rest."""
         found = []
-        dispatcher = self.net.machines[0].life and self.net.machines[0].service._dispatcher
+        dispatcher = self.dispatcher()
         trusted = dispatcher and {(number, part): set(listed.synced[part]) for number, listed in
                                   dispatcher.listed.items() for part in range(len(listed.record.homes))}  # fmt: skip
         up = {machine.number for machine in self.net.machines if machine.life is not None}
@@ -242,18 +246,30 @@ class Run:
             assert self.record is not None
             found += [f"{machine.name}: doubtful {part}" for part in range(len(self.record.homes))
                       if service.copies.doubtful(self.record.id, part)]  # fmt: skip
-            if machine.number == 1:
-                found += [f"part {part} has no home" for part, node in enumerate(service.atlas.refresh(1).homes)
+            if dispatcher is not None and dispatcher.links.node.node_id == machine.number:
+                found += [f"part {part} has no home" for part, node in enumerate(dispatcher.listed[1].record.homes)
                           if self.net.machines[node - 1].life is None]  # fmt: skip
+            if service.lease.term != (dispatcher.term if dispatcher else 0) or not service.lease.valid:
+                found.append(f"{machine.name}: term {service.lease.term}")
             opened = service._opened.get(self.record.id)
             if opened is not None and opened.suspect:
                 found.append(f"{machine.name}: caches are suspect")
+        if dispatcher is None:
+            found.append("there is no dispatcher")
         return found
+
+    def dispatcher(self) -> Dispatcher | None:
+        """The one in office."""
+        found = [made for machine in self.net.machines if machine.life is not None
+                 if (made := machine.service._dispatcher) is not None and not made.superseded]  # fmt: skip
+        return max(found, key=lambda made: made.term, default=None)
 
     def judge(self) -> list[str]:
         """Everything that is wrong."""
         assert self.record is not None
-        record = self.net.machines[0].service.atlas.refresh(self.record.id)
+        dispatcher = self.dispatcher()
+        assert dispatcher is not None
+        record = dispatcher.listed[self.record.id].record
         wrong: list[str] = []
         seen = {}
         for machine in self.net.machines:
@@ -344,7 +360,7 @@ def run(case: Case) -> tuple[list[str], Run]:
                 for _ in range(4):
                     this.transact()
             this.heal()
-            if not net.machines[0].life:
+            if not net.machines[0].life and not case.standby:
                 return ["the manager does not come back"], this
             return this.judge(), this
         except PowerOff:
@@ -355,7 +371,8 @@ def main() -> None:
     """Run one case and tell of it."""
     mode, fate, step, count, seed, *more = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    wrong, this = run(Case(mode, fate, step.replace("_", " "), int(count), int(seed), "moves" in more, "scarce" in more))
+    wrong, this = run(Case(mode, fate, step.replace("_", " "), int(count), int(seed),
+                           *(word in more for word in ("moves", "scarce", "standby"))))  # fmt: skip
     print(f"machines {this.victims} failed; {len(this.attempts)} transactions, "
           f"{sum(a.acknowledged for a in this.attempts)} acknowledged, refused: {this.refused}")  # fmt: skip
     print("\n".join(wrong) or "nothing is wrong")

@@ -30,7 +30,7 @@ from guest_agents.hotpot.service import Service
 
 _KINDS = re.compile(r"-[0-9].*")
 LINE = 64
-TIMING = Timing(beat=0.1, lease=0.5, promote=1.0, patience=1.5, window=1.0, settle=0.3)
+TIMING = Timing(beat=0.1, lease=0.5, promote=1.0, patience=1.5, takeover=0.8, window=1.0, settle=0.3)
 LOG_BYTES = 64 << 10
 BOOK_BYTES = 16 << 10
 
