@@ -183,8 +183,8 @@ class Coordinator:
                 self._release(attempt)
                 return _outcome(list(attempt.done.values()))
             doubtful = doubtful or any(isinstance(failure, NodeLost | InDoubt) for failure in failures.values())
-            # An owner that is away may have done its part, and be replaced by a copy of it, which cannot be undone.
-            passing = (*_FOR_A_WHILE, TooFewNodes) if doubtful else _FOR_A_WHILE
+            # An owner that has done its part, or may have, can be replaced by a copy of it, which cannot be undone.
+            passing = (*_FOR_A_WHILE, TooFewNodes) if doubtful or attempt.done else _FOR_A_WHILE
             lasting = [failure for failure in failures.values() if not isinstance(failure, passing)]
             first = next(iter(failures.values()))
             if lasting or (not attempt.done and not doubtful):

@@ -192,6 +192,8 @@ class Dispatcher:
     def _beat(self, source: int, header: Message, _payload: memoryview) -> Message:
         """A node is alive; what it should know of its homes and of its copies."""
         with self.lock:
+            if header["term"] > self.term:
+                self.refused = True
             if source not in self._registered or self._media[source] != header["media"]:
                 return {"unknown": True, "term": self.term}
             self.heard[source] = time.monotonic()

@@ -115,8 +115,10 @@ class Keeper:
             self._woken = time.monotonic()
         if answer is None and not self._lease.valid:
             self._seat.look()
-            if self._seat.due() or (self.dispatcher is not None and self.dispatcher.refused):
+            if self._seat.due():
                 self._seat.stand()
+        if self.dispatcher is not None and self.dispatcher.refused and not self.dispatcher.superseded:
+            self._seat.stand()
         if answer is None or "unknown" in answer:
             return
         self.reunite()

@@ -61,7 +61,7 @@ class Lease:
         """Call the dispatcher; its answer, None if there is none."""
         began = time.monotonic()
         try:
-            answer = self.ask("beat", about)
+            answer = self.ask("beat", {**about, "term": self.term})
         except HotpotError:
             return None
         if answer.get("term", 0) < self.term:

@@ -42,6 +42,8 @@ class Seat:
         self._install = install
         self._followed = followed
         self._lock = threading.Lock()
+        self._seen = 0
+        """The latest term of which this node has heard."""
         kept = self._book.document or {}
         self.document: Message | None = kept.get("book")
         """The latest book that this node was sent."""
@@ -73,10 +75,13 @@ class Seat:
             return {"document": self.document}
 
     def _vote(self, source: int, header: Message, _payload: memoryview) -> Message:
-        """A node wants to be the dispatcher in a term. It may stay it; another may become it where it is missed."""
+        """A node wants to be the dispatcher in a term. It may stay it; another may become it where it is missed.
+
+        would -- it only asks whether it would get this vote
+        """
         with self._lock:
             granted = header["term"] > self._lease.term and (source == self._lease.manager or not self._lease.valid)
-            if granted:
+            if granted and not header["would"]:
                 self._lease.term = header["term"]
                 self._keep()
             return {"granted": granted, "term": self._lease.term, "document": self.document}
@@ -114,24 +119,17 @@ class Seat:
         """Become the dispatcher, or stay it, if a majority wants that; whether it does."""
         me = self._links.node.node_id
         with self._lock:
-            term = self._lease.term = self._lease.term + 1
-            self._keep()
-            documents = [] if self.document is None else [self.document]
-        granted = {me}
-        calls: list[Call] = [(node, "vote", {"term": term}, b"") for node in sorted(self._links.living() - {me})]
-        for call, reply in zip(calls, self._links.call_all(calls, LEAF), strict=True):
-            if isinstance(reply, HotpotError):
-                continue
-            if reply["granted"]:
-                granted.add(call[0])
-            if reply["document"] is not None:
-                documents.append(reply["document"])
-            with self._lock:
-                self._lease.term = max(self._lease.term, reply["term"])
-        latest = max(documents, key=age, default=None)
-        if latest is None or me not in latest["voters"] or self._lease.term != term:
+            term = max(self._lease.term, self._seen) + 1
+        # A node that nobody wants must not begin terms: it would obey no dispatcher when it is back among the others.
+        if self._elected(term, would=True) is None:
             return False
-        if 2 * len(granted & set(latest["voters"])) <= len(latest["voters"]):
+        with self._lock:
+            if self._lease.term >= term:
+                return False
+            self._lease.term = term
+            self._keep()
+        latest = self._elected(term, would=False)
+        if latest is None:
             return False
         log.warning("node %d is the dispatcher now (term %d)", me, term)
         try:
@@ -140,6 +138,26 @@ class Seat:
             log.warning("the book of the new dispatcher does not reach enough nodes yet: %s", failure.message)
         self._lease.manager = me
         return True
+
+    def _elected(self, term: int, *, would: bool) -> Message | None:
+        """The latest book, if a majority of its voters vote for this node; with `would`, if they would."""
+        me = self._links.node.node_id
+        documents = [] if self.document is None else [self.document]
+        granted = {me}
+        about = {"term": term, "would": would}
+        calls: list[Call] = [(node, "vote", about, b"") for node in sorted(self._links.living() - {me})]
+        for call, reply in zip(calls, self._links.call_all(calls, LEAF), strict=True):
+            if isinstance(reply, HotpotError):
+                continue
+            if reply["granted"]:
+                granted.add(call[0])
+            self._seen = max(self._seen, reply["term"])
+            if reply["document"] is not None:
+                documents.append(reply["document"])
+        latest = max(documents, key=age, default=None)
+        if latest is None or me not in latest["voters"]:
+            return None
+        return latest if 2 * len(granted & set(latest["voters"])) > len(latest["voters"]) else None
 
 
 def age(document: Message) -> tuple[int, int]:
