@@ -17,7 +17,7 @@ REGION_BYTES = 1 << 40
 ALIGN = 1 << 30
 CHUNK = 4 << 20
 """Default size of a chunk (the paper's data region)."""
-SETTINGS = {"protocol": 2, "page": PAGE, "stride": STRIDE}
+SETTINGS = {"protocol": 3, "page": PAGE, "stride": STRIDE}
 """What must be the same in all parts of Hotpot of a rack."""
 MODES = ("mrmw", "mrsw")
 MAX_NAME = 128
