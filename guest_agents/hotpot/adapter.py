@@ -9,8 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from guest_agents.hotpot.atlas import Atlas
-from guest_agents.hotpot.eviction import Eviction
 from guest_agents.hotpot.errors import HotpotError
+from guest_agents.hotpot.eviction import Eviction
 from guest_agents.hotpot.lease import Lease
 from guest_agents.hotpot.messages import LEAF
 from guest_agents.hotpot.migration import Migration

@@ -35,7 +35,7 @@ class Copy(NamedTuple):
 
 
 def _checksum(version: int, xid: int, degree: int, page: bytes | memoryview) -> int:
-    """No CRC: that of a page does not change when one record in it that ends with its own CRC is replaced by another, as
+    """No CRC: that of a page does not change when a record in it that ends with its own CRC is replaced by another, as
     it is when half of a commit reaches the media."""
     digest = hashlib.blake2b(_NUMBERS.pack(version, xid, degree), digest_size=4)
     digest.update(page)

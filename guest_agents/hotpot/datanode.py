@@ -361,16 +361,17 @@ class DataNode:
             return 0
 
     def _clear(self, _source: int, header: Message, _payload: memoryview) -> Message:
-        """The home is going to send copies of a part, and knows of none here: what there is, is old. Or it does not want
-        copies of some pages here any more. NotOwner."""
+        """The home is going to send copies of a part, and knows of none here: what there is, is old. Or it does not
+        want copies of some pages here any more. NotOwner."""
         self._is_meant(header)
+        pages = set(header["pages"]) if "pages" in header else None
         with self._lock:
             store = self._stores.get(header["dataset"])
             if store is not None:
                 self._obey(store, header)
-                old = [page for page in store.held | store.doubtful.keys()
-                       if store.record.part(page) == header["part"] and page in header.get("pages", (page,))]  # fmt: skip
-                store.clear(old)
+                there = store.held | store.doubtful.keys()
+                store.clear([page for page in (there if pages is None else there & pages)
+                             if store.record.part(page) == header["part"]])  # fmt: skip
         return {}
 
     def _give(self, _source: int, header: Message, _payload: memoryview) -> Message:

@@ -81,7 +81,8 @@ class Replicas:
         without a copy; it may have struck them off itself, and fear more. Isolated."""
         with self._telling:
             solo = (home.solo | home.bare_without(nodes)) & set(home.chunks)
-            self._tell_dispatcher(home, remove=nodes, solo=solo, solo_is=sorted(solo), synced=sorted(home.synced - nodes))
+            left = sorted(home.synced - nodes)
+            self._tell_dispatcher(home, remove=nodes, solo=solo, solo_is=sorted(solo), synced=left)
             home.solo = solo
         for node in nodes:
             home.forget(node)

@@ -7,7 +7,7 @@ dispatcher for its part has changed nothing before so many have its book that no
 dispatcher.py). So what one has promised, the next knows, whatever clocks say; and one that is cut off can change
 nothing. Of one or two voters there is no majority without the dispatcher: they wait for it.
 
-Source: the paper has a mirrored dispatcher and does not say how; this is the usual way with terms and majorities (Raft).
+Source: the paper has a mirrored dispatcher and does not say how; terms and majorities are those of Raft.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Seat:
         """The dispatcher's book, unless there is, or may be, a later dispatcher (`refused`)."""
         document = header["document"]
         with self._lock:
-            if document["term"] < self._lease.term or (self.document is not None and age(document) < age(self.document)):
+            known = (self._lease.term, 0) if self.document is None else max((self._lease.term, 0), age(self.document))
+            if age(document) < known:
                 return {"refused": self._lease.term}
             self._lease.term, self.document = document["term"], document
             self._keep()

@@ -111,15 +111,17 @@ class Service:
         self.seat = Seat(self.lease, media.open("mirror", BOOK_BYTES), self._take_seat, self._leave_seat)
         ours = {**self.owner.handlers(), **resolver.handlers(),
                 **Promotion(self.links, self.owner, self.copies, self._save).handlers()}  # fmt: skip
-        leaf = {**self.owner.leaf_handlers(), **migration.handlers(), **self.copies.handlers(), **self.coordinator.handlers(),
+        leaf = {**self.owner.leaf_handlers(), **migration.handlers(), **self.copies.handlers(),
+                **self.coordinator.handlers(),
                 **self.seat.handlers(),
                 "home_create": self._home_create, "home_drop": self._home_drop, "attend": self._attend}  # fmt: skip
         ours["stat"] = lambda _source, _header, _payload: self.stat()
         self.links.handlers = {PORT: ours, LEAF: leaf}
         if node.node_id == manager:
             self._dispatcher = self._new_dispatcher()
-        self.keeper = Keeper(self.lease, self.owner, self.copies, self.coordinator, resolver, self.seat, self._dispatcher,
-                             self._media, self._revalidate, self._suspect, self._about, wake)  # fmt: skip
+        self.keeper = Keeper(self.lease, self.owner, self.copies, self.coordinator, resolver, self.seat,
+                             self._dispatcher, self._media, self._revalidate, self._suspect, self._about,
+                             wake)  # fmt: skip
         self._recover(media)
 
     def _new_dispatcher(self) -> Dispatcher:
@@ -457,7 +459,8 @@ class Service:
                 "copies": len(self.copies.held(number)),
                 "counts": {} if cache is None else cache.counts,
             }
-        mine = {} if self._dispatcher is None or self._dispatcher.superseded else {"all_datasets": self._dispatcher.datasets()}
+        in_office = self._dispatcher is not None and not self._dispatcher.superseded
+        mine = {"all_datasets": self._dispatcher.datasets()} if self._dispatcher is not None and in_office else {}
         return {"node": self.node.name, "node_id": self.node.node_id, "datasets": datasets, **mine,
                 "counts": {**self.counts, **self.owner.counts}, "recovered": self.keeper.said,
                 "unfinished": self.coordinator.unfinished,
