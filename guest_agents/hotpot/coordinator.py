@@ -73,6 +73,8 @@ class Attempt:
     """Whether it is committed; None: not known yet."""
     asked: set[int] = field(default_factory=set)
     """Parts whose owners may know of it."""
+    tried: set[int] = field(default_factory=set)
+    """Parts whose owners may have done theirs (MRSW)."""
     done: dict[int, Message] = field(default_factory=dict)
     """What parts have said that have carried it out."""
     moved: set[int] = field(default_factory=set)
@@ -201,17 +203,21 @@ class Coordinator:
 
     def _write(self, attempt: Attempt) -> dict[int, HotpotError]:
         """Every owner does its part, if it has not; what went wrong, by part."""
-        more: Message = {"again": True} if attempt.late else {}
         attempt.asked |= attempt.groups.keys()
         waves: tuple[dict[int, Call], dict[int, Call]] = {}, {}
         for part, (header, payload) in attempt.groups.items():
             if part not in attempt.done:
                 node = self._where(attempt, part)
                 mine = node == self._links.node.node_id
+                more: Message = {"again": True} if attempt.late and part in attempt.tried else {}
                 waves[mine][part] = node, "commit_now", {**header, **more}, payload
         # What this node owns comes last: if it is lost as both owner and committing node, the others have all done
         # their parts when there can be copies of its own, and it is committed, or there are none, and it is undone.
-        return self._collect(attempt, waves[0]) or self._collect(attempt, waves[1])
+        for wave in waves:
+            attempt.tried |= wave.keys()
+            if failures := self._collect(attempt, wave):
+                return failures
+        return {}
 
     def _collect(self, attempt: Attempt, calls: dict[int, Call]) -> dict[int, HotpotError]:
         failures = {}
@@ -360,7 +366,7 @@ class Coordinator:
             groups[fields["part"]] = (fields, bytes(payload[at : at + length]))
             at += length
         record = Record.from_json(header["record"])
-        attempt = Attempt(found.xid, record, groups, found.place, asked=set(groups), late=True)
+        attempt = Attempt(found.xid, record, groups, found.place, asked=set(groups), tried=set(groups), late=True)
         if found.state in (State.PREPARED, State.UNDO):
             attempt.decided = False
         attempt.prepared = found.state == State.COMMITTED

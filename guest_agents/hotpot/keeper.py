@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from guest_agents import lite
 from guest_agents.hotpot import promotion
 from guest_agents.hotpot.coordinator import Coordinator
 from guest_agents.hotpot.datanode import DataNode
@@ -113,12 +114,13 @@ class Keeper:
         if answer is None and not self._lease.valid and time.monotonic() - self._woken > _WAKE_SECONDS:
             self._wake()
             self._woken = time.monotonic()
-        if answer is None and not self._lease.valid:
-            self._seat.look()
-            if self._seat.due():
+        with suppress(lite.LiteError):  # of the node itself
+            if answer is None and not self._lease.valid:
+                self._seat.look()
+                if self._seat.due():
+                    self._seat.stand()
+            if self.dispatcher is not None and self.dispatcher.refused and not self.dispatcher.superseded:
                 self._seat.stand()
-        if self.dispatcher is not None and self.dispatcher.refused and not self.dispatcher.superseded:
-            self._seat.stand()
         if answer is None or "unknown" in answer:
             return
         self.reunite()
