@@ -122,6 +122,11 @@ class Shelf:
                 self._owned[slot][place] = unit
             self._persist_owners(taken)
 
+    def take_back(self, slot: int, places: Iterable[int]) -> None:
+        """Units of a piece are free again."""
+        with self._lock:
+            self._release([self._owned[slot].pop(place) for place in places if place in self._owned[slot]])
+
     def remove(self, slot: int) -> None:
         """A name less. It goes first: units that belong to nobody are free when the shelf is opened again."""
         with self._lock:
@@ -219,6 +224,11 @@ class Piece:
     def reserve(self, offset: int, length: int) -> None:
         """Take the room of a range. Full."""
         self._shelf.give(self._slot, range(offset // UNIT, -(-(offset + length) // UNIT)))
+
+    def release(self, offset: int, length: int) -> None:
+        """Give back the room of whole units: they are zeros."""
+        with self._lock:
+            self._shelf.take_back(self._slot, range(-(-offset // UNIT), (offset + length) // UNIT))
 
     def read(self, offset: int, length: int) -> bytes:
         """What was last written; where nothing was, zeros."""

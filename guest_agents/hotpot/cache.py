@@ -73,7 +73,7 @@ class Cache:
         self.record = record
         self.file = os.memfd_create(f"hotpot {record.name}", os.MFD_CLOEXEC)
         os.ftruncate(self.file, record.size)
-        self.counts = {"faults": 0, "fetches": 0, "cow": 0, "updates": 0}
+        self.counts = {"faults": 0, "fetches": 0, "cow": 0, "updates": 0, "evicted": 0}
         self._fetch_pages = fetch
         self._pages: dict[int, Page] = {}
         self._programs: set[int] = set()
@@ -108,6 +108,7 @@ class Cache:
             elif state.arriving or (state.committing and fault.write):
                 return  # whoever is at it wakes all who wait for this page
             else:
+                self._used(page)
                 self._let(program, page, state, fault)
                 return
         self._fetch([page])
@@ -208,6 +209,7 @@ class Cache:
                     raise NotClean(f"page {page} of {self.record.name} has stores that were not committed")
             for page in new:
                 self._page(page).transaction = transaction
+                self._used(page)
 
     def release(self, pages: Iterable[int]) -> None:
         """A transaction was committed: the pages are nobody's."""
@@ -299,6 +301,22 @@ class Cache:
             for page in pages:
                 self._forget(page)
 
+    def evict(self, most: int) -> int:
+        """Take so many pages out of programs, those first that were longest not asked for; none that was written, or is
+        in a transaction. How many."""
+        with self._changed:
+            free = [page for page, state in self._pages.items()
+                    if not (state.arriving or state.dirty or state.transaction or state.committing)][:most]  # fmt: skip
+            for page in free:
+                self._forget(page)
+            self.counts["evicted"] += len(free)
+        return len(free)
+
+    def pages(self) -> list[int]:
+        """All pages that are here, or on their way."""
+        with self._changed:
+            return list(self._pages)
+
     def states(self) -> dict[str, set[int]]:
         """Pages by state."""
         with self._changed:
@@ -328,6 +346,9 @@ class Cache:
             os.pwrite(self.file, data, page * PAGE)
         state.twin = state.fresh = None
         state.seen = state.version
+
+    def _used(self, page: int) -> None:
+        self._pages[page] = self._pages.pop(page)  # the last of them
 
     def _forget(self, page: int) -> None:
         if self._pages.pop(page, None) is not None:

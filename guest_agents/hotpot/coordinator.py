@@ -4,8 +4,8 @@ MRMW: 1. every owner, in the order of parts so that two commits cannot hold each
 logs; any refusal undoes it. 2. all owners at once make copies and change the home pages. 3. they drop their logs and
 unlock. With a single part there is nothing to vote on, and it is one message.
 
-MRSW: the pages are the writer's alone since he acquired them at the master, so each owner does all at once; a second
-message tells them that all have done it.
+MRSW: the pages are the writer's alone since he acquired them at the master, so each owner does all at once, this node
+last; a second message tells them that all have done it.
 
 What this node intends is on its own media too, with all bytes, before anybody else knows of it. A commit that was
 decided goes on until every owner has carried it out, also after a crash of this node: an owner that comes back finds it
@@ -73,6 +73,8 @@ class Attempt:
     """Whether it is committed; None: not known yet."""
     asked: set[int] = field(default_factory=set)
     """Parts whose owners may know of it."""
+    tried: set[int] = field(default_factory=set)
+    """Parts whose owners may have done theirs (MRSW)."""
     done: dict[int, Message] = field(default_factory=dict)
     """What parts have said that have carried it out."""
     moved: set[int] = field(default_factory=set)
@@ -183,8 +185,8 @@ class Coordinator:
                 self._release(attempt)
                 return _outcome(list(attempt.done.values()))
             doubtful = doubtful or any(isinstance(failure, NodeLost | InDoubt) for failure in failures.values())
-            # An owner that is away may have done its part, and be replaced by a copy of it, which cannot be undone.
-            passing = (*_FOR_A_WHILE, TooFewNodes) if doubtful else _FOR_A_WHILE
+            # An owner that has done its part, or may have, can be replaced by a copy of it, which cannot be undone.
+            passing = (*_FOR_A_WHILE, TooFewNodes) if doubtful or attempt.done else _FOR_A_WHILE
             lasting = [failure for failure in failures.values() if not isinstance(failure, passing)]
             first = next(iter(failures.values()))
             if lasting or (not attempt.done and not doubtful):
@@ -201,11 +203,21 @@ class Coordinator:
 
     def _write(self, attempt: Attempt) -> dict[int, HotpotError]:
         """Every owner does its part, if it has not; what went wrong, by part."""
-        more: Message = {"again": True} if attempt.late else {}
         attempt.asked |= attempt.groups.keys()
-        calls = {part: (self._where(attempt, part), "commit_now", {**header, **more}, payload)
-                 for part, (header, payload) in attempt.groups.items() if part not in attempt.done}  # fmt: skip
-        return self._collect(attempt, calls)
+        waves: tuple[dict[int, Call], dict[int, Call]] = {}, {}
+        for part, (header, payload) in attempt.groups.items():
+            if part not in attempt.done:
+                node = self._where(attempt, part)
+                mine = node == self._links.node.node_id
+                more: Message = {"again": True} if attempt.late and part in attempt.tried else {}
+                waves[mine][part] = node, "commit_now", {**header, **more}, payload
+        # What this node owns comes last: if it is lost as both owner and committing node, the others have all done
+        # their parts when there can be copies of its own, and it is committed, or there are none, and it is undone.
+        for wave in waves:
+            attempt.tried |= wave.keys()
+            if failures := self._collect(attempt, wave):
+                return failures
+        return {}
 
     def _collect(self, attempt: Attempt, calls: dict[int, Call]) -> dict[int, HotpotError]:
         failures = {}
@@ -354,7 +366,7 @@ class Coordinator:
             groups[fields["part"]] = (fields, bytes(payload[at : at + length]))
             at += length
         record = Record.from_json(header["record"])
-        attempt = Attempt(found.xid, record, groups, found.place, asked=set(groups), late=True)
+        attempt = Attempt(found.xid, record, groups, found.place, asked=set(groups), tried=set(groups), late=True)
         if found.state in (State.PREPARED, State.UNDO):
             attempt.decided = False
         attempt.prepared = found.state == State.COMMITTED

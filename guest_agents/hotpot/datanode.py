@@ -18,15 +18,18 @@ from dataclasses import dataclass, field
 from guest_agents.hotpot import blocks
 from guest_agents.hotpot.blocks import PAGE, STRIDE, ZERO, Copy
 from guest_agents.hotpot.changes import Change, decode
-from guest_agents.hotpot.errors import BadArgument, Corrupt, NotOwner
+from guest_agents.hotpot.errors import BadArgument, Corrupt, NodeLost, NotOwner
 from guest_agents.hotpot.log import Log, State
 from guest_agents.hotpot.media import Folder, Media
 from guest_agents.hotpot.messages import Handler, Message, pack, unpack
 from guest_agents.hotpot.records import Record
+from guest_agents.shelf import UNIT
 
 log = logging.getLogger("rackless.hotpot")
 _LISTED = 8000
 """Pages in one reply of `fence`."""
+_GROUP = 64
+"""Pages that go together when there is no room."""
 
 
 @dataclass
@@ -40,6 +43,8 @@ class Store:
     """Pages of which the present version is here."""
     doubtful: dict[int, int] = field(default_factory=dict)
     """Pages with the versions that a crash has left here."""
+    used: dict[int, None] = field(default_factory=dict)
+    """Groups of pages, those last that were used last."""
 
     def read(self, page: int) -> Copy:
         """A page. Corrupt."""
@@ -69,18 +74,30 @@ class Store:
         self.held -= set(pages)
         for page in pages:
             self.doubtful.pop(page, None)
+        for unit in {at // UNIT for page in pages for at in (page * STRIDE, (page + 1) * STRIDE - 1)}:
+            if not any(page in self.held or page in self.doubtful
+                       for page in range(unit * UNIT // STRIDE, -(-(unit + 1) * UNIT // STRIDE))):  # fmt: skip
+                self.media.release(unit * UNIT, UNIT)
+
+    def use(self, page: int) -> None:
+        """It was asked for, or has changed."""
+        self.used.pop(page // _GROUP, None)
+        self.used[page // _GROUP] = None
 
 
 class DataNode:
     """Copies of pages of all datasets. Thread-safe.
 
+    media -- the number of this node's media: who counts on copies on others is told that they are lost
     updated -- told of each new version of a page, also of those that are not kept here
     changed -- told when there are copies of another dataset, or of none, or its record is another
     """
 
     def __init__(
-        self, folder: Folder, log: Log, updated: Callable[[int, int, Copy], None], changed: Callable[[], None]
-    ) -> None:
+        self, folder: Folder, log: Log, media: str, updated: Callable[[int, int, Copy], None],
+        changed: Callable[[], None],
+    ) -> None:  # fmt: skip
+        self._media = media
         self._folder = folder
         self._log = log
         self._updated = updated
@@ -101,6 +118,7 @@ class DataNode:
             store = self._stores.get(dataset)
             if store is None or page not in store.held:
                 return None
+            store.use(page)
             return store.read(page)
 
     def held(self, dataset: int) -> set[int]:
@@ -108,6 +126,17 @@ class DataNode:
         with self._lock:
             store = self._stores.get(dataset)
             return set(store.held) if store else set()
+
+    def count(self) -> int:
+        """Of all copies that are here."""
+        with self._lock:
+            return sum(len(store.held) + len(store.doubtful) for store in self._stores.values())
+
+    def oldest(self) -> list[tuple[Record, set[int]]]:
+        """Pages that go together when there is no room, those that were longest not used first; by dataset."""
+        with self._lock:
+            return [(store.record, pages) for store in self._stores.values() for group in store.used
+                    if (pages := store.held & set(range(group * _GROUP, (group + 1) * _GROUP)))]  # fmt: skip
 
     def records(self) -> list[Record]:
         """Datasets of which copies are here, or were."""
@@ -144,21 +173,30 @@ class DataNode:
             store.clear([page for page in pages if page in stale])
             for page in pages:
                 if page not in stale:
+                    store.use(page)
                     store.doubtful.pop(page)
                     store.held.add(page)
 
     def let_go(self, dataset: int, part: int) -> None:
-        """This node is the home of these pages now: it needs no copies of them. What is on media stays until others
-        know of the home."""
+        """This node is the home of these pages now, and others know it: it needs no copies of them."""
         with self._lock:
             store = self._stores.get(dataset)
             if store is not None:
-                store.held = {page for page in store.held if store.record.part(page) != part}
-                store.doubtful = {p: v for p, v in store.doubtful.items() if store.record.part(p) != part}
+                store.clear([page for page in store.held | store.doubtful.keys() if store.record.part(page) == part])
 
-    def learn_of(self, reply: Message) -> None:
-        """The same, as the dispatcher says it."""
-        self.learn(Record.from_json(reply["record"]))
+    def keep(self, record: Record, pages: dict[int, Copy]) -> None:
+        """This node was the home of these pages: keep them, and trust them as soon as their next home does. NoSpace."""
+        with self._lock:
+            new = record.id not in self._stores
+            store = self.open(record)
+            for page in pages:
+                store.media.reserve(page * STRIDE, STRIDE)
+            store.write(list(pages.items()))
+            for page, copy in pages.items():
+                store.held.discard(page)
+                store.doubtful[page] = copy.version
+        if new:
+            self._changed()
 
     def learn(self, record: Record) -> None:
         """A newer record of a dataset."""
@@ -219,6 +257,10 @@ class DataNode:
 
     # What others ask
 
+    def _is_meant(self, header: Message) -> None:
+        if header.get("media") not in (None, self._media):
+            raise NodeLost("this node has come back without the copies that it had")
+
     def _obey(self, store: Store, header: Message) -> None:
         known = store.record.epoch(header["part"])
         if header["epoch"] < known:
@@ -226,7 +268,8 @@ class DataNode:
 
     def _replica(self, _source: int, header: Message, payload: memoryview) -> Message:
         """A commit, to pages of which copies are here. If some are not, or are others, these are `stale`, and nothing
-        is done."""
+        is done. NodeLost: those that the home counts on are."""
+        self._is_meant(header)
         changes = decode(header["pages"], payload)
         xid, fresh, stale = header["xid"], [], []
         with self._lock:
@@ -250,6 +293,7 @@ class DataNode:
                 store.write(fresh)
                 self._log.drop(place)
                 for page, _copy in fresh:
+                    store.use(page)
                     store.held.add(page)
                     store.doubtful.pop(page, None)
         for page, copy in fresh:
@@ -257,7 +301,8 @@ class DataNode:
         return {}
 
     def _seed(self, _source: int, header: Message, payload: memoryview) -> Message:
-        """Whole pages as they are at their home."""
+        """Whole pages as they are at their home. NodeLost, as before."""
+        self._is_meant(header)
         record, pages = Record.from_json(header["record"]), _copies(header, payload)
         with self._lock:
             new = record.id not in self._stores
@@ -270,6 +315,7 @@ class DataNode:
                 store.media.reserve(page * STRIDE, STRIDE)
             store.write(pages)
             for page, _copy in pages:
+                store.use(page)
                 store.held.add(page)
                 store.doubtful.pop(page, None)
         if newer:
@@ -289,7 +335,9 @@ class DataNode:
         return {"versions": [[page, copy.version] for page, copy in copies.items() if copy]}
 
     def _fence(self, _source: int, header: Message, _payload: memoryview) -> Message:
-        """Obey no home of an earlier epoch from now on; versions of the copies here of a part, doubtful ones too."""
+        """Obey no home of an earlier epoch from now on; versions of the copies here of a part, doubtful ones too.
+        NodeLost, as before."""
+        self._is_meant(header)
         record, part, start = Record.from_json(header["record"]), header["part"], header["start"]
         with self._lock:
             store = self._stores.get(record.id)
@@ -313,14 +361,17 @@ class DataNode:
             return 0
 
     def _clear(self, _source: int, header: Message, _payload: memoryview) -> Message:
-        """The home is going to send copies of a part, and knows of none here: what there is, is old. NotOwner."""
+        """The home is going to send copies of a part, and knows of none here: what there is, is old. Or it does not
+        want copies of some pages here any more. NotOwner."""
+        self._is_meant(header)
+        pages = set(header["pages"]) if "pages" in header else None
         with self._lock:
             store = self._stores.get(header["dataset"])
             if store is not None:
                 self._obey(store, header)
-                old = [page for page in store.held | store.doubtful.keys()
-                       if store.record.part(page) == header["part"]]  # fmt: skip
-                store.clear(old)
+                there = store.held | store.doubtful.keys()
+                store.clear([page for page in (there if pages is None else there & pages)
+                             if store.record.part(page) == header["part"]])  # fmt: skip
         return {}
 
     def _give(self, _source: int, header: Message, _payload: memoryview) -> Message:

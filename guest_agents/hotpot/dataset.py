@@ -127,6 +127,14 @@ class Dataset:
         """Take back what was stored in the pages of ranges without a transaction. NotClean: a transaction has one."""
         self._ask("discard", areas=areas)
 
+    def migrate(self, at: int, node: int) -> None:
+        """Begin to move all chunks that the owner of the byte at `at` has of the dataset to a node (id).
+
+        Returns at once; reads and commits go on, and for a moment commits are told to retry. It may not come to be: the
+        node dies, or has no room. BadArgument, NotMapped, NodeLost; Retry: they are moving already.
+        """
+        self.session.ask("migrate", dataset=self._number, at=at, node=node)
+
     def close(self) -> None:
         """Unmap it; what was not committed is gone when no program of this node has it open. ViewsInUse."""
         if self._faults < 0:

@@ -23,14 +23,15 @@ from guest_agents.hotpot.errors import (
     DatasetBusy,
     DatasetExists,
     HotpotError,
+    Isolated,
+    NodeLost,
     NoSpace,
     NoSuchDataset,
     NotOwner,
     VersionMismatch,
 )
 from guest_agents.hotpot.lease import Timing
-from guest_agents.hotpot.media import Media
-from guest_agents.hotpot.messages import LEAF, MAX_REPLY, Call, Handler, Links, Message
+from guest_agents.hotpot.messages import LEAF, MAX_REPLY, Handler, Links, Message
 from guest_agents.hotpot.records import ALIGN, MAX_NAME, MODES, REGION, REGION_BYTES, SETTINGS, Record
 
 Hold = Callable[[int, Iterable[tuple[int, int, list[int]]]], None]
@@ -85,6 +86,16 @@ class Dispatcher:
         self._registered: set[int] = set()
         self.lost: set[tuple[int, int]] = set()
         """Dataset and part: their node has come back without them."""
+        self.term = 0
+        self.voters: set[int] = set()
+        """Nodes of which a majority makes another the dispatcher (seat.py)."""
+        self.superseded = False
+        """Another node is the dispatcher."""
+        self.refused = False
+        """Nodes have promised to obey only a later one."""
+        self._unsaved = False
+        self._quorum: set[int] = set()
+        """The voters of the last book that enough nodes have."""
         self.moving: set[tuple[int, int]] = set()
         """Parts that are getting another home just now."""
         self.life = secrets.token_hex(4)
@@ -98,23 +109,40 @@ class Dispatcher:
             self._media = {int(node): media for node, media in document["nodes"].items()}
             self._next, self._number = document["next"], document["number"]
             self.lost = {(number, part) for number, part in document["lost"]}
+            self.term, self.voters = document["term"], set(document["voters"])
+            self._quorum = set(document["quorum"])
             self.heard = dict.fromkeys(self._media, time.monotonic())
 
-    def restore(self) -> None:
-        """If the book was lost, take the latest that another node has a copy of."""
-        if self.fresh:
-            others = sorted(self.links.living() - {self.links.node.node_id})
-            calls: list[Call] = [(node, "mirrored", {}, b"") for node in others]
-            replies = [reply for reply in self.links.call_all(calls, LEAF) if not isinstance(reply, HotpotError)]
-            books = [reply["document"] for reply in replies if reply["document"] is not None]
-            if books:
-                self._take(max(books, key=lambda document: document["number"]))
+    def restore(self, document: Message | None) -> None:
+        """Begin, or go on, with the latest book that others have: it may be later than the one here, and another
+        node's."""
+        if document is not None and (document["term"], document["number"]) > (self.term, self._number):
+            if document["seat"] != self.links.node.node_id:
+                self.superseded = True
+                return
+            self._take(document)
+            self.save()
+
+    def in_office(self) -> None:
+        """NodeLost: this node is not the dispatcher any more; Isolated: it may not be, as too few have its book."""
+        if self.superseded:
+            raise NodeLost("the dispatcher is on another node")
+        with self.lock:
+            if self._unsaved:
                 self.save()
+
+    def _if_in_office(self, handler: Handler) -> Handler:
+        def answer(source: int, header: Message, payload: memoryview) -> Message:
+            self.in_office()
+            return handler(source, header, payload)
+
+        return answer
 
     def handlers(self) -> dict[str, Handler]:
         """What nodes may ask, on PORT."""
-        return {"create": self._create, "delete": self._delete, "list": self._list, "open": self._open_asked,
+        mine = {"create": self._create, "delete": self._delete, "list": self._list, "open": self._open_asked,
                 "close": self._close}  # fmt: skip
+        return {op: self._if_in_office(handler) for op, handler in mine.items()}
 
     def leaf_handlers(self, hold: Hold) -> dict[str, Handler]:
         """What nodes may ask, on LEAF: somebody's `create` may be waiting for it. `hold` is told what a node that
@@ -125,8 +153,9 @@ class Dispatcher:
             hold(source, header.get("writing", ()))
             return reply
 
-        return {"register": register, "beat": self._beat, "find": self._find_asked, "confirm": self._confirm,
+        mine = {"register": register, "beat": self._beat, "find": self._find_asked, "confirm": self._confirm,
                 "synced": self._synced}  # fmt: skip
+        return {op: self._if_in_office(handler) for op, handler in mine.items()}
 
     # Nodes
 
@@ -141,6 +170,8 @@ class Dispatcher:
                 self._lose(source)
             self._media[source] = media
             self._registered.add(source)
+            changed = changed or source not in self.voters
+            self.voters.add(source)
             self.heard[source] = time.monotonic()
             for dataset in header.get("open", ()):
                 self._open[dataset].add(source)
@@ -161,9 +192,14 @@ class Dispatcher:
     def _beat(self, source: int, header: Message, _payload: memoryview) -> Message:
         """A node is alive; what it should know of its homes and of its copies."""
         with self.lock:
+            if header["term"] > self.term:
+                self.refused = True
             if source not in self._registered or self._media[source] != header["media"]:
-                return {"unknown": True}
+                return {"unknown": True, "term": self.term}
             self.heard[source] = time.monotonic()
+            if source not in self.voters:
+                self.voters.add(source)
+                self.save()
             mine, trusted = [], []
             for number, listed in self.listed.items():
                 for part, home in enumerate(listed.record.homes):
@@ -171,7 +207,7 @@ class Dispatcher:
                         mine.append([number, part, listed.record.epoch(part), sorted(listed.synced[part])])
                     if source in listed.synced[part]:
                         trusted.append([number, part])
-            return {"life": self.life, "homes": mine, "trusted": trusted}
+            return {"life": self.life, "term": self.term, "homes": mine, "trusted": trusted}
 
     def nodes(self) -> set[int]:
         """Those that have registered."""
@@ -209,7 +245,7 @@ class Dispatcher:
                 listed.record = listed.record.moved(part, source)
                 self.save()
             return {"mine": True, "record": listed.record.to_json(), "synced": sorted(listed.synced[part]),
-                    "solo": sorted(listed.solo)}  # fmt: skip
+                    "solo": sorted(listed.solo), "media": self.media_of(listed.synced[part])}  # fmt: skip
 
     def _synced(self, source: int, header: Message, _payload: memoryview) -> Message:
         """A home tells which nodes get its copies, or do not any more. NotOwner."""
@@ -220,12 +256,16 @@ class Dispatcher:
             if wrong or (number, part) in self.moving | self.lost:
                 raise NotOwner(f"node {source} is not the home of part {part} of {listed.record.name}")
             listed.synced[part] = (listed.synced[part] | set(header["add"])) - set(header["remove"])
-            if "solo_is" in header:
+            if "solo_is" in header and set(header["synced"]) <= listed.synced[part]:  # else it has not heard of a loss
                 listed.solo -= set(range(part, listed.record.chunks, len(listed.record.homes)))
                 listed.solo |= set(header["solo_is"])
             listed.solo |= set(header["solo"])
             self.save()
-        return {}
+            return {"media": self.media_of(listed.synced[part])}
+
+    def media_of(self, nodes: Iterable[int]) -> list[tuple[int, str]]:
+        """The numbers of these nodes' media."""
+        return [(node, self._media[node]) for node in nodes if node in self._media]
 
     # Datasets
 
@@ -273,7 +313,8 @@ class Dispatcher:
             raise BadArgument(f"no Hotpot on nodes {sorted(unknown)}")
         if not nodes:
             raise NoSpace("no node can own chunks")
-        return Record(self._next, name, size, mode, chunk, self._place(size), tuple(nodes[:chunks]))
+        return Record(self._next, name, size, mode, chunk, self._place(size), tuple(nodes[:chunks]),
+                      adapt=bool(header.get("adapt")))  # fmt: skip
 
     def _place(self, size: int) -> int:
         """Where programs map it: the first gap among the others."""
@@ -337,29 +378,37 @@ class Dispatcher:
             raise NoSuchDataset(f"there is no dataset {number}") from None
 
     def save(self) -> None:
-        """To media, and to those of all nodes that can be reached. NoSpace."""
+        """To media, and to those of all nodes that can be reached. NoSpace; Isolated: to so few that others could have
+        made another node the dispatcher. Nothing is answered then before it is done."""
         self._number += 1
+        self._unsaved = True
         document = {"number": self._number, "next": self._next, "lost": sorted(self.lost),
+                    "term": self.term, "seat": self.links.node.node_id, "voters": sorted(self.voters),
+                    "quorum": sorted(self._quorum),
                     "nodes": {str(node): media for node, media in self._media.items()},
                     "datasets": [listed.to_json() for listed in self.listed.values()]}  # fmt: skip
         self._book.save(document)
-        others = self._registered - {self.links.node.node_id}
-        near = [node for node in sorted(others) if not self.silent(node, self.timing.lease)]
-        self.links.call_all([(node, "mirror", {"document": document}, b"") for node in near], LEAF)
+        near = sorted((self.voters | self._registered | self._media.keys()) & self.links.living())
+        replies = self.links.call_all([(node, "mirror", {"document": document}, b"") for node in near], LEAF)
+        have = set()
+        for node, reply in zip(near, replies, strict=True):
+            if isinstance(reply, HotpotError):
+                continue
+            if "refused" in reply:
+                self.refused = True
+                raise Isolated("other nodes may have another dispatcher")
+            have.add(node)
+        # Without this one and those there must not be a majority of voters. Of two there never is without this one.
+        for voters in (self._quorum, self.voters):
+            if 2 * len(voters - have - {self.links.node.node_id}) > len(voters):
+                raise Isolated("the dispatcher reaches too few nodes")
+        self._unsaved, self._quorum = False, set(self.voters)
 
-
-def mirror(media: Media) -> dict[str, Handler]:
-    """What a node does to keep the dispatcher's book, should the manager lose its own; on LEAF."""
-    book = Book(media)
-    lock = threading.Lock()
-
-    def take(_source: int, header: Message, _payload: memoryview) -> Message:
-        with lock:
-            book.save(header["document"])
-        return {}
-
-    def give(_source: int, _header: Message, _payload: memoryview) -> Message:
-        with lock:
-            return {"document": book.document}
-
-    return {"mirror": take, "mirrored": give}
+    def strike_off(self) -> None:
+        """Nodes that were silent for long do not vote any more, one at a time; when they are back they do. Isolated."""
+        with self.lock:
+            for node in sorted(self.voters - {self.links.node.node_id}):
+                if self.silent(node, self.timing.promote):
+                    self.voters.discard(node)
+                    self.save()
+                    return

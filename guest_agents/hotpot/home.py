@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -27,6 +27,19 @@ Key = tuple[int, int]
 
 
 @dataclass
+class Leave:
+    """How far a home has moved (migration.py)."""
+
+    node: int
+    pages: list[int] = field(default_factory=list)
+    """Some that the node has still to get."""
+    frozen: float = 0.0
+    """Since when there are no commits; 0: there are."""
+    handed: float = 0.0
+    """When the node has become the home; until all have heard that, they read here."""
+
+
+@dataclass
 class Home:
     """The part of a dataset that this node owns."""
 
@@ -46,6 +59,8 @@ class Home:
     """By chunk: nodes that may have pages of it in their caches."""
     synced: set[int] = field(default_factory=set)
     """Nodes of which the dispatcher knows that their copies may be trusted: all that are in `copies`."""
+    media_of: dict[int, str] = field(default_factory=dict)
+    """Their media's numbers: a node that has come back with others has lost its copies, and takes none unasked."""
     solo: set[int] = field(default_factory=set)
     """Chunks of which the dispatcher knows that pages were committed without a copy elsewhere."""
     short: set[int] = field(default_factory=set)
@@ -60,6 +75,13 @@ class Home:
     """Transactions that had begun before this became the home, and may still come."""
     xids: set[int] = field(default_factory=set)
     """Transactions that had last written pages when this node became their home in place of a lost one."""
+
+    accessed: Counter[int] = field(default_factory=Counter)
+    """Bytes that nodes have fetched and committed in this window."""
+    leave: Leave | None = None
+    """It goes to another node."""
+    sound: bool = False
+    """It has come here from a home that lived: what nodes have cached is not old."""
 
     @property
     def key(self) -> Key:

@@ -8,16 +8,18 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from guest_agents import lite
 from guest_agents.hotpot import promotion
 from guest_agents.hotpot.coordinator import Coordinator
 from guest_agents.hotpot.datanode import DataNode
 from guest_agents.hotpot.dispatcher import Dispatcher
-from guest_agents.hotpot.errors import HotpotError, NodeLost, NotOwner, VersionMismatch
+from guest_agents.hotpot.errors import HotpotError, Isolated, NodeLost, VersionMismatch
 from guest_agents.hotpot.lease import Lease
 from guest_agents.hotpot.messages import PORT, Message
 from guest_agents.hotpot.owner import Owner
 from guest_agents.hotpot.records import SETTINGS, Record
 from guest_agents.hotpot.resolver import Resolver
+from guest_agents.hotpot.seat import Seat
 
 log = logging.getLogger("rackless.hotpot")
 _REPAIRED = 64
@@ -42,7 +44,7 @@ class Keeper:
 
     def __init__(
         self, lease: Lease, owner: Owner, copies: DataNode, coordinator: Coordinator, resolver: Resolver,
-        dispatcher: Dispatcher | None, media: str, revalidate: Callable[..., None],
+        seat: Seat, dispatcher: Dispatcher | None, media: str, revalidate: Callable[..., None],
         suspect: Callable[[int, int], None], about: Callable[[], Message],
         wake: Callable[[], None],
     ) -> None:  # fmt: skip
@@ -52,7 +54,8 @@ class Keeper:
         self._copies = copies
         self._coordinator = coordinator
         self._resolver = resolver
-        self._dispatcher = dispatcher
+        self.dispatcher = dispatcher
+        self._seat = seat
         self._media = media
         self._revalidate = revalidate
         self._suspect = suspect
@@ -99,28 +102,39 @@ class Keeper:
     def turn(self) -> None:
         """Everything once."""
         was_cut_off = not self._lease.valid
+        synced = {home.key: set(home.synced) for home in self._owner.homes()}
         answer = self._lease.renew({"media": self._media})
         if answer is not None and "unknown" in answer:
             try:
                 self.register()
-            except (NodeLost, VersionMismatch) as failure:
+            except (NodeLost, Isolated, VersionMismatch) as failure:
                 log.warning("the dispatcher: %s", failure)
                 return
             answer = self._lease.renew({"media": self._media})
         if answer is None and not self._lease.valid and time.monotonic() - self._woken > _WAKE_SECONDS:
             self._wake()
             self._woken = time.monotonic()
+        with suppress(lite.LiteError):  # of the node itself
+            if answer is None and not self._lease.valid:
+                self._seat.look()
+                if self._seat.due():
+                    self._seat.stand()
+            if self.dispatcher is not None and self.dispatcher.refused and not self.dispatcher.superseded:
+                self._seat.stand()
         if answer is None or "unknown" in answer:
             return
         self.reunite()
-        self._heed(answer)
+        self._heed(answer, synced)
         self._revalidate(cut_off=was_cut_off)
         self._rejoin()
         self._resolver.look()
         self._coordinator.resume()
         self._repair()
-        if self._dispatcher is not None:
-            promotion.watch(self._dispatcher)
+        if self.dispatcher is not None and not self.dispatcher.superseded:
+            with suppress(HotpotError):
+                self.dispatcher.in_office()
+                self.dispatcher.strike_off()
+                promotion.watch(self.dispatcher)
 
     def reunite(self) -> None:
         """Homes that are not in use yet get there."""
@@ -134,17 +148,18 @@ class Keeper:
                     if home.ready:
                         self._copies.let_go(*home.key)
 
-    def _heed(self, answer: Message) -> None:
-        """What the dispatcher knows of copies."""
+    def _heed(self, answer: Message, before: dict[tuple[int, int], set[int]]) -> None:
+        """What the dispatcher knows of copies; `before`: what homes knew when it was asked, others have come since."""
         for number, part, epoch, synced in answer["homes"]:
             with suppress(HotpotError):
                 home = self._owner.home(number, part)
-                gone = home.synced - set(synced)
+                gone = home.synced & before.get(home.key, set()) - set(synced)
                 if home.ready and gone and home.record.epoch(part) == epoch:
-                    self._owner.replicas.bereaved(home, gone)
+                    self._owner.replicas.exclude(home, gone)
         known = {(number, part) for number, part, _epoch, _synced in answer["homes"]}
         for home in self._owner.homes():
-            if home.key not in known:
+            handed = home.leave.handed if home.leave is not None else 0.0
+            if home.key not in known and time.monotonic() > handed + self._lease.timing.lease:
                 home.ready = False
         trusted = {tuple(pair) for pair in answer["trusted"]}
         for record in self._copies.records():
@@ -162,18 +177,17 @@ class Keeper:
                         self._ask_home(record, part, doubtful)
 
     def _ask_home(self, record: Record, part: int, doubtful: dict[int, int]) -> None:
-        node = record.homes[part]
-        if node == self._links.node.node_id:
-            if self._owner.home(record.id, part).ready:
+        # What this node has heard of homes may be old, or of one that did not come to be.
+        record = Record.from_json(self._lease.ask("find", {"dataset": record.id})["record"])
+        self._copies.learn(record)
+        if record.homes[part] == self._links.node.node_id:
+            home = self._owner.home(record.id, part)
+            if home.ready and home.leave is None:
                 self._copies.settle(record.id, doubtful, set(doubtful))
             return
         asked = dict(sorted(doubtful.items())[:_LISTED])
         about = {"dataset": record.id, "part": part, "pages": [list(pair) for pair in asked.items()]}
-        try:
-            reply = self._links.call(node, "rejoin", about, port=PORT)
-        except (NotOwner, NodeLost):
-            self._copies.learn_of(self._lease.ask("find", {"dataset": record.id}))
-            return
+        reply = self._links.call(record.homes[part], "rejoin", about, port=PORT)
         over = doubtful.keys() - asked.keys()
         stale = set(reply.get("stale", ()))
         gone = {page: doubtful[page] for page in stale | over}
@@ -184,6 +198,8 @@ class Keeper:
     def _repair(self) -> None:
         """Make copies of pages that have too few, and reach nodes that missed news."""
         for home in self._owner.homes():
+            if home.leave is not None and home.leave.frozen:
+                continue
             if home.ready and home.missed:
                 promotion.attended(self._links, home, home.missed & self._links.living())
             if not home.ready or not home.short:

@@ -26,6 +26,10 @@ class Timing:
     """After that long without a call of its node, a part gets another home, if there are copies of all of it."""
     patience: float = 10.0
     """How long a commit waits for an owner that does not answer, before it is InDoubt (and goes on without anybody)."""
+    takeover: float = 20.0
+    """After that long without an answer of the dispatcher, another node becomes it."""
+    window: float = 15.0
+    """How long accesses are counted before it is decided whether a part moves."""
     settle: float = 2.0
     """How old something unfinished must be before its owner asks what became of it."""
 
@@ -37,6 +41,10 @@ class Lease:
         self.links = links
         self.manager = manager
         self.timing = timing
+        self.term = 0
+        """No dispatcher of an earlier one is obeyed (seat.py)."""
+        self.heard = time.monotonic()
+        """When the dispatcher has last answered, or this began."""
         self._until = 0.0
 
     @property
@@ -53,11 +61,13 @@ class Lease:
         """Call the dispatcher; its answer, None if there is none."""
         began = time.monotonic()
         try:
-            answer = self.ask("beat", about)
+            answer = self.ask("beat", {**about, "term": self.term})
         except HotpotError:
             return None
+        if answer.get("term", 0) < self.term:
+            return None
         if "unknown" not in answer:
-            self._until = began + self.timing.lease
+            self._until, self.heard = began + self.timing.lease, began
         return answer
 
     def ask(self, op: str, about: Message) -> Message:

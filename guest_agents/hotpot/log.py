@@ -7,6 +7,7 @@ has committed can be taken for a record. The first 4 KiB are the log's own.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import struct
 import threading
@@ -25,7 +26,7 @@ _STATE_AT = 8
 _MAGIC = b"HOTPOT\0\2"
 _UNIT = 4096
 _FIRST = struct.Struct("<8sQI")
-_FIRST_MAGIC = b"HOTLOG\0\2"
+_FIRST_MAGIC = b"HOTLOG\0\3"
 
 
 class State(IntEnum):
@@ -120,7 +121,9 @@ class Log:
         self._media.close()
 
     def _checksum(self, place: int, xid: int, body: bytes) -> int:
-        return zlib.crc32(body, zlib.crc32(_COVERED.pack(self._salt, place, xid, len(body))))
+        digest = hashlib.blake2b(_COVERED.pack(self._salt, place, xid, len(body)), digest_size=4)  # blocks.py says why
+        digest.update(body)
+        return int.from_bytes(digest.digest(), "little")
 
     def _begin(self) -> int:
         magic, salt, checksum = _FIRST.unpack(self._media.read(0, _FIRST.size))

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from guest_agents import pmem
 from guest_agents.hotpot.errors import Corrupt, NoSpace, VersionMismatch
@@ -27,6 +28,13 @@ from guest_agents.shelf import Damaged, Different, Foreign, Full, Piece, Shelf, 
 DEVICE = "pmem.json"
 """In a folder of media: on which device they are (pmem.Places). Without it, they are files."""
 _OWN = {DEVICE, "pmem.lock"}
+
+
+class Room(NamedTuple):
+    """Of a device, bytes."""
+
+    size: int
+    free: int
 
 
 class Folder:
@@ -46,6 +54,11 @@ class Folder:
             if there is not None:
                 return sorted(there.names())
             return sorted(file.name for file in self.path.iterdir() if file.is_file() and file.name not in _OWN)
+
+    def room(self) -> Room | None:
+        """What the device has; None: there is none. Corrupt, NoSpace: as Media."""
+        with _using(self.path) as there:
+            return None if there is None else Room(there.size, there.size - there.used)
 
     def remove(self, name: str) -> None:
         """Delete media that are not open."""
@@ -85,6 +98,10 @@ class Media:
         """Take the space of a range; without it, a store could find the device full, which is a SIGBUS. NoSpace."""
         with _explained(self.path):
             self._place.reserve(offset, length)
+
+    def release(self, offset: int, length: int) -> None:
+        """Give back the space of whole units (shelf.UNIT) of zeros; they can be reserved again."""
+        self._place.release(offset, length)
 
     def read(self, offset: int, length: int) -> bytes:
         """What was last written."""
@@ -177,6 +194,9 @@ class _File:
 
     def reserve(self, offset: int, length: int) -> None:
         os.posix_fallocate(self._file, offset, length)
+
+    def release(self, offset: int, length: int) -> None:
+        pass  # it is as long as the dataset
 
     def read(self, offset: int, length: int) -> bytes:
         return self._map[offset : offset + length]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from guest_agents import lite
 from guest_agents.hotpot import blocks
 from guest_agents.hotpot.atlas import Atlas
-from guest_agents.hotpot.blocks import STRIDE, Copy
+from guest_agents.hotpot.blocks import PAGE, STRIDE, Copy
 from guest_agents.hotpot.cache import Cache
 from guest_agents.hotpot.datanode import DataNode
 from guest_agents.hotpot.errors import Corrupt, HotpotError, NodeLost, NotOwner, PagesLost, Retry
@@ -41,6 +41,8 @@ class Opened:
     """Of these memories: each home has a new one in each life."""
     told: set[int] = field(default_factory=set)
     """Chunks of which the owner knows that they may be cached here."""
+    accessed: Counter[int] = field(default_factory=Counter)
+    """Bytes that were fetched from the homes of parts, since they were last told."""
     suspect: set[int] = field(default_factory=set)
     """Parts of which cached pages may be old, as their home, or this node, was away."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -95,6 +97,8 @@ class Fetcher:
         distant: dict[int, list[int]] = defaultdict(list)
         for page in pages:
             copy = self._here(record, page, near=near)
+            if copy is None or record.owner(page) == self._links.node.node_id:
+                opened.accessed[record.part(page)] += PAGE
             if copy is None:
                 distant[record.part(page)].append(page)
             else:
@@ -108,6 +112,12 @@ class Fetcher:
                 self.away(opened, part)
                 node = record.homes[part]
                 raise NodeLost(f"pages of {record.name} cannot be fetched from node {node}: {failure}") from None
+        latest = self._atlas.latest(record)
+        moved = {part for part in map(record.part, pages) if latest.epoch(part) != record.epoch(part)}
+        for part in moved:
+            self.away(opened, part)  # the next home may not have heard that they are cached here
+        if moved:
+            raise Retry(f"pages of {record.name} have just got another home")
         return [found[page] for page in pages]
 
     def away(self, opened: Opened, part: int) -> None:

@@ -37,6 +37,8 @@ from guest_agents.hotpot.replicas import Replicas
 log = logging.getLogger("rackless.hotpot")
 _REFUSED = 10_000
 """Transactions that were given up, of which messages may still come."""
+_ROOM = (1 << 63) + 3
+"""Whose pages are of which a copy goes; no transaction has this number."""
 EntryKey = tuple[int, int, int]
 """Transaction, dataset, part."""
 
@@ -59,7 +61,7 @@ class Owner:
     def handlers(self) -> dict[str, Handler]:
         """What others may ask, on PORT."""
         return {"prepare": self._prepare, "commit": self._commit, "release": self._release,
-                "commit_now": self._commit_now, "rejoin": self._rejoin}  # fmt: skip
+                "commit_now": self._commit_now, "rejoin": self._rejoin, "make_room": self._make_room}  # fmt: skip
 
     def leaf_handlers(self) -> dict[str, Handler]:
         """What others may ask, on LEAF."""
@@ -101,6 +103,18 @@ class Owner:
         with suppress(lite.LiteError):
             home.memory.free()
         home.media.remove()
+
+    def freeze(self, home: Home) -> None:
+        """No commit begins in it any more; it is leaving."""
+        with self._lock:
+            assert home.leave is not None
+            home.leave.frozen = time.monotonic()
+
+    def busy(self, home: Home) -> bool:
+        """Whether commits to it have not ended, or some may come, or not everybody has heard of one."""
+        with self._lock:
+            return bool(home.locks or home.claims or home.missed
+                        or any(entry.home is home for entry in self._entries.values()))  # fmt: skip
 
     # What has been logged and not ended
 
@@ -348,6 +362,7 @@ class Owner:
     def _redo(self, entry: Entry, xid: int, changes: Sequence[Change], writer: int) -> Message:
         home, replicas, degree = entry.home, entry.replicas, entry.degree
         written = [change for change in changes if change.pieces]
+        home.accessed[entry.origin.node] += sum(len(data) for change in written for _, data in change.pieces)
         fresh: dict[int, Copy] = {change.page: home.after(change, xid, degree) for change in written}
         copies = self.replicas.replicate(home, xid, written, fresh, replicas, degree) if fresh else replicas
         self.lease.check()
@@ -372,6 +387,8 @@ class Owner:
 
     def _lock_pages(self, home: Home, xid: int, pages: Sequence[int]) -> None:
         with self._lock:
+            if home.leave is not None and home.leave.frozen:
+                raise Retry("the pages are moving to another owner")
             if any(home.locks.get(page, xid) != xid for page in pages):
                 self.counts["owner_conflicts"] += 1
                 raise Retry("a page is in another commit")
@@ -421,6 +438,21 @@ class Owner:
                 home.copies[page].add(source)
         self.replicas.register(home, {source}, pages, cleared=True)
         return {"stale": []}
+
+    def _make_room(self, source: int, header: Message, _payload: memoryview) -> Message:
+        """A data node has no room for copies: those go that are not needed there, or can be elsewhere. Retry,
+        Isolated, NodeLost: it is not known which have gone."""
+        home = self.home(header["dataset"], header["part"])
+        if not home.ready or home.leave is not None:
+            raise Retry("the home is being recovered, or moves")
+        pages = [page for page in header["pages"] if source in home.copies[page]]
+        free = self.held_still(home, pages, _ROOM)
+        try:
+            gone = self.replicas.withdraw(home, source, free)
+        finally:
+            self.let_go(home, free, _ROOM)
+        self.counts["evictions_refused"] += len(header["pages"]) - len(gone)
+        return {"pages": gone}
 
     def _caching(self, source: int, header: Message, _payload: memoryview) -> Message:
         """A node is about to cache pages of a chunk, or has closed the dataset (no chunk)."""

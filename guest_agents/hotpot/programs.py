@@ -181,7 +181,7 @@ class Programs:
 
     def _do_create(self, _program: _Program, request: Message, *_: Any) -> Message:
         wanted = {name: request[name] for name in ("name", "size", "mode", "chunk", "owners")}
-        return self._service.dispatcher("create", **wanted)
+        return self._service.dispatcher("create", **wanted, adapt=request.get("adapt", False))
 
     def _do_delete(self, _program: _Program, request: Message, *_: Any) -> None:
         self._service.dispatcher("delete", name=request["name"])
@@ -243,6 +243,10 @@ class Programs:
     def _do_discard(self, program: _Program, request: Message, *_: Any) -> None:
         self._dataset(program, request)
         self._service.discard(request["dataset"], request["areas"])
+
+    def _do_migrate(self, program: _Program, request: Message, *_: Any) -> None:
+        self._dataset(program, request)
+        self._service.migrate(request["dataset"], request["at"], request["node"])
 
     def _dataset(self, program: _Program, request: Message) -> _Dataset:
         dataset = program.datasets.get(request["dataset"])

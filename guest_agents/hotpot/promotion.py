@@ -10,13 +10,13 @@ from __future__ import annotations
 import base64
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 from guest_agents.hotpot import blocks
 from guest_agents.hotpot.blocks import PAGE, Copy
 from guest_agents.hotpot.datanode import DataNode
 from guest_agents.hotpot.dispatcher import Dispatcher, Listed
-from guest_agents.hotpot.errors import HotpotError, NodeLost
+from guest_agents.hotpot.errors import HotpotError, NodeLost, NotOwner, Retry
 from guest_agents.hotpot.home import Claim, Home, Origin
 from guest_agents.hotpot.messages import LEAF, PORT, Handler, Links, Message
 from guest_agents.hotpot.owner import Owner
@@ -35,7 +35,10 @@ def watch(dispatcher: Dispatcher) -> None:
     for listed, part in wanted:
         candidates = _candidates(dispatcher, listed, part)
         if candidates:
-            _move(dispatcher, listed, part, candidates)
+            try:
+                move(dispatcher, listed, part, candidates[0])
+            except HotpotError as failure:
+                log.warning("part %d of %s gets no other home yet: %s", part, listed.record.name, failure)
 
 
 def _is_gone(dispatcher: Dispatcher, listed: Listed, part: int) -> bool:
@@ -56,23 +59,32 @@ def _candidates(dispatcher: Dispatcher, listed: Listed, part: int) -> list[int]:
     return sorted(synced or able, key=lambda node: (record.homes.count(node), node))
 
 
-def _move(dispatcher: Dispatcher, listed: Listed, part: int, candidates: list[int]) -> None:
+def move(
+    dispatcher: Dispatcher, listed: Listed, part: int, node: int, keeps: Set[int] = frozenset(),
+    planned: Message | None = None,
+) -> None:  # fmt: skip
+    """Make a node the home of a part. HotpotError: it may have begun to be, and is not.
+
+    keeps -- nodes that have copies, of which the dispatcher does not know
+    planned -- what a home that lives says of its pages, which goes there (migration.py)
+    """
     number = listed.record.id
     key = (number, part)
     with dispatcher.lock:
-        if key in dispatcher.moving or number not in dispatcher.listed or not _is_gone(dispatcher, listed, part):
-            return
+        wanted = planned is not None or _is_gone(dispatcher, listed, part)
+        if key in dispatcher.moving or number not in dispatcher.listed or not wanted:
+            raise Retry("it has just been moved, or is being moved")
         dispatcher.moving.add(key)
-        new, synced = listed.record.moved(part, candidates[0]), sorted(listed.synced[part])
+        new, synced = listed.record.moved(part, node), sorted(listed.synced[part] | keeps)
+        media = dispatcher.media_of(synced)
     try:
-        about = {"record": new.to_json(), "part": part, "synced": synced, "solo": sorted(listed.solo),
-                 "claims": _claims(dispatcher, number, part)}  # fmt: skip
+        about = {"record": new.to_json(), "part": part, "synced": synced, "media": media, "solo": sorted(listed.solo),
+                 "claims": _claims(dispatcher, number, part), **(planned or {})}  # fmt: skip
         reply = dispatcher.links.call(new.homes[part], "promote", about, port=PORT)
-    except HotpotError as failure:
-        log.warning("part %d of %s gets no other home yet: %s", part, new.name, failure)
+    except HotpotError:
         with dispatcher.lock:
             dispatcher.moving.discard(key)
-        return
+        raise
     with dispatcher.lock:
         listed.record = listed.record.moved(part, new.homes[part])
         listed.synced[part] = set(reply["synced"])
@@ -114,7 +126,9 @@ class Promotion:
     def _promote(self, _source: int, header: Message, _payload: memoryview) -> Message:
         """Make a home of the copies there are. NodeLost: one cannot be read now; NoSpace."""
         record, part = Record.from_json(header["record"]), header["part"]
-        have = [(node, versions_at(self._links, node, record, part)) for node in header["synced"]]
+        media = dict(header["media"])
+        nodes = sorted(header["synced"], key=lambda node: node != self._links.node.node_id)
+        have = [(node, versions_at(self._links, node, record, part, media.get(node))) for node in nodes]
         best: dict[int, tuple[int, int]] = {}
         for node, versions in have:
             for page, version in versions.items():
@@ -123,11 +137,16 @@ class Promotion:
         fresh = given(self._links, record, {page: node for page, (_version, node) in best.items()})
         solo = set(header["solo"])
         lost = [page for page in record.pages_of(part) if page not in fresh and page // record.chunk_pages in solo]
+        if "pages" in header:
+            lost = header["lost"]
+            if len(fresh) != header["pages"]:
+                raise NodeLost(f"there are copies of {len(fresh)} pages, not of {header['pages']}")
         for old in [home for home in self._owner.homes() if home.key == (record.id, part)]:
             self._owner.drop(old)
         home = self._owner.open(record, part, new=True)
         home.write({**fresh, **{page: Copy(blocks.LOST, bytes(PAGE)) for page in lost}})
-        home.xids = {copy.xid for copy in fresh.values()}
+        home.sound = "pages" in header
+        home.xids = set(header["xids"]) if home.sound else {copy.xid for copy in fresh.values()}
         for claim in header["claims"]:
             if claim["xid"] not in home.xids:
                 home.claims[claim["xid"]] = Claim(Origin(*claim["origin"]), claim["parts"])
@@ -136,12 +155,13 @@ class Promotion:
         return {"synced": [node for node in header["synced"] if node != self._links.node.node_id], "lost": len(lost)}
 
 
-def versions_at(links: Links, node: int, record: Record, part: int) -> dict[int, int]:
-    """Versions of the copies of a part on a node, which obeys this record from then on. NodeLost, NotOwner."""
+def versions_at(links: Links, node: int, record: Record, part: int, media: str | None) -> dict[int, int]:
+    """Versions of the copies of a part on the media of a node, which obeys this record from then on. NodeLost,
+    NotOwner."""
     versions: dict[int, int] = {}
     start = 0
     while True:
-        about = {"record": record.to_json(), "part": part, "start": start}
+        about = {"record": record.to_json(), "part": part, "start": start, "media": media}
         pages = links.call(node, "fence", about, port=LEAF)["pages"]
         if not pages:
             return versions
@@ -176,15 +196,18 @@ def reunite(links: Links, owner: Owner, home: Home) -> list[str]:
         return [f"part {part} of {home.record.name} has another home now; what was here was dropped"]
     home.record = record = Record.from_json(reply["record"])
     home.refused = False
-    home.synced, home.solo = set(reply["synced"]), set(reply["solo"])
+    home.synced, home.solo, home.media_of = set(reply["synced"]), set(reply["solo"]), dict(reply["media"])
     home.copies.clear()
     have: dict[int, dict[int, int]] = {}
     away = set()
     for node in home.synced:
         try:
-            have[node] = versions_at(links, node, record, part)
+            have[node] = versions_at(links, node, record, part, home.media_of.get(node))
         except NodeLost:
             away.add(node)
+        except NotOwner:  # it obeys a home that the dispatcher does not know, and did not come to be
+            home.refused = True
+            raise
     wrong = _mend(links, owner, home, have)
     redone = _redone(owner, home)
     for node, versions in have.items():
@@ -193,17 +216,19 @@ def reunite(links: Links, owner: Owner, home: Home) -> list[str]:
     for node in have.keys() - away:
         for page in have[node]:
             home.copies[page].add(node)
+    home.short = {page for page in record.pages_of(part) if home.version(page)}
+    home.solo |= {page // record.chunk_pages for page in home.short if not home.copies[page]}
     if away:
         owner.replicas.exclude(home, away)
-    home.short = {page for page in record.pages_of(part) if home.version(page)}
     attended(links, home, links.living() | {links.node.node_id})
-    home.ready = True
+    home.ready, home.sound = True, False
     return wrong
 
 
 def attended(links: Links, home: Home, nodes: set[int]) -> None:
     """Ask nodes what they may have cached of a home, and let them look at it again."""
-    calls = [(node, "attend", {"record": home.record.to_json(), "part": home.part}, b"") for node in sorted(nodes)]
+    about = {"record": home.record.to_json(), "part": home.part, "sound": home.sound}
+    calls = [(node, "attend", about, b"") for node in sorted(nodes)]
     for call, answer in zip(calls, links.call_all(calls, LEAF), strict=True):
         if not isinstance(answer, HotpotError):
             home.missed.discard(call[0])

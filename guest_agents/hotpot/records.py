@@ -17,7 +17,7 @@ REGION_BYTES = 1 << 40
 ALIGN = 1 << 30
 CHUNK = 4 << 20
 """Default size of a chunk (the paper's data region)."""
-SETTINGS = {"protocol": 2, "page": PAGE, "stride": STRIDE}
+SETTINGS = {"protocol": 3, "page": PAGE, "stride": STRIDE}
 """What must be the same in all parts of Hotpot of a rack."""
 MODES = ("mrmw", "mrsw")
 MAX_NAME = 128
@@ -41,6 +41,8 @@ class Record:
     """Node id of the home of each part. Chunk n is of part n modulo the number of parts."""
     moves: tuple[int, ...] = ()
     """How often each part has got another home."""
+    adapt: bool = False
+    """Parts move to the nodes that use them most."""
 
     @property
     def pages(self) -> int:

@@ -9,12 +9,13 @@ acknowledged without it.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from guest_agents.hotpot.blocks import Copy
 from guest_agents.hotpot.changes import Change, encode
-from guest_agents.hotpot.errors import Corrupt, HotpotError, Isolated, NotOwner, PagesLost, TooFewNodes
+from guest_agents.hotpot.errors import Corrupt, HotpotError, Isolated, NodeLost, NotOwner, PagesLost, TooFewNodes
 from guest_agents.hotpot.home import Home
 from guest_agents.hotpot.lease import Lease
 from guest_agents.hotpot.messages import LEAF, Call, Message
@@ -32,6 +33,7 @@ class Replicas:
         self._lease = lease
         self._links = lease.links
         self._counts = counts
+        self._telling = threading.RLock()
 
     def plan(self, home: Home, pages: Iterable[int], replicas: int) -> set[int]:
         """The nodes that shall have copies of these pages, which the dispatcher knows then. TooFewNodes, Isolated."""
@@ -67,26 +69,30 @@ class Replicas:
             new -= failed
         left = nodes - failed
         solo = set() if left else {page // home.record.chunk_pages for page in pages}
-        if new or not solo <= home.solo:
-            self._tell_dispatcher(home, add=new, solo=solo)  # not those it may have struck off since
-            home.synced |= new
-            home.solo |= solo
+        with self._telling:
+            if new or not solo <= home.solo:
+                self._tell_dispatcher(home, add=new, solo=solo)  # not those it may have struck off since
+                home.synced |= new
+                home.solo |= solo
         return failed
 
     def exclude(self, home: Home, nodes: set[int]) -> None:
-        """Let the dispatcher know that the copies of these nodes are to be trusted no more. Isolated."""
-        solo = home.bare_without(nodes)
-        self._tell_dispatcher(home, remove=nodes, solo=solo)
-        home.solo |= solo
+        """Let the dispatcher know that the copies of these nodes are to be trusted no more, and what that leaves
+        without a copy; it may have struck them off itself, and fear more. Isolated."""
+        with self._telling:
+            solo = (home.solo | home.bare_without(nodes)) & set(home.chunks)
+            left = sorted(home.synced - nodes)
+            self._tell_dispatcher(home, remove=nodes, solo=solo, solo_is=sorted(solo), synced=left)
+            home.solo = solo
         for node in nodes:
             home.forget(node)
 
     def _tell_dispatcher(self, home: Home, add: Iterable[int] = (), remove: Iterable[int] = (),
-                         solo: Iterable[int] = ()) -> None:  # fmt: skip
+                         solo: Iterable[int] = (), **more: list[int]) -> None:  # fmt: skip
         about = {"dataset": home.record.id, "part": home.part, "epoch": home.record.epoch(home.part),
-                 "add": sorted(add), "remove": sorted(remove), "solo": sorted(solo)}  # fmt: skip
+                 "add": sorted(add), "remove": sorted(remove), "solo": sorted(solo), **more}  # fmt: skip
         try:
-            self._lease.ask("synced", about)
+            home.media_of = dict(self._lease.ask("synced", about)["media"])
         except NotOwner:
             home.ready = False
             raise
@@ -113,7 +119,8 @@ class Replicas:
                 nodes -= useless
                 continue
             failed = self._seed(home, nodes, fresh)
-            calls: list[Call] = [(node, "replica", header, payload) for node in sorted(nodes - failed)]
+            calls: list[Call] = [(node, "replica", {**header, "media": home.media_of.get(node)}, payload)
+                                 for node in sorted(nodes - failed)]  # fmt: skip
             again = False
             for call, reply in zip(calls, self._links.call_all(calls, LEAF), strict=True):
                 node = call[0]
@@ -177,7 +184,7 @@ class Replicas:
                     "pages": [[page, copy.version, copy.xid, copy.degree] for page, copy in part],
                 }  # fmt: skip
                 if op == "seed":
-                    header["record"] = home.record.to_json()
+                    header |= {"record": home.record.to_json(), "media": home.media_of.get(node)}
                 calls.append((node, op, header, b"".join(copy.data for _, copy in part)))
         replies = self._links.call_all(calls, LEAF)
         return {call[0] for call, reply in zip(calls, replies, strict=True) if isinstance(reply, HotpotError)}
@@ -195,8 +202,35 @@ class Replicas:
                 nodes -= lost
             home.missed |= lost
 
-    def repair(self, home: Home, pages: Sequence[int]) -> None:
-        """More copies of pages that have fewer than their degree; nobody changes them meanwhile. Isolated."""
+    def give(self, home: Home, node: int, pages: Sequence[int]) -> None:
+        """Copies of pages to one node; nobody changes them meanwhile. Isolated; NodeLost: it does not take them."""
+        if self.register(home, {node}, pages) or self.send(home, "seed", {node: {p: home.read(p) for p in pages}}):
+            self.exclude(home, {node})
+            raise NodeLost(f"node {node} takes no copies of {home.record.name}")
+        for page in pages:
+            home.copies[page].add(node)
+
+    def withdraw(self, home: Home, node: int, pages: Sequence[int]) -> list[int]:
+        """Take copies away from a node, those of which there are enough without, when others have been made; nobody
+        changes them meanwhile. Which. Isolated, NodeLost: not known, none of its copies counts."""
+        self.repair(home, pages, without=node)
+        gone = [page for page in pages if len(home.copies[page] - {node}) + 1 >= home.read(page).degree]
+        if bare := [page for page in gone if home.copies[page] <= {node}]:
+            self.register(home, set(), bare)
+        about = {"dataset": home.record.id, "part": home.part, "epoch": home.record.epoch(home.part), "pages": gone,
+                 "media": home.media_of.get(node)}  # fmt: skip
+        try:
+            self._links.call(node, "clear", about, port=LEAF)
+        except HotpotError:
+            self.exclude(home, {node})
+            raise
+        for page in gone:
+            home.copies[page].discard(node)
+        return gone
+
+    def repair(self, home: Home, pages: Sequence[int], without: int = 0) -> None:
+        """More copies of pages that have fewer than their degree, not counting one at `without`; nobody changes them
+        meanwhile. Isolated."""
         by_node: dict[int, dict[int, Copy]] = defaultdict(dict)
         others = self._links.living() - {self._links.node.node_id}
         for page in pages:
@@ -206,7 +240,7 @@ class Replicas:
                 home.short.discard(page)
                 continue
             have = home.copies[page]
-            for node in self._more(home, [page], copy.degree - 1 - len(have), others - have):
+            for node in self._more(home, [page], copy.degree - 1 - len(have - {without}), others - have):
                 by_node[node][page] = copy
         if not by_node:
             return
@@ -220,13 +254,3 @@ class Replicas:
                 self._counts["copies_repaired"] += len(sent)
                 for page in sent:
                     home.copies[page].add(node)
-
-    def bereaved(self, home: Home, nodes: set[int]) -> None:
-        """Nodes have come back without the copies they had: put right what the dispatcher fears of them. Isolated."""
-        solo = (home.solo | home.bare_without(nodes)) & set(home.chunks)
-        for node in nodes:
-            home.forget(node)
-        home.solo = solo
-        about = {"dataset": home.record.id, "part": home.part, "epoch": home.record.epoch(home.part),
-                 "add": [], "remove": sorted(nodes), "solo": [], "solo_is": sorted(solo)}  # fmt: skip
-        self._lease.ask("synced", about)

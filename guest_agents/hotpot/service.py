@@ -16,26 +16,30 @@ from pathlib import Path
 from typing import Any
 
 from guest_agents import lite
+from guest_agents.hotpot.adapter import Adapter
 from guest_agents.hotpot.atlas import Atlas
-from guest_agents.hotpot.blocks import Copy
+from guest_agents.hotpot.blocks import PAGE, Copy
 from guest_agents.hotpot.book import Book
 from guest_agents.hotpot.cache import Cache
 from guest_agents.hotpot.changes import Change
 from guest_agents.hotpot.coordinator import Coordinator, new_xid
 from guest_agents.hotpot.datanode import DataNode
-from guest_agents.hotpot.dispatcher import Dispatcher, mirror
-from guest_agents.hotpot.errors import FewerCopies, HotpotError, InDoubt, NodeLost, NoSuchDataset, OldMedia
+from guest_agents.hotpot.dispatcher import Dispatcher
+from guest_agents.hotpot.errors import FewerCopies, HotpotError, InDoubt, Isolated, NodeLost, NoSuchDataset, OldMedia
+from guest_agents.hotpot.eviction import Eviction, Limits
 from guest_agents.hotpot.keeper import Keeper
 from guest_agents.hotpot.lease import Lease, Timing
 from guest_agents.hotpot.log import Log
 from guest_agents.hotpot.master import Master
 from guest_agents.hotpot.media import Folder
 from guest_agents.hotpot.messages import LEAF, PORT, Links, Message, unpack
+from guest_agents.hotpot.migration import Migration, hand_over
 from guest_agents.hotpot.opened import Fetcher, Opened
 from guest_agents.hotpot.owner import Owner
 from guest_agents.hotpot.promotion import Promotion
 from guest_agents.hotpot.records import Area, Record, by_page, check_areas
 from guest_agents.hotpot.resolver import Resolver
+from guest_agents.hotpot.seat import Seat
 
 LOG_BYTES = 4 << 20
 USUAL = Timing()
@@ -61,19 +65,20 @@ class Service:
     """The service of one node. Use as a context manager, or close().
 
     folder -- where its media are; what an earlier life has left there is taken over. OldMedia, Corrupt: it cannot be
-    manager -- node id of the blade that has the dispatcher
+    manager -- node id of the blade that has the dispatcher, as long as no other has taken its place (seat.py)
     gather -- on the manager: lets nodes that have not registered do so (dispatcher.py)
     wake -- lets the manager's service start, if it has not (keeper.py)
     log_bytes -- size of each of its logs
+    limits -- what it may take of the blade's memory, and copies of its media (eviction.py)
     """
 
     def __init__(
         self, node: lite.Node, folder: Path | Folder, manager: int,
         gather: Callable[[set[int]], None] = lambda _known: None,
         timing: Timing = USUAL, log_bytes: int = LOG_BYTES, wake: Callable[[], None] = lambda: None,
+        limits: Limits | None = None,
     ) -> None:  # fmt: skip
         self.node = node
-        self.manager = manager
         self.links = Links(node)
         self.lease = Lease(self.links, manager, timing)
         media = folder if isinstance(folder, Folder) else Folder(folder)
@@ -86,8 +91,8 @@ class Service:
                                                 ("log", "intents", "log-copies"))  # fmt: skip
         self.atlas = Atlas(self.lease)
         self.owner = Owner(self.lease, media, self._log)
-        self.copies = DataNode(media, copies_log, self._updated, self._save)
         self._media: str = (self._book.document or {}).get("media") or secrets.token_hex(8)
+        self.copies = DataNode(media, copies_log, self._media, self._updated, self._save)
         self.coordinator = Coordinator(self.lease, self.atlas, self._intents, self._media, self._let_go)
         self._fetcher = Fetcher(self.lease, self.atlas, self.owner, self.copies)
         self._opened: dict[int, Opened] = {}
@@ -95,23 +100,53 @@ class Service:
         self._saving = threading.Lock()
         self._writing: dict[int, tuple[int, list[int]]] = {}
         self.counts = {"commits": 0, "retries": 0, "aborts": 0}
+        migration = Migration(self.lease, self.owner, self.copies)
+        self.eviction = Eviction(self.links, self.atlas, media, self.copies, self._all_opened, self.owner.counts,
+                                 limits or Limits())  # fmt: skip
+        self.adapter = Adapter(self.lease, self.atlas, migration, self.eviction, self._all_opened)
         resolver = Resolver(self.links, self.owner, self.atlas)
         self._dispatcher: Dispatcher | None = None
+        self._datasets: Book | None = None
+        self._gather, self._timing, self._folder = gather, timing, media
+        self.seat = Seat(self.lease, media.open("mirror", BOOK_BYTES), self._take_seat, self._leave_seat)
         ours = {**self.owner.handlers(), **resolver.handlers(),
                 **Promotion(self.links, self.owner, self.copies, self._save).handlers()}  # fmt: skip
-        leaf = {**self.owner.leaf_handlers(), **self.copies.handlers(), **self.coordinator.handlers(),
-                **mirror(media.open("mirror", BOOK_BYTES)),
+        leaf = {**self.owner.leaf_handlers(), **migration.handlers(), **self.copies.handlers(),
+                **self.coordinator.handlers(),
+                **self.seat.handlers(),
                 "home_create": self._home_create, "home_drop": self._home_drop, "attend": self._attend}  # fmt: skip
-        if node.node_id == manager:
-            self._dispatcher = Dispatcher(self.links, Book(media.open("datasets", BOOK_BYTES)), gather, timing)
-            ours |= self._dispatcher.handlers()
-            master = Master(self.links.living, 0.0 if self._dispatcher.fresh else timing.lease)
-            leaf |= {**self._dispatcher.leaf_handlers(master.hold), **master.handlers()}
         ours["stat"] = lambda _source, _header, _payload: self.stat()
         self.links.handlers = {PORT: ours, LEAF: leaf}
-        self.keeper = Keeper(self.lease, self.owner, self.copies, self.coordinator, resolver, self._dispatcher,
-                             self._media, self._revalidate, self._suspect, self._about, wake)  # fmt: skip
+        if node.node_id == manager:
+            self._dispatcher = self._new_dispatcher()
+        self.keeper = Keeper(self.lease, self.owner, self.copies, self.coordinator, resolver, self.seat,
+                             self._dispatcher, self._media, self._revalidate, self._suspect, self._about,
+                             wake)  # fmt: skip
         self._recover(media)
+
+    def _new_dispatcher(self) -> Dispatcher:
+        if self._datasets is None:
+            self._datasets = Book(self._folder.open("datasets", BOOK_BYTES))
+        made = Dispatcher(self.links, self._datasets, self._gather, self._timing)
+        master = Master(self.links.living, 0.0 if made.fresh else self._timing.lease)
+        ports = self.links.handlers
+        self.links.handlers = {
+            PORT: {**ports[PORT], **made.handlers(), "hand_over": hand_over(made)},
+            LEAF: {**ports[LEAF], **made.leaf_handlers(master.hold), **master.handlers()},
+        }
+        return made
+
+    def _take_seat(self, document: Message) -> None:
+        """This node is the dispatcher from now on. Isolated: not yet, but it goes on trying."""
+        if self._datasets is None:
+            self._datasets = Book(self._folder.open("datasets", BOOK_BYTES))
+        self._datasets.save(document)
+        self._dispatcher = self.keeper.dispatcher = self._new_dispatcher()
+        self._dispatcher.save()
+
+    def _leave_seat(self) -> None:
+        if self._dispatcher is not None:
+            self._dispatcher.superseded = True
 
     def _recover(self, media: Folder) -> None:
         """Take over what an earlier life has left."""
@@ -167,30 +202,34 @@ class Service:
         keep -- look after everything from then on, in a thread
         """
         if self._dispatcher is not None:
-            self._dispatcher.restore()
+            self.seat.look()
+            self._dispatcher.restore(self.seat.document)
         self.links.start()
         deadline = time.monotonic() + _REGISTER_SECONDS
         while keep:
             try:
                 self.keeper.register()
                 self.keeper.turn()
-            except NodeLost:  # its service may be about to start
+            except (NodeLost, Isolated):  # its service may be about to start, or be another
+                self.seat.look()
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_REGISTER_EVERY)
             else:
                 self.keeper.start()
+                self.adapter.start()
                 break
         return self
 
     def close(self) -> None:
         """Stop serving."""
+        self.adapter.close()
         self.keeper.close()
         self.links.close()
 
     def dispatcher(self, op: str, **fields: Any) -> Message:
         """Ask the dispatcher."""
-        return self.links.call(self.manager, op, fields)
+        return self.links.call(self.lease.manager, op, fields)
 
     # Datasets
 
@@ -220,6 +259,18 @@ class Service:
             with suppress(NodeLost):
                 self.dispatcher("close", dataset=dataset)
             opened.cache.close()
+
+    def _all_opened(self) -> list[Opened]:
+        with self._opening:
+            return list(self._opened.values())
+
+    def migrate(self, dataset: int, at: int, node: int) -> None:
+        """Begin to move the part that has a byte of a dataset to a node. NotMapped, BadArgument, Retry, NodeLost."""
+        record = self.atlas.refresh(self._find(dataset).cache.record.id)
+        [(start, _)] = check_areas(record, [(at, 1)])
+        part = record.part(start // PAGE)
+        about = {"dataset": dataset, "part": part, "node": node}
+        self.links.call(record.homes[part], "leave", about, port=LEAF)
 
     def _find(self, dataset: int) -> Opened:
         with self._opening:
@@ -262,12 +313,18 @@ class Service:
         """A home is in use from now on: the chunks of its part that may be cached here."""
         record, part = self.atlas.learn(Record.from_json(header["record"])), header["part"]
         self.copies.learn(record)
+        for home in self.owner.homes():
+            if home.key == (record.id, part) and home.record.epoch(part) < record.epoch(part):
+                self.owner.drop(home)
+                self._save()
         opened = self._opened.get(record.id)
         if opened is None:
             return {"chunks": []}
         opened.cache.record = record
         opened.forget(part)
-        opened.suspect.add(part)
+        if not header["sound"]:
+            opened.suspect.add(part)
+        opened.told |= {page // record.chunk_pages for page in opened.cache.pages() if record.part(page) == part}
         return {"chunks": [chunk for chunk in list(opened.told) if chunk % len(record.homes) == part]}
 
     def _suspect(self, dataset: int, part: int) -> None:
@@ -277,9 +334,7 @@ class Service:
 
     def _revalidate(self, *, cut_off: bool) -> None:
         """What is cached here may be old, if this node was cut off, or a home was away."""
-        with self._opening:
-            every = list(self._opened.values())
-        for opened in every:
+        for opened in self._all_opened():
             if cut_off:
                 opened.suspect |= set(range(len(opened.cache.record.homes)))
             if opened.suspect:
@@ -370,7 +425,7 @@ class Service:
         return outcome.copies
 
     def _lock(self, xid: int, record: Record, pages: list[int]) -> None:
-        self.links.call(self.manager, "acquire", {"xid": xid, "dataset": record.id, "pages": pages}, port=LEAF)
+        self.links.call(self.lease.manager, "acquire", {"xid": xid, "dataset": record.id, "pages": pages}, port=LEAF)
         with self._opening:
             held = self._writing.get(xid, (record.id, []))[1]
             self._writing[xid] = record.id, [*held, *pages]
@@ -380,7 +435,7 @@ class Service:
             with self._opening:
                 self._writing.pop(xid, None)
             with suppress(NodeLost):
-                self.links.call(self.manager, "let_go", {"xid": xid}, port=LEAF)
+                self.links.call(self.lease.manager, "let_go", {"xid": xid}, port=LEAF)
 
     # Observation
 
@@ -404,7 +459,8 @@ class Service:
                 "copies": len(self.copies.held(number)),
                 "counts": {} if cache is None else cache.counts,
             }
-        mine = {} if self._dispatcher is None else {"all_datasets": self._dispatcher.datasets()}
+        in_office = self._dispatcher is not None and not self._dispatcher.superseded
+        mine = {"all_datasets": self._dispatcher.datasets()} if self._dispatcher is not None and in_office else {}
         return {"node": self.node.name, "node_id": self.node.node_id, "datasets": datasets, **mine,
                 "counts": {**self.counts, **self.owner.counts}, "recovered": self.keeper.said,
                 "unfinished": self.coordinator.unfinished,

@@ -11,6 +11,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
+from guest_agents import lite
 from guest_agents.hotpot import mapping, userfault
 from guest_agents.hotpot.dataset import Dataset
 from guest_agents.hotpot.errors import BadArgument, NotJoined, from_reply
@@ -28,6 +29,8 @@ class Session:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._lock = threading.Lock()
         self._pid = os.getpid()
+        self._joining = threading.Lock()
+        self._node: lite.Node | None = None
         try:
             self._socket.connect(path)
         except OSError as failure:
@@ -49,6 +52,7 @@ class Session:
         mode: str = "mrmw",
         chunk: int = CHUNK,
         owners: Sequence[int] | None = None,
+        adapt: bool = False,
     ) -> Dataset:
         """Make a dataset of `size` bytes of zero and open it.
 
@@ -56,10 +60,11 @@ class Session:
             for each page, from acquire to commit
         chunk -- bytes that lie together on one node, a multiple of 4096
         owners -- node ids among which the chunks go round; None: all nodes that have Hotpot
+        adapt -- the chunks that one owner has move to another node when that uses them more than all others together
         DatasetExists, NoSpace, BadArgument, NodeLost.
         """
         listed = None if owners is None else list(owners)
-        self.ask("create", name=name, size=size, mode=mode, chunk=chunk, owners=listed)
+        self.ask("create", name=name, size=size, mode=mode, chunk=chunk, owners=listed, adapt=adapt)
         return self.open(name)
 
     def open(self, name: str) -> Dataset:
@@ -75,6 +80,23 @@ class Session:
         found: list[dict[str, Any]] = self.ask("list")["datasets"]
         return found
 
+    # Between threads of all programs, on all blades: LITE's
+
+    def lock(self, name: str) -> lite.Lock:
+        """The lock called `name`, for `with`: one thread of the rack has it at a time. lite.LiteError."""
+        return self._lite().lock(f"hotpot.{name}")
+
+    def barrier(self, name: str, count: int, timeout: float | None = None) -> None:
+        """Wait until `count` threads of the rack wait at `name`, at most `timeout` seconds. What lite.Node.barrier
+        raises."""
+        self._lite().barrier(f"hotpot.{name}", count, timeout)
+
+    def _lite(self) -> lite.Node:
+        with self._joining:
+            if self._node is None:
+                self._node = lite.connect()
+            return self._node
+
     def stat(self) -> dict[str, Any]:
         """What this node counts: pages by state, commits, retries, fetches, copies."""
         return self.ask("stat")
@@ -83,6 +105,8 @@ class Session:
         """Leave: transactions are aborted. Datasets stay mapped, but nobody answers their faults: close them first."""
         with suppress(OSError):
             self._socket.close()
+        if self._node is not None:
+            self._node.close()
 
     def __enter__(self) -> Session:
         return self

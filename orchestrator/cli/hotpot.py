@@ -12,8 +12,8 @@ from orchestrator.cli.common import BladesArgument, JsonOption, RackOption, curr
 from orchestrator.errors import RacklessError
 
 _STATES = ("owned_chunks", "dirty", "committed", "redundant", "copies")
-_COUNTS = ("commits", "retries", "aborts")
-_CACHE_COUNTS = ("faults", "fetches", "cow", "updates")
+_COUNTS = ("commits", "retries", "aborts", "migrations", "copies_evicted")
+_CACHE_COUNTS = ("faults", "fetches", "cow", "updates", "evicted")
 
 
 def register(app: typer.Typer) -> None:
@@ -83,10 +83,10 @@ def _ask(blades: list[str] | None, rack: str | None) -> tuple[list[str], dict[st
 def _rows(name: str, stat: Mapping[str, Any] | None) -> list[tuple[object, ...]]:
     """A row for each dataset, the counts of the blade in the first."""
     if not stat:
-        return [(name, *[None] * 14)]
-    counts = [stat["counts"][count] for count in _COUNTS] + [(stat["log_used"] + stat["intents_used"]) >> 10]
+        return [(name, *[None] * (2 + len(_STATES) - 1 + len(_CACHE_COUNTS) + len(_COUNTS) + 1))]
+    counts = [stat["counts"].get(count, 0) for count in _COUNTS] + [(stat["log_used"] + stat["intents_used"]) >> 10]
     rows: list[tuple[object, ...]] = []
     for dataset, has in sorted(stat["datasets"].items()) or [(None, {"counts": {}})]:
         pages = [has.get(state) for state in _STATES] + [has["counts"].get(count) for count in _CACHE_COUNTS]
-        rows.append((name, dataset, *pages, *(counts if not rows else [None] * 4)))
+        rows.append((name, dataset, *pages, *(counts if not rows else [None] * len(counts))))
     return rows

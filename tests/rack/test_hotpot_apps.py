@@ -51,3 +51,46 @@ def test_pagerank_of_two_blades(rack: Rack, name: str) -> None:
     got = {int(vertex): float(rank) for vertex, rank in map(str.split, said.splitlines())}
     edges = [(int(a), int(b)) for a, b in kronecker(scale, seed=1)]
     assert got == pytest.approx(pagerank(edges, rounds, count=1 << scale), rel=1e-12)
+
+
+MOVING = """
+import sys
+from guest_agents import hotpot
+name, first = sys.argv[1], sys.argv[2] == "first"
+with hotpot.connect() as s:
+    if first:
+        s.create(name, 256 << 10, chunk=128 << 10, owners=[s.node_id]).close()
+    s.barrier(name + "made", 2)
+    d = s.open(name)
+    def add(t):
+        cell = t.acquire(4096, 8).cast("Q")
+        cell[0] += 1
+    for turn in range(20):
+        if turn == 4 and not first:
+            d.migrate(4096, s.node_id)
+        d.run(add, replicas=2)
+        with s.lock(name):
+            count = int.from_bytes(d.memory[8192:8200], "little") + 1
+            d.memory[8192:8200] = count.to_bytes(8, "little")
+            while True:
+                try:
+                    d.commit((8192, 8), replicas=2)
+                    break
+                except hotpot.Retry:
+                    pass
+    s.barrier(name + "done", 2)
+    owners = [about["owners"] for about in s.datasets() if about["name"] == name]
+    print(int.from_bytes(d.memory[4096:4104], "little"), int.from_bytes(d.memory[8192:8200], "little"),
+          owners == [[s.node_id]], s.stat()["counts"].get("migrations", 0))
+    d.close()
+"""
+
+
+def test_a_part_goes_to_another_blade_while_two_write_under_locks_and_barriers_of_lite(rack: Rack, name: str) -> None:
+    other = subprocess.Popen(
+        rack.bench.command("ssh", "--rack", rack.name, "mb1", "--", f"python3 -c '{MOVING}' {name} second"),
+        env=rack.bench.env(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    old = rack.on("pb0", f"python3 -c '{MOVING}' {name} first").split()
+    new = other.communicate(timeout=120)[0].split()
+    assert other.returncode == 0
+    assert (old, new) == (["40", "40", "False", "1"], ["40", "40", "True", "0"])

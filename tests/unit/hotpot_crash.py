@@ -1,10 +1,12 @@
 """One run of the crash matrix: transactions on all machines of a simulated rack, one of which loses its power at a
 chosen step; then everything that ran is judged.
 
-    python -m tests.unit.hotpot_crash MODE FATE STEP COUNT SEED
+    python -m tests.unit.hotpot_crash MODE FATE STEP COUNT SEED [moves] [scarce] [standby]
 
 runs one again and says what happens. A step is an event of hotpot_sim.py, such as "serve commit" or "persist log"; the
-machine at which it comes for the COUNT-th time loses its power there.
+machine at which it comes for the COUNT-th time loses its power there. With `moves`, parts go from node to node all the
+time; with `scarce`, nodes have room for few mapped pages and copies; with
+`standby`, only the machine with the dispatcher fails, and with fate `gone` it does not come back.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from guest_agents.hotpot import blocks
 from guest_agents.hotpot.blocks import PAGE
 from guest_agents.hotpot.cache import Cache
 from guest_agents.hotpot.coordinator import new_xid
+from guest_agents.hotpot.dispatcher import Dispatcher
 from guest_agents.hotpot.errors import FewerCopies, HotpotError, InDoubt
+from guest_agents.hotpot.eviction import Limits
+from guest_agents.hotpot.messages import LEAF
 from guest_agents.hotpot.records import Record
 from guest_agents.hotpot.service import Transaction
 from tests.unit.hotpot_history import CELL, STRIDE, Attempt, Cell, check
@@ -33,6 +38,8 @@ TRANSACTIONS = 24
 FATES = ("reboot", "lost", "gone", "partition")
 NESTED = {"prepare", "commit", "commit_now", "release", "replica", "seed", "acquire"}
 """Messages before which a transaction of another machine may run."""
+MOVING = {"leave", "hand_over", "promote", "attend", "confirm", "seed", "fence", "make_room", "clear"}
+"""Messages of adaptation, before which any transaction may run."""
 QUIET_SECONDS = 30.0
 
 
@@ -45,11 +52,15 @@ class Case:
     step: str
     count: int
     seed: int
+    moves: bool = False
+    scarce: bool = False
+    standby: bool = False
 
     @property
     def words(self) -> str:
         """As the command line takes it."""
-        return f"{self.mode} {self.fate} {self.step.replace(' ', '_')} {self.count} {self.seed}"
+        more = " moves" * self.moves + " scarce" * self.scarce + " standby" * self.standby
+        return f"{self.mode} {self.fate} {self.step.replace(' ', '_')} {self.count} {self.seed}{more}"
 
 
 class Run:
@@ -59,6 +70,7 @@ class Run:
         self.net = net
         self.case = case
         self.rand = random.Random(f"writers {case.words}")
+        self.lots = random.Random(f"moves {case.words}")
         self.attempts: list[Attempt] = []
         self.refused: list[str] = []
         self.victims: list[int] = []
@@ -73,10 +85,10 @@ class Run:
         left = [self.case.count]
 
         def hit(machine: Machine, event: str) -> bool:
-            if event != self.case.step:
+            if event != self.case.step or (self.case.standby and machine.number != 1):
                 return False
             left[0] -= 1
-            if left[0] or (self.case.fate == "gone" and machine.number == 1):
+            if left[0] or (self.case.fate == "gone" and machine.number == 1 and not self.case.standby):
                 return False
             self.victims.append(machine.number)
             if self.case.fate == "partition":
@@ -89,7 +101,7 @@ class Run:
 
     def cut_off(self, machine: Machine) -> None:
         """A machine, and perhaps another, can reach only each other; not the one with the dispatcher."""
-        number = machine.number if machine.number != 1 else 2
+        number = machine.number if machine.number != 1 or self.case.standby else 2
         self.net.away = {number} | ({self.rand.choice([2, 3, 4])} if self.rand.random() < 0.4 else set())
 
     def died(self, machine: Machine) -> None:
@@ -103,6 +115,33 @@ class Run:
         """Now and then somebody else is faster."""
         if self._depth in (1, 2) and op in NESTED and self.rand.random() < 0.04:
             self.transact()
+        if (self.case.moves or self.case.scarce) and self._depth == 0 and op in MOVING and self.lots.random() < 0.3:
+            self.transact()
+
+    def squeeze(self) -> None:
+        """Now and then there is less room, or more."""
+        for machine in self.net.machines:
+            if self.case.scarce and machine.life is not None and self.lots.random() < 0.3:
+                machine.service.eviction.limits = Limits(self.lots.choice([0, 2, 9]) * PAGE,
+                                                         self.lots.choice([0, 2, 9]) * blocks.STRIDE)  # fmt: skip
+
+    def move(self) -> None:
+        """Now and then a part is to go to another node."""
+        able = [machine for machine in self.net.machines if machine.life is not None]
+        if not self.case.moves or self.lots.random() < 0.6 or not able or self.record is None:
+            return
+        machine, part = self.lots.choice(able), self.lots.randrange(len(self.record.homes))
+        record = machine.service.atlas.latest(self.record)
+        node = self.lots.randint(1, 4)
+        if self.case.fate in ("lost", "gone"):
+            # One that is lost with two parts and its own commit to both may tear it: docs/hotpot.md says so.
+            leaving = any(home.leave for other in able for home in other.service.owner.homes())
+            if leaving or any(home.key[1] != part for other in able if other.number == node
+                              for home in other.service.owner.homes()):  # fmt: skip
+                return
+        about = {"dataset": record.id, "part": part, "node": node}
+        with suppress(HotpotError, PowerOff):
+            machine.service.links.call(record.homes[part], "leave", about, port=LEAF)
 
     def cache(self, machine: Machine) -> Cache | None:
         """The dataset, opened there."""
@@ -173,6 +212,9 @@ class Run:
         """Everything that can come back does, and comes to rest."""
         self.net.trap = None
         self.net.away = set()
+        for machine in self.net.machines:
+            if machine.life is not None:
+                machine.service.eviction.limits = Limits()
         deadline = self.net.now + QUIET_SECONDS
         while (busy := self.busy()) and self.net.now < deadline:
             self.net.wait(0.2)
@@ -181,6 +223,9 @@ class Run:
     def busy(self) -> list[str]:
         """What is not at rest."""
         found = []
+        dispatcher = self.dispatcher()
+        trusted = dispatcher and {(number, part): set(listed.synced[part]) for number, listed in
+                                  dispatcher.listed.items() for part in range(len(listed.record.homes))}  # fmt: skip
         up = {machine.number for machine in self.net.machines if machine.life is not None}
         for machine in self.net.machines:
             if machine.life is None:
@@ -190,6 +235,10 @@ class Run:
             service = machine.service
             found += [f"{machine.name}: entry {entry.xid:x} {entry.state!r}" for entry in service.owner.entries()]
             for home in service.owner.homes():
+                if trusted and home.synced - trusted.get(home.key, home.synced):
+                    found.append(f"{machine.name}: home {home.key} has not heard that copies were lost")
+                if home.leave is not None:
+                    found.append(f"{machine.name}: home {home.key} is leaving: {home.leave}")
                 if not home.ready or home.locks or home.short or home.claims or home.missed & up:
                     found.append(f"{machine.name}: home {home.key} ready {home.ready} locks {home.locks} {home.short}")
                 found += [f"{machine.name}: doubtful" for _ in service.copies.doubtful(*home.key)]
@@ -197,18 +246,30 @@ class Run:
             assert self.record is not None
             found += [f"{machine.name}: doubtful {part}" for part in range(len(self.record.homes))
                       if service.copies.doubtful(self.record.id, part)]  # fmt: skip
-            if machine.number == 1:
-                found += [f"part {part} has no home" for part, node in enumerate(service.atlas.refresh(1).homes)
+            if dispatcher is not None and dispatcher.links.node.node_id == machine.number:
+                found += [f"part {part} has no home" for part, node in enumerate(dispatcher.listed[1].record.homes)
                           if self.net.machines[node - 1].life is None]  # fmt: skip
+            if service.lease.term != (dispatcher.term if dispatcher else 0) or not service.lease.valid:
+                found.append(f"{machine.name}: term {service.lease.term}")
             opened = service._opened.get(self.record.id)
             if opened is not None and opened.suspect:
                 found.append(f"{machine.name}: caches are suspect")
+        if dispatcher is None:
+            found.append("there is no dispatcher")
         return found
+
+    def dispatcher(self) -> Dispatcher | None:
+        """The one in office."""
+        found = [made for machine in self.net.machines if machine.life is not None
+                 if (made := machine.service._dispatcher) is not None and not made.superseded]  # fmt: skip
+        return max(found, key=lambda made: made.term, default=None)
 
     def judge(self) -> list[str]:
         """Everything that is wrong."""
         assert self.record is not None
-        record = self.net.machines[0].service.atlas.refresh(self.record.id)
+        dispatcher = self.dispatcher()
+        assert dispatcher is not None
+        record = dispatcher.listed[self.record.id].record
         wrong: list[str] = []
         seen = {}
         for machine in self.net.machines:
@@ -288,6 +349,8 @@ def run(case: Case) -> tuple[list[str], Run]:
             for number in range(TRANSACTIONS):
                 if number == 4:
                     this.trap()
+                this.move()
+                this.squeeze()
                 this.transact()
                 net.wait(this.rand.choice([0.0, 0.0, 0.05, 0.3]))
             if case.fate == "partition":
@@ -297,7 +360,7 @@ def run(case: Case) -> tuple[list[str], Run]:
                 for _ in range(4):
                     this.transact()
             this.heal()
-            if not net.machines[0].life:
+            if not net.machines[0].life and not case.standby:
                 return ["the manager does not come back"], this
             return this.judge(), this
         except PowerOff:
@@ -306,9 +369,10 @@ def run(case: Case) -> tuple[list[str], Run]:
 
 def main() -> None:
     """Run one case and tell of it."""
-    mode, fate, step, count, seed = sys.argv[1:]
+    mode, fate, step, count, seed, *more = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    wrong, this = run(Case(mode, fate, step.replace("_", " "), int(count), int(seed)))
+    wrong, this = run(Case(mode, fate, step.replace("_", " "), int(count), int(seed),
+                           *(word in more for word in ("moves", "scarce", "standby"))))  # fmt: skip
     print(f"machines {this.victims} failed; {len(this.attempts)} transactions, "
           f"{sum(a.acknowledged for a in this.attempts)} acknowledged, refused: {this.refused}")  # fmt: skip
     print("\n".join(wrong) or "nothing is wrong")

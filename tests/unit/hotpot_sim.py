@@ -30,7 +30,7 @@ from guest_agents.hotpot.service import Service
 
 _KINDS = re.compile(r"-[0-9].*")
 LINE = 64
-TIMING = Timing(beat=0.1, lease=0.5, promote=1.0, patience=1.5, settle=0.3)
+TIMING = Timing(beat=0.1, lease=0.5, promote=1.0, patience=1.5, takeover=0.8, window=1.0, settle=0.3)
 LOG_BYTES = 64 << 10
 BOOK_BYTES = 16 << 10
 
@@ -55,6 +55,9 @@ class LossyMedia:
 
     def reserve(self, offset: int, length: int) -> None:
         pass
+
+    def release(self, offset: int, length: int) -> None:
+        assert not any(self._now[offset : offset + length])
 
     def read(self, offset: int, length: int) -> bytes:
         return bytes(self._now[offset : offset + length])
@@ -339,6 +342,7 @@ class Net:
             if machine.life is not None:
                 with suppress(PowerOff):
                     machine.service.keeper.turn()
+                    machine.service.adapter.turn()
 
 
 @contextmanager

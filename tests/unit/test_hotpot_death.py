@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,7 @@ def test_a_commit_that_an_owner_could_not_finish_is_finished_later(
 _SERVICE = """
 import sys
 from pathlib import Path
+from dataclasses import replace
 from guest_agents import lite
 from guest_agents.hotpot.programs import Programs
 from guest_agents.hotpot.service import Service
@@ -196,3 +198,21 @@ def test_programs_hear_that_the_service_was_killed(tmp_path: Path, rack: Rack) -
             program.process.kill()
             assert program.process.wait() == -signal.SIGKILL
         dispatcher.close()
+
+
+def test_another_node_becomes_the_dispatcher_when_the_managers_service_has_gone(blades: dict[str, Blade]) -> None:
+    others = [blade.service for name, blade in blades.items() if name != "gm0"]
+    with shells(blades["mb0"], blades["mb1"]) as [here, there]:
+        here.do(f"d = session.create('set', {2 * PAGE}, chunk={PAGE}, owners=[2, 3])")
+        there.do("d = session.open('set')")
+        for service in others:
+            service.lease.timing = replace(TIMING, lease=1.0, takeover=2.0)
+        blades["gm0"].service.close()
+        gone = blades["gm0"].service.node.node_id
+        eventually(lambda: len({service.lease.manager for service in others} - {gone}) == 1, seconds=40)
+        eventually(lambda: all(service.lease.manager != gone for service in others))
+        eventually(lambda: all(service.lease.valid for service in others))
+        here.do("with d.transaction(replicas=2) as t:\n    t.acquire(0, 4)[:] = t.acquire(4096, 4)[:] = b'more'")
+        assert there.do("bytes(d.memory[0:4]), bytes(d.memory[4096:4100])") == (b"more", b"more")
+        here.do(f"e = session.create('new', {PAGE}, owners=[2])")
+        assert [about["name"] for about in there.do("session.datasets()")] == ["set", "new"]

@@ -203,3 +203,21 @@ def test_a_commit_in_doubt_is_settled_without_its_node(net: Net) -> None:
     net.wait(2.0)
     assert not service(net, 2).owner.homes()[0].locks
     assert (read(net, 1, 0), read(net, 1, 1)) == (b"kept", b"kept"), "no owner had seen the decision"
+
+
+def test_a_commit_does_not_count_on_a_node_that_the_dispatcher_has_struck_off_meanwhile(net: Net) -> None:
+    """Node 4 comes back without its media and registers; before the home hears of that, it commits with a copy there.
+    The copy counts only when the dispatcher knows of it: then the home may be lost, too."""
+    write(net, 4, b"kept", 0, replicas=2)
+    copies = net.machines[3]
+    copies.power_off()
+    copies.lose_media()
+    copies.power_on()
+    copies.service.keeper.turn()
+    write(net, 4, b"more", 0, replicas=2)
+    write(net, 4, b"new.", 2, replicas=2)
+    net.machines[1].power_off()
+    net.machines[1].lose_media()
+    net.machines[1].power_on()
+    net.wait(4.0)
+    assert (read(net, 3, 0), read(net, 3, 2)) == (b"more", b"new.")
