@@ -142,6 +142,9 @@ class Dispatcher:
             self._media[source] = media
             self._registered.add(source)
             self.heard[source] = time.monotonic()
+            if header.get("begins"):  # what its last life had open it has not
+                for nodes in self._open.values():
+                    nodes.discard(source)
             for dataset in header.get("open", ()):
                 self._open[dataset].add(source)
             if changed:

@@ -93,14 +93,15 @@ class Keeper:
 
     def register(self) -> None:
         """Tell the dispatcher of this node. NodeLost, VersionMismatch."""
-        self._lease.ask("register", {"settings": SETTINGS, "media": self._media, **self._about()})
+        self._lease.ask("register", {"settings": SETTINGS, "media": self._media, "begins": not self.registered,
+                                     **self._about()})  # fmt: skip
         self.registered = True
 
     def turn(self) -> None:
         """Everything once."""
         was_cut_off = not self._lease.valid
         answer = self._lease.renew({"media": self._media})
-        if answer is not None and "unknown" in answer:
+        if answer is not None and ("unknown" in answer or not self.registered):
             try:
                 self.register()
             except (NodeLost, VersionMismatch) as failure:
