@@ -2,7 +2,7 @@
 chosen step of a protocol; then everything that ran is judged.
 
     python -m tests.rack.hotpot_crash MODE FATE STEP COUNT SEED     runs one (docs/hotpot.md); as root
-    python -m tests.rack.hotpot_crash 40 [FIRST]                    runs 40 of the matrix, from number FIRST on
+    python -m tests.rack.hotpot_crash 40 [FIRST [SECONDS]]          runs 40 of the matrix, from number FIRST on
 
 The blade stands still at the step (guest_agents/hotpot/steps.py), so its power is cut, or its network parted, exactly
 there. What it had stored and not persisted survives line by line, by lot. Seeds choose everything but how blades take
@@ -386,21 +386,32 @@ def stage(settings: Settings, name: str) -> Iterator[Stage]:
         engine.down(settings, name, ignore)
 
 
+def run_all(settings: Settings, cases: list[Case], seconds: float, name: str = "hotpot-crash",
+            folder: Path = Path("out/hotpot-crash")) -> list[Verdict]:  # fmt: skip
+    """Run cases until all are done, or so many seconds are over; after one that went wrong on a fresh rack."""
+    deadline = time.monotonic() + seconds
+    left, verdicts = list(cases), []
+    while left and time.monotonic() < deadline:
+        with stage(settings, name) as made:
+            while left and time.monotonic() < deadline:
+                verdict = made.run(left.pop(0))
+                verdicts.append(verdict)
+                print(verdict, flush=True)
+                if verdict.wrong:
+                    made.evidence(folder / verdict.case.words.replace(" ", "-"))
+                    break
+    return verdicts
+
+
 def main() -> None:
-    """Run what the command line says; the exit code is the number of cases that went wrong."""
+    """Run what the command line says; the exit code tells whether a case went wrong."""
     words = sys.argv[1:]
-    cases = [parse(words)] if len(words) == 5 else chosen(*map(int, words))
-    failed = 0
-    with stage(Settings.from_environment(), "hotpot-crash") as made:
-        for case in cases:
-            verdict = made.run(case)
-            print(verdict, flush=True)
-            if verdict.wrong:
-                failed += 1
-                made.evidence(Path("out/hotpot-crash") / case.words.replace(" ", "-"))
-                break
-    print(json.dumps({"cases": len(cases), "failed": failed}))
-    sys.exit(failed)
+    cases = [parse(words)] if len(words) == 5 else chosen(*map(int, words[:2]))
+    verdicts = run_all(Settings.from_environment(), cases, float(words[2]) if len(words) == 3 else 1e6)
+    failed = [verdict.case.words for verdict in verdicts if verdict.wrong]
+    hits = sum(verdict.hit for verdict in verdicts)
+    print(json.dumps({"cases": len(verdicts), "at the step": hits, "failed": failed}))
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

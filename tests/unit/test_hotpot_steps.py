@@ -76,7 +76,7 @@ def test_writers_that_nobody_disturbs_are_judged_well(
         assert program.stdout is not None
         program.stdin.write("".join(f"{line}\n" for line in lines))
         program.stdin.flush()
-        said = []
+        said: list[str] = []
         while not said or not said[-1].startswith((f"ok {lines[-1].split()[0]}", "failed")):
             said.append(program.stdout.readline().strip())
         return said
@@ -85,7 +85,7 @@ def test_writers_that_nobody_disturbs_are_judged_well(
         programs = {name: writer(blade) for name, blade in blades.items()}
         try:
             assert tell(programs["gm0"], f"create set {SIZE} {mode} 2 3") == ["ok begin", "ok create"]
-            said = []
+            said: list[str] = []
             for name, program in programs.items():
                 said += tell(program, f"run set {name} {2 if name == 'mb1' else 1}")
             eventually(lambda: sum(blade.service.counts["commits"] for blade in blades.values()) > 20)
