@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from guest_agents.hotpot import steps
+from guest_agents.hotpot.lease import Timing
 from orchestrator import agents, engine, rackfile
 from orchestrator.errors import RacklessError
 from orchestrator.events import ignore
@@ -280,11 +281,14 @@ class Stage:
             _must(program.wait_for("ok stop"))
 
     def _rest(self, name: str) -> None:
-        deadline = time.monotonic() + _REST_SECONDS
-        while busy := self._busy(name):
+        """Until nobody has anything to do, and has not when the next beat has brought news."""
+        deadline, quiet = time.monotonic() + _REST_SECONDS, 0
+        while quiet < 2:
+            busy = self._busy(name)
+            quiet = 0 if busy else quiet + 1
             if time.monotonic() > deadline:
                 raise RacklessError(f"it does not come to rest: {busy}")
-            time.sleep(0.3)
+            time.sleep(Timing.beat)
 
     def _busy(self, name: str) -> list[str]:
         found = []

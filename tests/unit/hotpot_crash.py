@@ -174,8 +174,11 @@ class Run:
         self.net.trap = None
         self.net.away = set()
         deadline = self.net.now + QUIET_SECONDS
-        while (busy := self.busy()) and self.net.now < deadline:
+        quiet = 0
+        while quiet < 3 and self.net.now < deadline:  # not only until the next beat, which may bring news
             self.net.wait(0.2)
+            busy = self.busy()
+            quiet = 0 if busy else quiet + 1
         assert not busy, f"it does not come to rest: {busy}"
 
     def busy(self) -> list[str]:
