@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from guest_agents import lite
 from guest_agents.hotpot import promotion
 from guest_agents.hotpot.coordinator import Coordinator
 from guest_agents.hotpot.datanode import DataNode
@@ -113,6 +114,7 @@ class Keeper:
             self._woken = time.monotonic()
         if answer is None or "unknown" in answer:
             return
+        self._renew()
         self.reunite()
         self._heed(answer)
         self._revalidate(cut_off=was_cut_off)
@@ -122,6 +124,15 @@ class Keeper:
         self._repair()
         if self._dispatcher is not None:
             promotion.watch(self._dispatcher)
+
+    def _renew(self) -> None:
+        """Homes whose registered memory has ended get another."""
+        for home in self._owner.homes():
+            try:
+                if home.renew(self._links.node):
+                    self.note([f"part {home.part} of {home.record.name} is in reach again: LITE had begun a new life"])
+            except (HotpotError, lite.LiteError) as failure:
+                log.warning("part %d of %s is out of reach: %s", home.part, home.record.name, failure)
 
     def reunite(self) -> None:
         """Homes that are not in use yet get there."""
