@@ -295,6 +295,10 @@ def run(case: Case) -> tuple[list[str], Run]:
                 net.wait(this.rand.choice([0.0, 0.0, 0.05, 0.3]))
             if case.fate == "partition":
                 net.wait(this.rand.choice([0.2, 3.0]))
+                for number in net.away if case.seed % 2 else ():
+                    life = net.machines[number - 1].life
+                    if life is not None:
+                        life.number_in_lite += 1
                 net.away = set()
                 net.wait(1.0)
                 for _ in range(4):
