@@ -28,6 +28,7 @@ from orchestrator import agents, engine, rackfile
 from orchestrator.errors import RacklessError
 from orchestrator.events import ignore
 from orchestrator.faults import inject
+from orchestrator.parallel import together
 from orchestrator.settings import RackPaths, Settings
 from orchestrator.spec import BladeSpec
 from orchestrator.ssh import client
@@ -48,7 +49,7 @@ _PROGRAMS = ("tests/unit/hotpot_history.py", "tests/rack/hotpot_writer.py")
 _AGENT = "/etc/rackless/services/agent/supervise/pid"
 _AWAY_SECONDS = 20.0
 """More than it takes until others take over (Timing.promote)."""
-_HIT_SECONDS = 8.0
+_HIT_SECONDS = 15.0
 _TOLD_SECONDS = 90.0
 _REST_SECONDS = 90.0
 _WARM_COMMITS = 6
@@ -213,11 +214,11 @@ class Stage:
                 (folder / f"{blade}.json").write_text(json.dumps(told, indent=1))
 
     def _prepare(self, case: Case, name: str) -> None:
+        missing = [blade for blade in BLADES if blade not in self.programs or self.programs[blade].ended]
+        together({blade: blade for blade in missing}, self.begin)
         self._old = []
-        for blade in BLADES:
-            if blade not in self.programs or self.programs[blade].ended:
-                self.begin(blade)
-            self.programs[blade].lines.clear()
+        for program in self.programs.values():
+            program.lines.clear()
         nodes = [self.specs[blade].index + 1 for blade in OWNERS]
         _must(self.programs[MANAGER].ask("create", name, SIZE, case.mode, *nodes))
         if case.early:
