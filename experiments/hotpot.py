@@ -1,15 +1,18 @@
-"""Experiment `hotpot`: YCSB on the key-value store on Hotpot beside Redis, and what a commit costs (SoCC'17, sec. 6).
+"""Experiment `hotpot`: YCSB on the key-value store on Hotpot beside Redis, what commits and fetches cost, PageRank
+(SoCC'17, section 6).
 
 Three blades have data, and a client each. Hotpot's datasets are spread over all blades; Redis has its primary on the
 first, and one replica on the second: two copies of a record for both. Redis fsyncs its append-only file before it
 answers, and WAITs until its replica has the update in memory; the store's updates are on two nodes' media. A blade's
-disk is in its memory, for both. Clients are Python programs, one operation after the other (ycsb_client.py).
+disk is in its memory, for both. Clients are Python programs, one operation after the other (ycsb_client.py). Commits
+are of random bytes on other blades' pages, by size, number of ranges, owners and copies; PageRank has two parts
+(hotpot_client.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,30 +36,41 @@ WORKLOADS = "ABCDEF"
 RECORDS = 100
 OPERATIONS = 60
 """Of each client and workload."""
-COMMITS = 60
+COMMITS = 15
+"""Of each kind."""
+FETCHES = 40
+RATE_COMMITS = 40
+"""Of each client."""
 REPLICAS = 2
+RANKERS = 2
+COPIES = (1, 2, 3, 4)
 MODES = ("mrmw", "mrsw")
 PORT = 6379
 _FOLDER = "/root/experiments"
-_FILES = ("ycsb.py", "ycsb_client.py")
+_FILES = ("ycsb.py", "ycsb_client.py", "hotpot_client.py")
 _RUN_SECONDS = 900
 _REPLICA_SECONDS = 60
 
 
 @dataclass(frozen=True)
 class Bed:
-    """Blades with data and clients, in order: connections, addresses on the fabric, node ids."""
+    """Blades with data and clients, in order, and after them the manager: connections, fabric addresses, node ids."""
 
     blades: list[Connection]
     addresses: list[str]
     nodes: list[int]
 
+    @property
+    def clients(self) -> list[Connection]:
+        """Without the manager."""
+        return self.blades[:-1]
+
 
 @contextmanager
 def prepared(rack_file: Path, emit: Emit) -> Iterator[Bed]:
-    """A fresh rack, with the client on its blades."""
+    """A fresh rack, with the clients on its blades."""
     with rack(rack_file, NAME, emit) as (paths, specs), ExitStack() as stack:
-        chosen = [spec for spec in specs.values() if spec.kind != "manager"]
+        chosen = sorted(specs.values(), key=lambda spec: spec.kind == "manager")
         blades = [stack.enter_context(client.connect(paths, spec.name, spec.mgmt_address)) for spec in chosen]
         for blade in blades:
             client.run(blade, f"mkdir -p {_FOLDER}")
@@ -68,19 +82,50 @@ def prepared(rack_file: Path, emit: Emit) -> Iterator[Bed]:
 
 
 def sample(variant: str, bed: Bed, emit: Emit) -> Sample:
-    """One round: operations per second and microseconds of each operation, by workload; or those of commits."""
-    if variant == "commits":
-        return {
-            f"{mode}_{copies}_us": times
-            for mode in MODES
-            for copies, times in json.loads(
-                _run(bed.blades[0], f"commits {mode} --owner {bed.nodes[1]} --count {COMMITS}")
-            ).items()
-        }
+    """One round: operations per second and microseconds of each operation, by workload; or those of one of the rest."""
+    if variant == "redis":
+        with redis(bed) as where:
+            return ycsb(where, bed, emit)
     if variant == "hotpot":
         return ycsb("hotpot", bed, emit)
-    with redis(bed) as where:
-        return ycsb(where, bed, emit)
+    return {"commits": commits, "fetch": fetch, "rates": rates, "pagerank": pagerank}[variant](bed, emit)
+
+
+def commits(bed: Bed, _emit: Emit) -> Sample:
+    """Microseconds of commits by the first blade, to pages of others."""
+    owners = ",".join(map(str, bed.nodes[1:]))
+    return {f"{mode}_{point}_us": times for mode in MODES for point, times in
+            _single(bed.blades[0], f"commits {mode} --owners {owners} --count {COMMITS}").items()}  # fmt: skip
+
+
+def fetch(bed: Bed, _emit: Emit) -> Sample:
+    """Microseconds of a page's first load, and of a read of LITE, both of the second blade."""
+    words = f"fetch --owners {bed.nodes[1]} --name {bed.blades[1].host} --count {FETCHES}"
+    return {f"{what}_us": times for what, times in _single(bed.blades[0], words).items()}
+
+
+def rates(bed: Bed, emit: Emit) -> Sample:
+    """Commits per second of 1 to all blades together, each on pages of its own."""
+    result: Sample = {}
+    owners = ",".join(map(str, bed.nodes))
+    for count in range(1, len(bed.blades) + 1):
+        with step(emit, "hotpot", f"commits of {count} blades"):
+            found = _at_once(bed.blades[:count], lambda number, count=count: (  # type: ignore[misc]
+                f"rate mrmw --owners {owners} --client {number} --clients {count} --count {RATE_COMMITS}"))  # fmt: skip
+        result[f"commits_per_s_{count}"] = sum(answer["per_s"] for answer in found)
+    return result
+
+
+def pagerank(bed: Bed, emit: Emit) -> Sample:
+    """Microseconds of a round, of the slower part: values in a dataset, or sent over TCP."""
+    peers = ",".join(bed.addresses[:RANKERS])
+    result: Sample = {}
+    for over, more in (("hotpot", ""), ("sockets", f"--peers {peers}")):
+        with step(emit, "hotpot", f"PageRank on {over}"):
+            found = _at_once(bed.blades[:RANKERS],
+                             lambda number, more=more: f"pagerank --client {number} --clients {RANKERS} {more}")  # type: ignore[misc] # fmt: skip
+        result[f"pagerank_{over}_us"] = max(answer["round_us"] for answer in found)
+    return result
 
 
 @contextmanager
@@ -108,17 +153,12 @@ def ycsb(where: str, bed: Bed, emit: Emit) -> Sample:
     """Load, then all workloads one after the other, each by a client on every blade at once."""
     result: Sample = {}
     with step(emit, "hotpot", f"load {where}"):
-        _run(bed.blades[0], f"load {where} --records {RECORDS} --replicas {REPLICAS}")
+        _run(bed.blades[0], f"load {where} --records {RECORDS} --replicas {REPLICAS}", "ycsb_client")
     for workload in WORKLOADS:
-        found: list[dict[str, Any]] = []
-
-        def one(number: int, workload: str = workload, found: list[dict[str, Any]] = found) -> None:
-            found.append(json.loads(_run(
-                bed.blades[number], f"run {where} --workload {workload} --records {RECORDS} --count {OPERATIONS} "
-                f"--client {number} --clients {len(bed.blades)} --replicas {REPLICAS}")))  # fmt: skip
-
         with step(emit, "hotpot", f"{where} {workload}"):
-            together({blade.host: number for number, blade in enumerate(bed.blades)}, one)
+            found = _at_once(bed.clients, lambda number, workload=workload: (  # type: ignore[misc]
+                f"run {where} --workload {workload} --records {RECORDS} --count {OPERATIONS} --client {number} "
+                f"--clients {len(bed.clients)} --replicas {REPLICAS}"), "ycsb_client")  # fmt: skip
         result[f"{workload}_ops_per_s"] = sum(answer.pop("ops_per_s") for answer in found)
         for kind in sorted({kind for answer in found for kind in answer}):
             result[f"{workload}_{kind}"] = [time for answer in found for time in answer.get(kind, [])]
@@ -126,14 +166,29 @@ def ycsb(where: str, bed: Bed, emit: Emit) -> Sample:
 
 
 def summary(medians: dict[str, dict[str, float]]) -> dict[str, object]:
-    """By workload: operations per second of both and their ratio; by mode and copies: microseconds of a commit."""
-    ours, theirs, costs = medians["hotpot"], medians["redis"], medians["commits"]
+    """By workload: operations per second of both and their ratio; microseconds of commits, fetches and rounds."""
+    ours, theirs, costs, fetched = (medians[variant] for variant in ("hotpot", "redis", "commits", "fetch"))
     rates = {w: (ours[f"{w}_ops_per_s"], theirs[f"{w}_ops_per_s"]) for w in WORKLOADS}
+    ranked = medians["pagerank"]
+
+    def by(what: str) -> dict[str, dict[str, float]]:
+        return {mode: {name.split("_")[2]: cost for name, cost in costs.items() if name.startswith(f"{mode}_{what}_")}
+                for mode in MODES}  # fmt: skip
+
+    copies = by("copies")
     return {
         "ycsb": {workload: {"hotpot_ops_per_s": own, "redis_ops_per_s": redis, "ratio": round(own / redis, 2)}
                  for workload, (own, redis) in rates.items()},
-        "commit_us": {mode: {str(n): costs[f"{mode}_{n}_us"] for n in (1, 2)} for mode in MODES},
-        "commit_2_over_1": {mode: round(costs[f"{mode}_2_us"] / costs[f"{mode}_1_us"], 2) for mode in MODES},
+        "commit_us": copies,
+        "commit_2_over_1": {mode: round(copies[mode]["2"] / copies[mode]["1"], 2) for mode in MODES},
+        "commit_us_by_bytes": by("size"),
+        "commit_us_by_ranges": by("ranges"),
+        "commit_us_by_owners": by("owners"),
+        "commits_per_s": {name.rsplit("_", 1)[1]: found for name, found in medians["rates"].items()},
+        "fetch_us": {"hotpot": fetched["fetch_us"], "lite_read": fetched["lite_read_us"],
+                     "ratio": round(fetched["fetch_us"] / fetched["lite_read_us"], 2)},
+        "pagerank_round_us": {"hotpot": ranked["pagerank_hotpot_us"], "sockets": ranked["pagerank_sockets_us"],
+                              "ratio": round(ranked["pagerank_hotpot_us"] / ranked["pagerank_sockets_us"], 2)},
     }  # fmt: skip
 
 
@@ -150,11 +205,26 @@ def figure(medians: dict[str, dict[str, float]], samples: dict[str, list[Sample]
     left.set(title=f"YCSB, {REPLICAS} copies", ylabel="operations per second", yscale="log")
     left.legend()
     for mode in MODES:
-        right.plot((1, 2), [medians["commits"][f"{mode}_{n}_us"] for n in (1, 2)], "o-", label=mode)
-    right.set(title="commit of 1 KiB", xlabel="copies", ylabel="µs, median", ylim=(0, None), xticks=(1, 2))
+        right.plot(COPIES, [medians["commits"][f"{mode}_copies_{n}_us"] for n in COPIES], "o-", label=mode)
+    right.set(title="commit of 1 KiB", xlabel="copies", ylabel="µs, median", ylim=(0, None), xticks=COPIES)
     right.legend()
     return chart
 
 
-def _run(blade: Connection, words: str) -> str:
-    return client.run(blade, f"cd /root && python3 -m experiments.ycsb_client {words}", timeout=_RUN_SECONDS).stdout
+def _at_once(
+    blades: list[Connection], words: Callable[[int], str], what: str = "hotpot_client"
+) -> list[dict[str, Any]]:
+    """What clients on these blades print, each told `words` of its number."""
+    found: list[dict[str, Any]] = []
+    together({blade.host: number for number, blade in enumerate(blades)},
+             lambda number: found.append(json.loads(_run(blades[number], words(number), what))))  # fmt: skip
+    return found
+
+
+def _single(blade: Connection, words: str) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = json.loads(_run(blade, words, "hotpot_client"))
+    return found
+
+
+def _run(blade: Connection, words: str, what: str) -> str:
+    return client.run(blade, f"cd /root && python3 -m experiments.{what} {words}", timeout=_RUN_SECONDS).stdout

@@ -2,12 +2,10 @@
 
     python3 -m experiments.ycsb_client load hotpot --records 100
     python3 -m experiments.ycsb_client run redis:10.0.0.3:6379 --workload A --client 0 --clients 2
-    python3 -m experiments.ycsb_client commits mrmw --owner 2 --count 50
 
 `run` waits until all clients are there, then prints a JSON object: operations per second, and the microseconds of each
-operation by kind. `commits` prints the microseconds of commits of 1 KiB on another node, with 1 and 2 copies in turn.
-Both peers' updates replace the whole record, and return when it is durable: at Hotpot's owner and copies; at Redis in
-the append-only file (fsync) of the primary and, by WAIT, in the memory of its replicas.
+operation by kind. Both peers' updates replace the whole record, and return when it is durable: at Hotpot's owner and
+copies; at Redis in the append-only file (fsync) of the primary and, by WAIT, in the memory of its replicas.
 """
 
 from __future__ import annotations
@@ -168,42 +166,20 @@ def measure(to: Peer, todo: list[Operation], rand: random.Random) -> dict[str, A
     return {"ops_per_s": len(todo) / (time.perf_counter() - begin), **times}
 
 
-def commits(mode: str, owner: int, count: int, most: int = 2) -> dict[str, list[float]]:
-    """Microseconds of `count` commits of 1 KiB on a page of node `owner`, by the number of copies, in turn."""
-    times: dict[str, list[float]] = {str(replicas): [] for replicas in range(1, most + 1)}
-    name = f"commits {mode}"
-    with hotpot.connect() as session:
-        pages = {replicas: 4096 * (replicas - 1) for replicas in range(1, most + 1)}
-        with session.create(name, 4096 * most, mode=mode, chunk=4096, owners=[owner]) as dataset:
-            for turn in range(count + 3):
-                for replicas, at in pages.items():  # a page for each: copies, once made, would be kept up to date
-                    with dataset.transaction(replicas) as transaction:
-                        transaction.acquire(at, 1024)[:] = random.randbytes(1024)
-                        before = time.perf_counter()
-                        transaction.commit()
-                        if turn >= 3:
-                            times[str(replicas)].append(round((time.perf_counter() - before) * 1e6, 1))
-        session.delete(name)
-    return times
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("do", choices=["load", "run", "commits"])
-    parser.add_argument("what", help="load, run: `hotpot` or `redis:HOST:PORT`; commits: the dataset's mode")
+    parser.add_argument("do", choices=["load", "run"])
+    parser.add_argument("what", help="`hotpot` or `redis:HOST:PORT`")
     parser.add_argument("--workload", default="A")
     parser.add_argument("--records", type=int, default=100)
     parser.add_argument("--count", type=int, default=100, help="operations of this client")
     parser.add_argument("--client", type=int, default=0)
     parser.add_argument("--clients", type=int, default=1)
     parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--owner", type=int, default=1, help="commits: node id")
     asked = parser.parse_args()
     if asked.do == "load":
         load(asked.what, asked.records, asked.replicas)
-    elif asked.do == "commits":
-        print(json.dumps(commits(asked.what, asked.owner, asked.count)))
     else:
         to = peer(asked.what, asked.replicas)
         todo = [*operations(asked.workload, asked.records, asked.count, asked.client, asked.clients)]

@@ -173,6 +173,9 @@ class Dispatcher:
             changed = changed or source not in self.voters
             self.voters.add(source)
             self.heard[source] = time.monotonic()
+            if header.get("begins"):  # what its last life had open it has not
+                for nodes in self._open.values():
+                    nodes.discard(source)
             for dataset in header.get("open", ()):
                 self._open[dataset].add(source)
             if changed:

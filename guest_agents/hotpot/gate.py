@@ -14,7 +14,8 @@ from pathlib import Path
 
 from guest_agents import lite
 from guest_agents.control import ControlError, Handler, Message
-from guest_agents.hotpot import media
+from guest_agents.hotpot import media, steps
+from guest_agents.hotpot.audit import audit
 from guest_agents.hotpot.errors import Corrupt, HotpotError, NotJoined, OldMedia
 from guest_agents.hotpot.programs import Programs
 from guest_agents.hotpot.service import BOOK, Service
@@ -47,7 +48,8 @@ class Gate:
 
     def handlers(self) -> dict[str, Handler]:
         """For the agent's control server."""
-        return {"hotpot.start": self._start, "hotpot.stat": self._stat}
+        return {"hotpot.start": self._start, "hotpot.stat": self._stat, "hotpot.audit": self._audit,
+                "hotpot.trap": self._trap}  # fmt: skip
 
     def start(self) -> None:
         """Let programs connect; take over what an earlier life has left."""
@@ -135,3 +137,12 @@ class Gate:
     def _stat(self, _request: Message) -> Message:
         """For `rackless hotpot stat`; a blade where Hotpot has not started has nothing to tell."""
         return {} if self._service is None else self._service.stat()
+
+    def _audit(self, request: Message) -> Message:
+        """For tests of crashes: what is here of a dataset."""
+        return {} if self._service is None else audit(self._service, request["dataset"])
+
+    def _trap(self, request: Message) -> Message:
+        """For tests of crashes: stand still at a step, or at none."""
+        steps.arm(steps.Trap(request["step"], request.get("count", 1)) if request["step"] else None)
+        return {}

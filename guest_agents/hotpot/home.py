@@ -75,6 +75,7 @@ class Home:
     """Transactions that had begun before this became the home, and may still come."""
     xids: set[int] = field(default_factory=set)
     """Transactions that had last written pages when this node became their home in place of a lost one."""
+    _writing: threading.Lock = field(default_factory=threading.Lock)
 
     accessed: Counter[int] = field(default_factory=Counter)
     """Bytes that nodes have fetched and committed in this window."""
@@ -129,15 +130,34 @@ class Home:
     def write(self, pages: dict[int, Copy]) -> None:
         """Make these the present versions, on media and for readers."""
         sealed = [(self.record.slot(page) * STRIDE, blocks.seal(copy)) for page, copy in pages.items()]
-        for place, block in sealed:
-            self.media.write(place, block)
-        self.media.persist_all((place, STRIDE) for place, _ in sealed)
-        for start in range(0, len(sealed), _BATCH):
-            self.memory.scatter(sealed[start : start + _BATCH])
+        with self._writing:
+            for place, block in sealed:
+                self.media.write(place, block)
+            self.media.persist_all((place, STRIDE) for place, _ in sealed)
+            for start in range(0, len(sealed), _BATCH):
+                self.memory.scatter(sealed[start : start + _BATCH])
+
+    def renew(self, node: lite.Node) -> bool:
+        """Have new registered memory, if what was there has ended: with a life of this node in LITE, which others took
+        for dead. Whether that was so. NoSpace."""
+        try:
+            self.memory.read(1)
+        except (lite.NodeDead, lite.NodeUnreachable):
+            with self._writing:
+                self.memory, name = _registered(node, self.record, self.part)
+                self._load()
+                self.name = name
+            return True
+        return False
 
     def load(self) -> None:
         """Fill the registered memory from media, and find pages that do not have their checksum."""
+        with self._writing:
+            self._load()
+
+    def _load(self) -> None:
         sealed = []
+        self.wrong = []
         for page in self.record.pages_of(self.part):
             block = self.block(page)
             try:
@@ -186,15 +206,22 @@ def _degree(home: Home, page: int) -> int:
 
 def open_home(node: lite.Node, folder: Folder, record: Record, part: int) -> Home:
     """The home on this node's media, new if there is none. NoSpace."""
-    size = record.slots(part) * STRIDE
-    media = folder.open(f"home-{record.id}-{part}", size)
-    name = f"hotpot.{record.id}.{part}.{secrets.token_hex(4)}"
+    media = folder.open(f"home-{record.id}-{part}", record.slots(part) * STRIDE)
     try:
-        memory = node.malloc(size, name=name, permissions=lite.Permission.READ | lite.Permission.SHARE)
-    except lite.LiteError as failure:
+        memory, name = _registered(node, record, part)
+    except NoSpace:
         media.close()
-        raise NoSpace(f"{size} bytes on {node.name}: {failure}") from None
+        raise
     return Home(record, part, media, memory, name)
+
+
+def _registered(node: lite.Node, record: Record, part: int) -> tuple[lite.Lmr, str]:
+    """Zeroed memory for a home, and the name by which others map it. NoSpace."""
+    size, name = record.slots(part) * STRIDE, f"hotpot.{record.id}.{part}.{secrets.token_hex(4)}"
+    try:
+        return node.malloc(size, name=name, permissions=lite.Permission.READ | lite.Permission.SHARE), name
+    except lite.LiteError as failure:
+        raise NoSpace(f"{size} bytes on {node.name}: {failure}") from None
 
 
 class Origin(NamedTuple):

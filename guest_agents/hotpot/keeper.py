@@ -96,7 +96,8 @@ class Keeper:
 
     def register(self) -> None:
         """Tell the dispatcher of this node. NodeLost, VersionMismatch."""
-        self._lease.ask("register", {"settings": SETTINGS, "media": self._media, **self._about()})
+        self._lease.ask("register", {"settings": SETTINGS, "media": self._media, "begins": not self.registered,
+                                     **self._about()})  # fmt: skip
         self.registered = True
 
     def turn(self) -> None:
@@ -104,7 +105,7 @@ class Keeper:
         was_cut_off = not self._lease.valid
         synced = {home.key: set(home.synced) for home in self._owner.homes()}
         answer = self._lease.renew({"media": self._media})
-        if answer is not None and "unknown" in answer:
+        if answer is not None and ("unknown" in answer or not self.registered):
             try:
                 self.register()
             except (NodeLost, Isolated, VersionMismatch) as failure:
@@ -123,6 +124,7 @@ class Keeper:
                 self._seat.stand()
         if answer is None or "unknown" in answer:
             return
+        self._renew()
         self.reunite()
         self._heed(answer, synced)
         self._revalidate(cut_off=was_cut_off)
@@ -135,6 +137,15 @@ class Keeper:
                 self.dispatcher.in_office()
                 self.dispatcher.strike_off()
                 promotion.watch(self.dispatcher)
+
+    def _renew(self) -> None:
+        """Homes whose registered memory has ended get another."""
+        for home in self._owner.homes():
+            try:
+                if home.renew(self._links.node):
+                    self.note([f"part {home.part} of {home.record.name} is in reach again: LITE had begun a new life"])
+            except (HotpotError, lite.LiteError) as failure:
+                log.warning("part %d of %s is out of reach: %s", home.part, home.record.name, failure)
 
     def reunite(self) -> None:
         """Homes that are not in use yet get there."""

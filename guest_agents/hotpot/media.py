@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from guest_agents import pmem
+from guest_agents.hotpot import steps
 from guest_agents.hotpot.errors import Corrupt, NoSpace, VersionMismatch
 from guest_agents.shelf import Damaged, Different, Foreign, Full, Piece, Shelf, begun
 
@@ -114,6 +115,7 @@ class Media:
 
     def persist(self, offset: int, length: int) -> None:
         """Returns when a range survives a crash."""
+        steps.at("persist", self.path.name)
         self._place.persist(offset, length)
 
     def persist_all(self, ranges: Iterable[tuple[int, int]]) -> None:

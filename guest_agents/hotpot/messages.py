@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from guest_agents import lite
+from guest_agents.hotpot import steps
 from guest_agents.hotpot.errors import BadArgument, HotpotError, NodeLost, NoSpace, TooLarge, from_reply
 
 PORT, LEAF = 60, 61
@@ -118,6 +119,7 @@ class Links:
         message = pack({"op": op, **header}, payload)
         if len(message) > MAX_MESSAGE:
             return TooLarge(f"{len(message)} bytes for one node, at most {MAX_MESSAGE} go in a message")
+        steps.at("send", op)
         try:
             return self.node.call_async(node, port, message, max_reply=MAX_REPLY)
         except lite.LiteError as failure:
@@ -132,6 +134,7 @@ class Links:
         else:
             try:
                 reply, _ = unpack(ticket.wait())
+                steps.at("sent", op)
             except lite.LiteError as failure:
                 return NodeLost(f"node {node}: {failure}")
         return from_reply(reply) if "error" in reply else reply
@@ -149,7 +152,11 @@ class Links:
     def _handle(self, request: lite.Request) -> bytes:
         def answer() -> Message:
             header, payload = unpack(request.data)
-            return self._dispatch(request.port.number, request.source, header, payload)
+            op = str(header.get("op"))
+            steps.at("serve", op)
+            reply = self._dispatch(request.port.number, request.source, header, payload)
+            steps.at("served", op)
+            return reply
 
         return pack(guard(answer))
 

@@ -332,6 +332,11 @@ class Service:
         if opened is not None:
             opened.suspect.add(part)
 
+    def suspects(self) -> list[str]:
+        """Datasets of which cached pages may be old."""
+        with self._opening:
+            return [opened.cache.record.name for opened in self._opened.values() if opened.suspect]
+
     def _revalidate(self, *, cut_off: bool) -> None:
         """What is cached here may be old, if this node was cut off, or a home was away."""
         for opened in self._all_opened():

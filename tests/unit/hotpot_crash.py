@@ -216,8 +216,11 @@ class Run:
             if machine.life is not None:
                 machine.service.eviction.limits = Limits()
         deadline = self.net.now + QUIET_SECONDS
-        while (busy := self.busy()) and self.net.now < deadline:
+        quiet = 0
+        while quiet < 3 and self.net.now < deadline:  # not only until the next beat, which may bring news
             self.net.wait(0.2)
+            busy = self.busy()
+            quiet = 0 if busy else quiet + 1
         assert not busy, f"it does not come to rest: {busy}"
 
     def busy(self) -> list[str]:
@@ -355,6 +358,10 @@ def run(case: Case) -> tuple[list[str], Run]:
                 net.wait(this.rand.choice([0.0, 0.0, 0.05, 0.3]))
             if case.fate == "partition":
                 net.wait(this.rand.choice([0.2, 3.0]))
+                for number in net.away if case.seed % 2 else ():
+                    life = net.machines[number - 1].life
+                    if life is not None:
+                        life.number_in_lite += 1
                 net.away = set()
                 net.wait(1.0)
                 for _ in range(4):

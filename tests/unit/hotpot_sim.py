@@ -117,16 +117,24 @@ class Memory:
 
     def __init__(self, life: Life, reader: Life, data: bytearray) -> None:
         self._life, self._reader, self._data = life, reader, data
+        self._number = life.number_in_lite
+
+    def _check(self) -> None:
+        if self._number != self._life.number_in_lite:
+            raise lite.NodeDead
 
     def scatter(self, parts: Iterable[tuple[int, bytes]]) -> None:
+        self._check()
         for offset, data in parts:
             self._data[offset : offset + len(data)] = data
 
     def gather(self, ranges: Iterable[tuple[int, int]]) -> list[bytes]:
         self._reader.machine.net.reach(self._reader, self._life.machine.number, self._life)
+        self._check()
         return [bytes(self._data[offset : offset + length]) for offset, length in ranges]
 
     def read(self, length: int, at: int = 0) -> bytes:
+        self._check()
         return bytes(self._data[at : at + length])
 
     def free(self) -> None:
@@ -167,6 +175,7 @@ class StandInNode:
 
     def map(self, name: str, _permissions: Any) -> Memory:
         found = self._life.machine.net.memories[name]
+        found._check()
         return Memory(found._life, self._life, found._data)
 
     def call_async(self, node: int, port: int, message: bytes, *, max_reply: int) -> Answer:
@@ -201,6 +210,8 @@ class Life:
         self.machine = machine
         self.alive = True
         self.serving = False
+        self.number_in_lite = 1
+        """More than one: LITE has taken this machine for dead; its registered memory has ended."""
         self.media: list[LossyMedia] = []
         node: Any = StandInNode(self)
         self.service = Service(node, LossyFolder(self), 1, timing=TIMING, log_bytes=LOG_BYTES)

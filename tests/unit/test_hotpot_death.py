@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from guest_agents import lite
+from guest_agents.hotpot import blocks
 from guest_agents.hotpot.blocks import Copy
 from guest_agents.hotpot.home import Home
 from guest_agents.hotpot.lease import Timing
@@ -133,11 +134,30 @@ def test_a_commit_that_an_owner_could_not_finish_is_finished_later(
             eventually(lambda blade=blade: not blade.service._intents.used and not blade.service._log.used)  # type: ignore[misc]
 
 
+def test_a_home_whose_node_was_taken_for_dead_is_in_reach_again(rack: Rack, blades: dict[str, Blade]) -> None:
+    """Its registered memory has ended with the node's life in LITE; what is on its media has not."""
+    with shells(blades["mb0"], blades["mb1"], blades["mb2"]) as [own, other, late]:
+        own.do(f"d = session.create('set', {2 * PAGE}, chunk={PAGE}, owners=[2])")
+        own.do("d.memory[:4], d.memory[4096:4100] = b'kept', b'more'\nd.commit((0, d.size))")
+        assert other.do("d = session.open('set')\n") is None
+        assert other.do("bytes(d.memory[:4])") == b"kept"
+        before = rack["mb0"].membership.incarnation
+        rack["mb0"].declare_dead()
+        eventually(lambda: rack["mb0"].membership.incarnation != before)
+        assert other.do("bytes(d.memory[4096:4100])") == b"more"
+        late.do("d = session.open('set')")
+        late.do("d.run(lambda t: t.acquire(4096, 4).__setitem__(slice(4), b'then'))")
+        assert [program.do("bytes(d.memory[4096:4100])") for program in (own, other, late)] == [b"then"] * 3
+        home = blades["mb0"].service.owner.home(1, 0)
+        assert blocks.unseal(home.memory.read(blocks.STRIDE, at=blocks.STRIDE)) == home.read(1)
+
+
 _SERVICE = """
 import sys
 from pathlib import Path
 from dataclasses import replace
 from guest_agents import lite
+from guest_agents.hotpot import blocks
 from guest_agents.hotpot.programs import Programs
 from guest_agents.hotpot.service import Service
 folder = Path(sys.argv[2])

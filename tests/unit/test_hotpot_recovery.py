@@ -79,6 +79,17 @@ def test_a_whole_rack_without_power_comes_back(net: Net) -> None:
     assert [read(net, 2, page) for page in range(3)] == [b"then"] * 3
 
 
+def test_what_was_open_where_the_power_failed_is_not_open_there_any_more(net: Net) -> None:
+    write(net, 4, b"kept", 0)
+    service(net, 4).close_dataset(SET)
+    read(net, 3, 0)
+    net.machines[2].power_off()
+    net.machines[2].power_on()
+    net.wait(1.0)
+    service(net, 1).dispatcher("delete", name="set")
+    assert service(net, 1).dispatcher("list")["datasets"] == []
+
+
 def test_a_corrupt_page_is_mended_from_a_copy_and_reported(net: Net) -> None:
     write(net, 4, b"kept", 0, replicas=2)
     write(net, 4, b"only", 2)
