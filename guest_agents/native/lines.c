@@ -435,8 +435,9 @@ static int organise(struct lines *l, size_t excache_pages, const struct organisa
     return sets_init(&l->sets, sets, ways, o->policy, l->where);
 }
 
-static int make_regions(struct lines *l, size_t bytes)
+int lines_make_regions(struct lines *l)
 {
+    size_t bytes = l->arena->pages / REGION_PAGES * sizeof *l->region;
     l->region_file = memfd_create("rackless-regions", MFD_CLOEXEC);
     if (l->region_file < 0 || ftruncate(l->region_file, (off_t)bytes))
         return errno;
@@ -444,19 +445,30 @@ static int make_regions(struct lines *l, size_t bytes)
     return l->region == MAP_FAILED ? errno : madvise(l->region, bytes, MADV_DONTFORK);
 }
 
+/* Bytes of registered memory: l->landing, with l->buffer behind it. */
+static size_t registered(const struct lines *l)
+{
+    return (l->together + 1 + EARLY_READS + l->nslots) << PAGE_SHIFT;
+}
+
+int lines_open_fabric(struct lines *l)
+{
+    return fabric_open(&l->fabric, l->landing, registered(l));
+}
+
 int lines_init(struct lines *l, struct arena *arena, size_t excache_pages, const struct organisation *o)
 {
     l->arena = arena;
     l->state = raw_memory(arena->pages);
     l->where = raw_memory(arena->pages * sizeof *l->where);
-    if (!l->state || !l->where || make_regions(l, arena->pages / REGION_PAGES * sizeof *l->region))
+    if (!l->state || !l->where || lines_make_regions(l))
         return -ENOMEM;
     int error = organise(l, excache_pages, o);
     if (error)
         return error;
     l->slots = raw_memory(l->nslots * sizeof *l->slots);
     l->free_batches = (1u << FLUSH_BATCHES) - 1;
-    size_t landing = l->together + 1 + EARLY_READS, bytes = (landing + l->nslots) << PAGE_SHIFT;
+    size_t landing = l->together + 1 + EARLY_READS, bytes = registered(l);
     l->landing = raw_memory(bytes);
     if (!l->slots || !l->landing)
         return -ENOMEM;
@@ -470,7 +482,7 @@ int lines_init(struct lines *l, struct arena *arena, size_t excache_pages, const
     error = pool_init(&l->pool, l->budget / SEGMENT_PAGES, l->where);
     if (error)
         return error;
-    return fabric_open(&l->fabric, l->landing, bytes);
+    return lines_open_fabric(l);
 }
 
 void lines_adopt(struct lines *l, int uffd)

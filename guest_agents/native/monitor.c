@@ -163,6 +163,20 @@ int monitor_region(struct monitor *m, uint64_t bytes, uint32_t copies, uint32_t 
     return 0;
 }
 
+int monitor_keep(struct monitor *m, const char *name)
+{
+    char text[MESSAGE];
+    snprintf(text, sizeof text, "keep %s", name);
+    return ask(m, text);
+}
+
+int monitor_claim(struct monitor *m, const char *name, size_t places)
+{
+    char text[MESSAGE];
+    snprintf(text, sizeof text, "claim %s %zu", name, places);
+    return ask(m, text);
+}
+
 char monitor_news(struct monitor *m, uint32_t *blade)
 {
     char text[MESSAGE];
