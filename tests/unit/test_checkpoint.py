@@ -69,7 +69,7 @@ class Stage:
         files = self.folder / "stdout", self.folder / "stderr"
         with files[0].open("w") as out, files[1].open("w") as error:
             process = subprocess.Popen(words, cwd=self.vnode, stdout=out, stderr=error, stdin=subprocess.DEVNULL,
-                                       env={**os.environ, **env})  # fmt: skip
+                                       env={**os.environ, "FAKE_ALONE": "1", **env})  # fmt: skip
         return Started(process, *files)
 
     def program(self) -> str:
