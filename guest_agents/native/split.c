@@ -434,15 +434,18 @@ static int run_command(int argc, char **argv)
     return run(o, argv + read_options(argc, argv, &o), NULL);
 }
 
-static int restart(const char *name, const char *stats)
+static int restart(int argc, char **argv)
 {
     static struct thaw thaw;
     static char size[32];
-    thaw_take(&thaw, name);
+    struct options o = {.replicas = "1", .vnode = "default"};
+    int at = read_options(argc, argv, &o);
+    thaw_take(&thaw, argv[at]);
     struct image *image = &thaw.all.image;
     snprintf(size, sizeof size, "%lu", image->excache);
     char *command[] = {image->command, NULL};
-    return run((struct options){.replicas = "1", .vnode = image->vnode, .excache = size, .stats = stats}, command, &thaw);
+    o = (struct options){.replicas = "1", .vnode = image->vnode, .excache = size, .stats = o.stats};
+    return run(o, command, &thaw);
 }
 
 static int ps(void)
@@ -473,10 +476,8 @@ int main(int argc, char **argv)
         return thaw_discard(argv[3]);
     if (argc == 3 && !strcmp(argv[1], "checkpoint"))
         return checkpoint(argv[2]);
-    if (argc == 3 && !strcmp(argv[1], "restart"))
-        return restart(argv[2], NULL);
-    if (argc == 5 && !strcmp(argv[1], "restart") && !strcmp(argv[2], "--stats"))
-        return restart(argv[4], argv[3]);
+    if (argc >= 3 && !strcmp(argv[1], "restart"))
+        return restart(argc - 1, argv + 1);
     if (argc == 2 && !strcmp(argv[1], "ps"))
         return ps();
     if ((argc == 3 || argc == 4) && !strcmp(argv[1], "kill"))
