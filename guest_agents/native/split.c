@@ -381,9 +381,12 @@ static int run(struct options o, char **argv, struct thaw *thaw)
     sigprocmask(SIG_BLOCK, &blocked, &before);
     pid_t parent = getpid();
     double start = now();
-    program = thaw ? thaw_fork(thaw) : fork();
+    program = thaw ? fork_as(thaw->all.image.pid) : fork_apart();
+    if (program < 0 && thaw)
+        thaw_put_back(thaw);
     if (program < 0)
-        die(INTERNAL, "fork: %s%s", strerror(errno), "");
+        die(thaw ? NOT_STARTED : INTERNAL, "no process can be made%s: %s", thaw ? " with the number that it had" : "",
+            strerror(errno));
     if (program == 0) {
         prctl(PR_SET_PDEATHSIG, SIGKILL); /* nobody could end it through us any more, or see its end */
         if (getppid() != parent)

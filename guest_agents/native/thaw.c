@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -121,12 +122,26 @@ _Noreturn void thaw_become(const struct thaw *t)
     _exit(NOT_STARTED); /* never: it becomes another program while it is stopped */
 }
 
-pid_t thaw_fork(const struct thaw *t)
+pid_t fork_as(pid_t number)
 {
-    pid_t wanted = t->all.image.pid;
-    struct clone_args args = {.exit_signal = SIGCHLD, .set_tid = (uintptr_t)&wanted, .set_tid_size = 1};
-    long pid = syscall(SYS_clone3, &args, sizeof args);
-    return pid >= 0 ? (pid_t)pid : fork();
+    struct clone_args args = {.exit_signal = SIGCHLD, .set_tid = (uintptr_t)&number, .set_tid_size = 1};
+    return (pid_t)syscall(SYS_clone3, &args, sizeof args);
+}
+
+pid_t fork_apart(void)
+{
+    enum { TRIES = 4 };
+    unsigned most = 0, random;
+    FILE *in = fopen("/proc/sys/kernel/pid_max", "re");
+    bool known = in && fscanf(in, "%u", &most) == 1;
+    if (in)
+        fclose(in);
+    for (int i = 0; known && i < TRIES && getrandom(&random, sizeof random, 0) == sizeof random; i++) {
+        pid_t pid = fork_as((pid_t)(most / 2 + random % (most / 2)));
+        if (pid >= 0)
+            return pid;
+    }
+    return fork(); /* only root may choose */
 }
 
 /* ---- the parent: memory and threads ---- */
@@ -284,7 +299,8 @@ static bool fill(struct making *m, FILE *in)
     return tracee_fail("its image has an early end");
 }
 
-static pid_t make_thread(struct making *m, const struct image_thread *t)
+/* With the number it had: the C library's locks know their owner by it. The pager holds none of these. */
+static pid_t make_thread(struct making *m, const struct image_thread *t, bool is_pager)
 {
     struct {
         struct clone_args args;
@@ -292,15 +308,15 @@ static pid_t make_thread(struct making *m, const struct image_thread *t)
     } text = {.args = {.flags = CLONE_VM | CLONE_FS | CLONE_FILES | CLONE_SIGHAND | CLONE_THREAD | CLONE_SYSVSEM,
                        .set_tid = m->scratch + offsetof(__typeof__(text), tid), .set_tid_size = 1}, .tid = t->tid};
     long tid = -EEXIST;
-    for (int tries = 0; tries < 2 && tid < 0; tries++) {
-        text.args.set_tid_size = tries ? 0 : 1; /* its number is another's here */
+    for (int tries = 0; tries < 1 + is_pager && tid < 0; tries++) {
+        text.args.set_tid_size = tries ? 0 : 1;
         text.args.set_tid = tries ? 0 : text.args.set_tid;
         tracee_write(&m->tracee, m->scratch, &text, sizeof text);
         tid = tracee_call(&m->tracee, m->tracee.pid, SYS_clone3, m->scratch, sizeof text.args, 0, 0, 0, 0);
     }
     int status;
     if (tid < 0 || waitpid((pid_t)tid, &status, __WALL) != (pid_t)tid || !WIFSTOPPED(status)) {
-        tracee_fail("a thread cannot be made: %s", strerror((int)-tid));
+        tracee_fail("thread number %d is %s", t->tid, tid == -EEXIST ? "another's on this blade" : "not to be had");
         return 0;
     }
     return (pid_t)tid;
@@ -339,7 +355,7 @@ static bool make_threads(struct making *m)
 {
     const struct loaded *all = m->all;
     for (uint32_t i = 0; i < all->image.threads; i++) {
-        pid_t tid = i ? make_thread(m, &all->thread[i]) : m->tracee.pid;
+        pid_t tid = i ? make_thread(m, &all->thread[i], i == all->image.pager) : m->tracee.pid;
         if (!tid)
             return false;
         m->tracee.thread[i] = tid;
@@ -411,9 +427,6 @@ bool thaw_make(struct thaw *t, pid_t pid)
     for (int i = 0; i < IMAGE_SIGNALS; i++)
         if (t->all.image.pending >> i & 1)
             kill(pid, i + 1);
-    if (pid != t->all.image.pid)
-        fprintf(stderr, "rackless: process number %d is another's on this blade: the program has %d now\n",
-                t->all.image.pid, (int)pid);
     tracee_release(&m.tracee);
     return true;
 }

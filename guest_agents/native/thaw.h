@@ -17,8 +17,12 @@ void thaw_take(struct thaw *t, const char *name);
 void thaw_put_back(const struct thaw *t);
 void thaw_finish(const struct thaw *t);
 
-/* A child of this process, with the number it had if that is free. */
-pid_t thaw_fork(const struct thaw *t);
+/* A child of this process, with this number; -1 and errno EEXIST: it is another's. Only root can have that. */
+pid_t fork_as(pid_t number);
+
+/* A child with a number that no process of another blade is likely to have, if that is possible: so that it can have it
+ * there, too. */
+pid_t fork_apart(void);
 
 /* In the child: files, directory, signals; then it waits for its parent to make the rest. */
 _Noreturn void thaw_become(const struct thaw *t);
