@@ -19,15 +19,15 @@ enum { LINE = PATH_MAX + 256, MEMORY_DEVICES = 1 /* major number of /dev/null, z
 
 static FILE *open_of(pid_t pid, const char *what)
 {
-    char path[64];
+    char path[LINE + 32];
     snprintf(path, sizeof path, "/proc/%d/%s", (int)pid, what);
     return fopen(path, "re");
 }
 
 static bool link_of(pid_t pid, const char *what, char target[PATH_MAX])
 {
-    char path[64];
-    snprintf(path, sizeof path, "/proc/%d/%s", (int)pid, what);
+    char path[128];
+    snprintf(path, sizeof path, "/proc/%d/%.40s", (int)pid, what);
     ssize_t length = readlink(path, target, PATH_MAX - 1);
     target[length > 0 ? length : 0] = 0;
     return length > 0;
