@@ -32,6 +32,21 @@ struct counters *attach_counters(const char *job, size_t excache_pages)
     return count;
 }
 
+const char *attach_device(struct lines *l)
+{
+    static char why[100];
+    size_t bytes = l->arena->pages / REGION_PAGES * sizeof *l->region;
+    l->region_file = memfd_create("rackless-regions", MFD_CLOEXEC);
+    if (l->region_file < 0 || ftruncate(l->region_file, (off_t)bytes))
+        return "no memory for the pager's books";
+    l->region = (void *)syscall(SYS_mmap, NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, l->region_file, 0L);
+    if (l->region == MAP_FAILED || madvise(l->region, bytes, MADV_DONTFORK))
+        return "no memory for the pager's books";
+    int error = fabric_open(&l->fabric, l->landing, lines_registered(l));
+    snprintf(why, sizeof why, "no RDMA device: %s", strerror(-error));
+    return error ? why : NULL;
+}
+
 const char *attach_blades(struct lines *l, uint32_t copies)
 {
     static char why[100];

@@ -9,6 +9,9 @@ enum { ATTACH_OWN = 7 };
 /* The counters, in a file of the job; zeros, but for what is known at once. NULL: no memory. */
 struct counters *attach_counters(const char *job, size_t excache_pages);
 
+/* The shared file with regions' places, empty, and the RDMA device with the registered buffer. NULL, or why not. */
+const char *attach_device(struct lines *l);
+
 /* Queue pairs to the memory blades that the process monitor has named. NULL, or why there are too few for `copies`. */
 const char *attach_blades(struct lines *l, uint32_t copies);
 

@@ -168,8 +168,8 @@ static bool note_area(struct patient *p, const struct area *area)
     map->kind = begins(area->path, "[vvar") || begins(area->path, "[vdso") ? MAP_OF_VDSO : file ? MAP_OF_FILE
                                                                                                : MAP_OF_NOTHING;
     snprintf(map->path, sizeof map->path, "%s", area->path);
-    if (map->kind != MAP_OF_FILE)
-        return true;
+    if (map->kind != MAP_OF_FILE || begins(map->path, VNODE "/"))
+        return true; /* whatever is in /vnode is the same on every blade */
     const struct image_map *before = image->maps > 1 ? map - 1 : NULL;
     map->print = before && !strcmp(before->path, map->path) ? before->print : image_fingerprint(map->path);
     return map->print || tracee_fail("%.300s cannot be read: %s", map->path, strerror(errno));

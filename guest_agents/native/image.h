@@ -64,7 +64,7 @@ struct image_map {
     uint32_t flags;                     /* for mmap */
     uint32_t advice;                    /* bits: IMAGE_NOHUGEPAGE, ... */
     uint32_t kind;                      /* enum image_kind */
-    uint64_t print;                     /* of a file: fingerprint */
+    uint64_t print;                     /* of a file that is not in /vnode: fingerprint */
     char path[PATH_MAX];
 };
 

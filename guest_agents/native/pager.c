@@ -284,7 +284,6 @@ static void before_exit(void)
 
 static const char *start(struct arena *arena, size_t *excache_pages)
 {
-    static char why[400];
     lines = (struct lines){.uffd = -1};
     pthread_mutex_init(&lines.replica.quiet, NULL);
     if (*excache_pages < LINES_MIN_PAGES)
@@ -301,12 +300,11 @@ static const char *start(struct arena *arena, size_t *excache_pages)
     family.close = config->close;
     if (!lines.count || monitor_attach(&lines.monitor, config->job))
         return lines.monitor.error;
-    int error = lines_init(&lines, arena, *excache_pages, &config->organisation);
-    if (error) {
-        snprintf(why, sizeof why, "no RDMA device: %s", strerror(-error));
-        return why;
-    }
-    const char *refused = attach_blades(&lines, config->copies);
+    if (lines_init(&lines, arena, *excache_pages, &config->organisation))
+        return "no memory for the pager's books";
+    const char *refused = attach_device(&lines);
+    if (!refused)
+        refused = attach_blades(&lines, config->copies);
     if (refused)
         return refused;
     lines.replica.copies = config->copies;

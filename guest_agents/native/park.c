@@ -110,11 +110,11 @@ static const char *resume(struct lines *l, const struct pager_config *config)
     l->replica = (struct replica){.copies = l->replica.copies, .quiet = PTHREAD_MUTEX_INITIALIZER};
     if (monitor_attach(&l->monitor, config->job))
         return l->monitor.error;
-    if (!continue_counters(l, config->job) || lines_make_regions(l))
+    if (!continue_counters(l, config->job))
         return "no memory for the pager's books";
-    if (lines_open_fabric(l))
-        return "no RDMA device";
-    const char *why = attach_blades(l, l->replica.copies);
+    const char *why = attach_device(l);
+    if (!why)
+        why = attach_blades(l, l->replica.copies);
     if (!why)
         why = renumber_places(l);
     if (!why)

@@ -39,7 +39,7 @@ static void check(const struct thaw *t)
     const char *wrong = NULL, *before = "";
     uint64_t print = 0;
     for (uint32_t i = 0; !wrong && i < all->image.maps; i++) {
-        if (all->map[i].kind != MAP_OF_FILE)
+        if (!all->map[i].print)
             continue;
         if (strcmp(before, all->map[i].path))
             print = image_fingerprint(all->map[i].path);

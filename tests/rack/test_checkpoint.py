@@ -93,7 +93,8 @@ def test_a_program_moves_in_the_middle(rack: Rack, tmp_path: Path) -> None:
     assert started.out.read_text() + moved.stdout == whole
     assert rack.on("pb0", "cat /vnode/out") == "begin\nend\n"
     counted = json.loads(stats.read_text())
-    assert counted["misses"] > 100 and counted["regions"] > 0
+    assert counted["misses"] > 100
+    assert counted["regions"] > 0
     wait_for(lambda: sum(regions(rack).values()) == 0)
     again = rack("restart", said[1], "--on", "pb1", check=False)
     assert (again.returncode, again.stdout) == (125, "")
@@ -113,7 +114,8 @@ def test_bad_input_is_a_line_and_harms_nobody(rack: Rack, tmp_path: Path) -> Non
         (("checkpoint", "--discard", "pb0.1-abcd"), "there is no checkpoint pb0.1-abcd"),
     ):
         done = rack(*words, check=False)
-        assert done.returncode != 0 and said in done.stderr, done
+        assert done.returncode != 0, done
+        assert said in done.stderr
     assert started.process.wait(60) == 0
     assert started.out.read_text() == "ready\nwell\n"
 
@@ -130,7 +132,6 @@ def test_a_checkpoint_outlives_its_blade(rack: Rack, tmp_path: Path) -> None:
     held = regions(rack)
     assert sum(held.values()) > 0
     power(rack, "pb0", "destroy")
-    wait_for(lambda: "pb0" not in rack.on("pb1", "split ps") and rack.bench.status(rack.name)["pb0"]["state"] != "ready")
     time.sleep(8)  # longer than `dead_after`: the memory blades have taken back all that was pb0's
     assert regions(rack) == held
     assert name in rack("checkpoint", "--list").stdout

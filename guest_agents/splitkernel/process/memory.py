@@ -254,7 +254,7 @@ class Loan:
             raise
 
     def claim(self, name: str, places: int) -> None:
-        """Take over what is kept as checkpoint `name`, which must be so many regions. ControlError: it is kept still."""
+        """Take over what is kept as checkpoint `name`, so many regions. ControlError: it is still kept."""
         claimed = self._claim(name)
         if claimed != places:
             with suppress(control.ControlError):
