@@ -22,6 +22,8 @@
 
 enum {
     PARK_SECONDS = 60,          /* to send an ExCache to the memory blades */
+    REPORT_SECONDS = 10,
+    IMAGE_BUFFER = 1 << 20,     /* bytes */
     TRIES = 200,                /* to find the program where it asks for no memory */
     NAP_US = 5000,
     CHUNK = 64,                 /* pages */
@@ -418,6 +420,7 @@ static bool save(struct patient *p, pid_t split)
     if (!out)
         return tracee_fail("no place for its image, %.300s: %s", part, strerror(errno));
     fchmod(fileno(out), 0600);
+    setvbuf(out, NULL, _IOFBF, IMAGE_BUFFER); /* each write is a round trip to the storage blade */
     bool fine = write_image(p, out);
     if (fclose(out) && fine)
         fine = tracee_fail("the image cannot be written: %s", strerror(errno));
@@ -483,7 +486,11 @@ int checkpoint(const char *id)
     }
     leave_note(image);
     kill(pid, SIGKILL);
-    tracee_release(&p.tracee);
+    while (waitpid(-1, NULL, __WALL) > 0) { /* its parent hears of its end when whoever traces it has */
+    }
     puts(image->name);
+    fflush(stdout);
+    for (int naps = 0; naps < REPORT_SECONDS * 100 && !access(image->job, F_OK); naps++)
+        usleep(10000); /* until its end is in the books: so it can go on on this very blade, too */
     return 0;
 }

@@ -99,7 +99,7 @@ def frozen(stage: Stage, program: Started) -> str:
     return name
 
 
-@pytest.mark.parametrize(("mebibytes", "steps", "threads"), [(2, 600, 1), (12, 20, 1), (12, 20, 4)])
+@pytest.mark.parametrize(("mebibytes", "steps", "threads"), [(2, 600, 1), (12, 10, 1), (12, 10, 4)])
 def test_a_program_goes_on(stage: Stage, mebibytes: int, steps: int, threads: int) -> None:
     """That fits its ExCache; that does not; with threads. What it prints is what it would have printed at once."""
     words = [stage.wander, str(mebibytes), str(steps), "out", str(threads)]
@@ -116,7 +116,7 @@ def test_a_program_goes_on(stage: Stage, mebibytes: int, steps: int, threads: in
 
 def test_a_program_goes_on_again_and_again(stage: Stage) -> None:
     """A checkpoint of what was restarted; and a process number that is another's meanwhile."""
-    words = [stage.wander, "12", "20", "out", "2"]
+    words = [stage.wander, "12", "14", "out", "2"]
     whole = stage("run", "--excache", str(4 << 20), "--", *words).stdout
     program = stage.start(*words)
     program.until("step 3")
@@ -225,4 +225,15 @@ def test_a_restarted_program_gets_signals(stage: Stage) -> None:
     again = stage.start_split("restart", name)
     stage("kill", stage.program(), "TERM")
     assert again.process.wait(SECONDS) == 128 + signal.SIGTERM
+    stage.alone()
+
+
+def test_a_program_goes_on_where_it_was(stage: Stage) -> None:
+    """At once, on the same blade: its end is in the books when its checkpoint is there."""
+    program = stage.start("python3", "-uc", "import time; print('ready'); time.sleep(1); print('well')")
+    program.until("ready")
+    name = stage("checkpoint", stage.program()).stdout.strip()
+    assert os.stat(stage.vnode / ".checkpoints" / name).st_mode & 0o777 == 0o600
+    assert stage("restart", name).stdout == "well\n"
+    assert program.process.wait(SECONDS) == 75
     stage.alone()
