@@ -29,9 +29,9 @@ BLADES = {
 TIMING = {"heartbeat": "0.5 s", "dead_after": "6 s"}
 COUNT = """
 BEGIN {
-    for (i = 0; i < 20000; i++) a[i] = i * 7919 " " i ^ 3
-    for (turn = 1; turn <= 6; turn++) {
-        for (i = 0; i < 20000; i++) { a[i] = (a[i] + turn) " " i ^ 3; sum += a[i] }
+    for (i = 0; i < 30000; i++) a[i] = i * 7919 " " i ^ 3
+    for (turn = 1; turn <= 4; turn++) {
+        for (i = 0; i < 30000; i++) { a[i] = (a[i] + turn) " " i ^ 3; sum += a[i] }
         print "turn", turn, sum; fflush()
     }
 }
@@ -102,14 +102,14 @@ def test_a_program_moves_in_the_middle(rack: Rack, tmp_path: Path) -> None:
 
 
 def test_bad_input_is_a_line_and_harms_nobody(rack: Rack, tmp_path: Path) -> None:
-    code = "import socket, time\ns = socket.socket()\nprint('ready', flush=True)\ntime.sleep(4)\nprint('well')"
+    code = "import socket, time\ns = socket.socket()\nprint('ready', flush=True)\ntime.sleep(8)\nprint('well')"
     started = start(rack, tmp_path / "out", "python3", "-c", code)
     name = started.until("ready\n")
     for words, said in (
+        (("checkpoint", name), f"{name} cannot be checkpointed: it has a socket open (descriptor 3)"),
+        (("migrate", name, "--on", "mb0"), "mb0 is a memory blade: it runs no programs"),
         (("checkpoint", "pb0.1"), "no program pb0.1 runs on pb0"),
         (("checkpoint", "1"), "1 is not the ID of a program"),
-        (("migrate", name, "--on", "mb0"), "mb0 is a memory blade: it runs no programs"),
-        (("checkpoint", name), f"{name} cannot be checkpointed: it has a socket open (descriptor 3)"),
         (("restart", "pb0.1-abcd", "--on", "pb1"), "there is no checkpoint pb0.1-abcd (restarted already?)"),
         (("checkpoint", "--discard", "pb0.1-abcd"), "there is no checkpoint pb0.1-abcd"),
     ):
