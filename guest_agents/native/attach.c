@@ -12,6 +12,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+/* What is called here must not touch the program's memory, where its environment and locale may be (so no strerror). */
+
 struct counters *attach_counters(const char *job, size_t excache_pages)
 {
     char path[256];
@@ -43,8 +45,10 @@ const char *attach_device(struct lines *l)
     if (l->region == MAP_FAILED || madvise(l->region, bytes, MADV_DONTFORK))
         return "no memory for the pager's books";
     int error = fabric_open(&l->fabric, l->landing, lines_registered(l));
-    snprintf(why, sizeof why, "no RDMA device: %s", strerror(-error));
-    return error ? why : NULL;
+    if (!error)
+        return NULL;
+    snprintf(why, sizeof why, "no RDMA device: %s", strerrordesc_np(-error));
+    return why;
 }
 
 const char *attach_blades(struct lines *l, uint32_t copies)
@@ -86,7 +90,7 @@ const char *attach_faults(const struct arena *arena, int *uffd)
     static char why[100];
     *uffd = open_uffd();
     if (*uffd < 0) {
-        snprintf(why, sizeof why, "userfaultfd is not available: %s", strerror(-*uffd));
+        snprintf(why, sizeof why, "userfaultfd is not available: %s", strerrordesc_np(-*uffd));
         return why;
     }
     struct uffdio_register whole = {
@@ -94,7 +98,7 @@ const char *attach_faults(const struct arena *arena, int *uffd)
         .mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP,
     };
     if (ioctl(*uffd, UFFDIO_REGISTER, &whole)) {
-        snprintf(why, sizeof why, "userfaultfd refuses the program's memory: %s", strerror(errno));
+        snprintf(why, sizeof why, "userfaultfd refuses the program's memory: %s", strerrordesc_np(errno));
         close(*uffd);
         return why;
     }

@@ -105,6 +105,10 @@ static const char *resume(struct lines *l, const struct pager_config *config)
 {
     for (size_t i = 0; i < PARK_OWN; i++)
         config->close(report.own[i]); /* not open, but guarded still */
+    /* The first: a page of the program that is touched before would be taken for one that reads as zeros. */
+    const char *why = attach_faults(l->arena, &l->uffd);
+    if (why)
+        return why;
     memset(&l->monitor, 0, sizeof l->monitor);
     memset(l->link, 0, sizeof l->link);
     l->replica = (struct replica){.copies = l->replica.copies, .quiet = PTHREAD_MUTEX_INITIALIZER};
@@ -112,13 +116,11 @@ static const char *resume(struct lines *l, const struct pager_config *config)
         return l->monitor.error;
     if (!continue_counters(l, config->job))
         return "no memory for the pager's books";
-    const char *why = attach_device(l);
+    why = attach_device(l);
     if (!why)
         why = attach_blades(l, l->replica.copies);
     if (!why)
         why = renumber_places(l);
-    if (!why)
-        why = attach_faults(l->arena, &l->uffd);
     if (!why)
         attach_guard(l, l->uffd, config->guard);
     if (!why && monitor_claim(&l->monitor, report.name, count_places(l))) /* the last: until then it is kept */

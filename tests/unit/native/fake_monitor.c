@@ -95,15 +95,41 @@ static void happen(uint64_t carried)
     }
 }
 
+/* The environment, as it is when the pager starts: later it may be among the pages that the pager must not touch. */
+static struct {
+    char name[24], value[256];
+} settings[] = {{.name = "FAKE_BLADES"}, {.name = "FAKE_REGIONS"}, {.name = "FAKE_ASKED"}, {.name = "FAKE_EVENTS"},
+                {.name = "FAKE_HEIRS"}, {.name = "FAKE_MEMORY"}, {.name = "FAKE_FORGETFUL"}};
+enum { SETTINGS = sizeof settings / sizeof *settings };
+
+static void read_settings(void)
+{
+    static bool done;
+    for (size_t i = 0; !done && i < SETTINGS; i++) {
+        const char *value = getenv(settings[i].name);
+        snprintf(settings[i].value, sizeof settings[i].value, "%s", value ? value : "");
+    }
+    done = true;
+}
+
+static const char *text_of(const char *name)
+{
+    for (size_t i = 0; i < SETTINGS; i++)
+        if (!strcmp(settings[i].name, name) && *settings[i].value)
+            return settings[i].value;
+    return NULL;
+}
+
 static unsigned long setting(const char *name, unsigned long otherwise)
 {
-    const char *value = getenv(name);
+    const char *value = text_of(name);
     return value ? strtoul(value, NULL, 10) : otherwise;
 }
 
 int monitor_attach(struct monitor *m, const char *job)
 {
     (void)job;
+    read_settings();
     m->blades = (uint32_t)setting("FAKE_BLADES", 3);
     room = setting("FAKE_REGIONS", REGIONS);
     pthread_mutex_init(&m->lock, NULL);
@@ -113,7 +139,7 @@ int monitor_attach(struct monitor *m, const char *job)
     m->socket = -1;
     for (uint32_t i = 0; i < m->blades; i++)
         snprintf(m->name[i], sizeof m->name[i], "mb%u", i);
-    const char *heirs = getenv("FAKE_HEIRS"), *text = getenv("FAKE_EVENTS");
+    const char *heirs = text_of("FAKE_HEIRS"), *text = text_of("FAKE_EVENTS");
     struct sockaddr_un name = {.sun_family = AF_UNIX};
     if (heirs) {
         strncpy(name.sun_path, heirs, sizeof name.sun_path - 1);
@@ -140,7 +166,7 @@ void monitor_leave(struct monitor *m)
 int monitor_keep(struct monitor *m, const char *name)
 {
     (void)name;
-    if (!getenv("FAKE_FORGETFUL"))
+    if (!text_of("FAKE_FORGETFUL"))
         return 0;
     snprintf(m->error, sizeof m->error, "mb0 is not there");
     return EHOSTUNREACH;
@@ -157,7 +183,7 @@ int monitor_claim(struct monitor *m, const char *name, size_t places)
 
 static char *memory_of(uint32_t number)
 {
-    const char *prefix = getenv("FAKE_MEMORY");
+    const char *prefix = text_of("FAKE_MEMORY");
     char path[256];
     if (!prefix)
         return raw_memory((size_t)REGIONS * REGION_BYTES);
