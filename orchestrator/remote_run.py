@@ -57,6 +57,8 @@ class Job:
     """Where it starts, seen from `directory`."""
     env: Sequence[str] = ()
     """NAME=VALUE, on top of the blade's environment."""
+    restart: bool = False
+    """The command is the name of a checkpoint, to go on with."""
     folder: str = field(default_factory=lambda: f"/tmp/rackless-run-{secrets.token_hex(8)}")
     """On the blade, for as long as the job lasts: its process id, its results."""
 
@@ -66,7 +68,7 @@ class Job:
         The shell leads a session of its own (sshd sees to that), so its pid is the process group to signal.
         It stays as the program's parent, to turn death by a signal into an exit code that ssh can carry.
         """
-        split = ["split", "run"]
+        split = ["split", "restart" if self.restart else "run"]
         if self.excache is not None:
             split += ["--excache", str(self.excache)]
         if self.replicas is not None:

@@ -9,7 +9,7 @@
 #define VNODE "/vnode"
 #endif
 
-enum { USAGE = 2, INTERNAL = 70, NOT_STARTED = 125, CANNOT_RUN = 126, NOT_FOUND = 127, MESSAGE = 64 << 10 };
+enum { USAGE = 2, INTERNAL = 70, CHECKPOINTED = 75, NOT_STARTED = 125, CANNOT_RUN = 126, NOT_FOUND = 127, MESSAGE = 64 << 10 };
 
 /* One line on standard error, and the end. */
 _Noreturn void die(int status, const char *format, const char *a, const char *b);

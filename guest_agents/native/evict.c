@@ -54,7 +54,7 @@ static void depart(struct lines *l, size_t page)
 /* A clean slot may also be a copy that was made for evict_store_all. */
 static bool is_at(const struct lines *l, size_t page, size_t slot)
 {
-    return (l->state[page] & STATE_MASK) == BUFFERED && l->where[page] == slot;
+    return page != NO_OWNER && (l->state[page] & STATE_MASK) == BUFFERED && l->where[page] == slot;
 }
 
 /* A slot for `page`: the oldest that is free or clean. Its former page is then at its blade only. */
@@ -386,4 +386,24 @@ void evict_store_all(struct lines *l)
             if (l->state[l->sets.line[i].page] & DIRTY)
                 memcpy(copy_out(l, l->sets.line[i].page), lines_frame(l, l->sets.line[i].page), PAGE_SIZE);
     lines_flush_all(l); /* a copy that went later might be older than what a page is then */
+}
+
+void evict_all(struct lines *l)
+{
+    bool unpacked = l->unpacked;
+    l->unpacked = true; /* what is packed now would be unpacked at once */
+    for (size_t set = 0; set < l->sets.count; set++) {
+        struct victims victims = {.n = 0};
+        evict(l, set, l->sets.set[set].count, &victims);
+        send_away(l, &victims);
+    }
+    for (size_t segment = 0; segment < l->pool.most; segment++)
+        spill(l, segment);
+    l->unpacked = unpacked;
+    lines_flush_all(l);
+    for (size_t index = 0; index < l->nslots; index++) {
+        if (is_at(l, l->slots[index].page, index))
+            depart(l, l->slots[index].page);
+        l->slots[index] = (struct slot){.page = NO_OWNER};
+    }
 }

@@ -30,6 +30,10 @@ void evict_release_slot(struct lines *l, size_t index);
  * answered. */
 void evict_store_all(struct lines *l);
 
+/* Evict everything and have the memory blades confirm it: every page is REMOTE or UNTOUCHED then. To be called when no
+ * thread of the program runs. */
+void evict_all(struct lines *l);
+
 /* Note what a fault for this page costs: a READ, or only an unpacking. To be called before it leaves where it is. */
 void evict_weigh_read(struct lines *l, size_t page);
 void evict_weigh_unpacking(struct lines *l, size_t page);

@@ -436,13 +436,9 @@ static int organise(struct lines *l, size_t excache_pages, const struct organisa
     return sets_init(&l->sets, sets, ways, o->policy, l->where);
 }
 
-static int make_regions(struct lines *l, size_t bytes)
+size_t lines_registered(const struct lines *l)
 {
-    l->region_file = memfd_create("rackless-regions", MFD_CLOEXEC);
-    if (l->region_file < 0 || ftruncate(l->region_file, (off_t)bytes))
-        return errno;
-    l->region = (void *)syscall(SYS_mmap, NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, l->region_file, 0L);
-    return l->region == MAP_FAILED ? errno : madvise(l->region, bytes, MADV_DONTFORK);
+    return (l->together + 1 + EARLY_READS + l->nslots) << PAGE_SHIFT;
 }
 
 int lines_init(struct lines *l, struct arena *arena, size_t excache_pages, const struct organisation *o)
@@ -450,14 +446,14 @@ int lines_init(struct lines *l, struct arena *arena, size_t excache_pages, const
     l->arena = arena;
     l->state = raw_memory(arena->pages);
     l->where = raw_memory(arena->pages * sizeof *l->where);
-    if (!l->state || !l->where || make_regions(l, arena->pages / REGION_PAGES * sizeof *l->region))
+    if (!l->state || !l->where)
         return -ENOMEM;
     int error = organise(l, excache_pages, o);
     if (error)
         return error;
     l->slots = raw_memory(l->nslots * sizeof *l->slots);
     l->free_batches = (1u << FLUSH_BATCHES) - 1;
-    size_t landing = l->together + 1 + EARLY_READS, bytes = (landing + l->nslots) << PAGE_SHIFT;
+    size_t landing = l->together + 1 + EARLY_READS, bytes = lines_registered(l);
     l->landing = raw_memory(bytes);
     if (!l->slots || !l->landing)
         return -ENOMEM;
@@ -468,10 +464,7 @@ int lines_init(struct lines *l, struct arena *arena, size_t excache_pages, const
     for (unsigned i = 0; i < EARLY_READS; i++)
         l->early[i] = NO_PAGE;
     evict_init(l);
-    error = pool_init(&l->pool, l->budget / SEGMENT_PAGES, l->where);
-    if (error)
-        return error;
-    return fabric_open(&l->fabric, l->landing, bytes);
+    return pool_init(&l->pool, l->budget / SEGMENT_PAGES, l->where);
 }
 
 void lines_adopt(struct lines *l, int uffd)

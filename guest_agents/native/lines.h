@@ -130,9 +130,12 @@ struct lines {
 
 enum { LINES_MIN_PAGES = 256 }; /* the smallest ExCache that makes sense: 1 MiB */
 
-/* Make the books and the registered buffer; what is too large in `o` for this ExCache is made smaller. 0, or a
+/* Make the books and the memory of the buffer; what is too large in `o` for this ExCache is made smaller. 0, or a
  * negative errno. */
 int lines_init(struct lines *lines, struct arena *arena, size_t excache_pages, const struct organisation *o);
+
+/* Bytes of registered memory: at l->landing, with l->buffer behind it. */
+size_t lines_registered(const struct lines *lines);
 
 /* Take over what is present in the arena, which must now be registered with `uffd`: all mapped, all dirty. */
 void lines_adopt(struct lines *lines, int uffd);

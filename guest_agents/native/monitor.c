@@ -172,6 +172,20 @@ void monitor_return(struct monitor *m, const struct region *region)
     send(m->socket, text, strlen(text), MSG_NOSIGNAL); /* when it has gone, all goes back anyway */
 }
 
+int monitor_keep(struct monitor *m, const char *name)
+{
+    char text[MESSAGE];
+    snprintf(text, sizeof text, "keep %s", name);
+    return ask(m, text);
+}
+
+int monitor_claim(struct monitor *m, const char *name, size_t places)
+{
+    char text[MESSAGE];
+    snprintf(text, sizeof text, "claim %s %zu", name, places);
+    return ask(m, text);
+}
+
 char monitor_news(struct monitor *m, uint32_t *blade)
 {
     char text[MESSAGE];

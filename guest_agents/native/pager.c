@@ -7,14 +7,15 @@
 #define _GNU_SOURCE
 #include "pager.h"
 
+#include "attach.h"
 #include "evict.h"
 #include "family.h"
 #include "lines.h"
+#include "park.h"
 #include "trace.h"
 #include "wire.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <poll.h>
 #include <pthread.h>
@@ -24,8 +25,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <sys/mman.h>
-#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -191,6 +190,10 @@ static void *run(void *unused)
         n += family_watch(&family, watch + n);
         pthread_mutex_unlock(&lock);
         int events = poll(watch, n, n_waiting ? 0 : pause);
+        if (events == PARK_POLLED) {
+            park(&lines, &lock, family.count > 0, config);
+            continue;
+        }
         if (events < 0 && errno != EINTR)
             lines_die("the pager cannot wait for faults: %s", strerror(errno));
         idle = events == 0 && !n_waiting;
@@ -292,43 +295,13 @@ static void before_exit(void)
     pthread_mutex_unlock(&lock);
 }
 
-static struct counters *open_counters(const char *job, size_t excache_pages)
-{
-    char path[256];
-    snprintf(path, sizeof path, "%s/%d.counters", job, (int)getpid());
-    int file = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-    void *memory = MAP_FAILED;
-    if (file >= 0 && ftruncate(file, sizeof(struct counters)) == 0)
-        memory = mmap(NULL, sizeof(struct counters), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-    if (file >= 0)
-        close(file);
-    struct counters *count = memory == MAP_FAILED ? raw_memory(sizeof *count) : memory;
-    if (count) {
-        count->magic = COUNTERS_MAGIC;
-        count->excache_bytes = (uint64_t)excache_pages << PAGE_SHIFT;
-        count->managed = 1;
-        prctl(PR_GET_NAME, count->command);
-    }
-    return count;
-}
-
-static int open_uffd(void)
-{
-    int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
-    struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_PAGEFAULT_FLAG_WP | UFFD_FEATURE_EVENT_FORK};
-    if (uffd < 0 || ioctl(uffd, UFFDIO_API, &api))
-        return -errno;
-    return uffd;
-}
-
 static const char *start(struct arena *arena, size_t *excache_pages)
 {
-    static char why[400];
     lines = (struct lines){.uffd = -1};
     pthread_mutex_init(&lines.replica.quiet, NULL);
     if (*excache_pages < LINES_MIN_PAGES)
         *excache_pages = LINES_MIN_PAGES;
-    lines.count = open_counters(config->job, *excache_pages);
+    lines.count = attach_counters(config->job, *excache_pages);
     if (lines.count)
         trace_open(config->job, lines.count);
     lines.on_busy = on_busy;
@@ -340,54 +313,24 @@ static const char *start(struct arena *arena, size_t *excache_pages)
     family.close = config->close;
     if (!lines.count || monitor_attach(&lines.monitor, config->job))
         return lines.monitor.error;
-    int error = lines_init(&lines, arena, *excache_pages, &config->organisation);
-    if (error) {
-        snprintf(why, sizeof why, "no RDMA device: %s", strerror(-error));
-        return why;
-    }
-    lines.fabric.other[0] = lines.monitor.news;
-    lines.fabric.other[1] = -1;
-    lines.count->blades = lines.monitor.blades;
-    uint32_t connected = 0;
-    for (uint32_t i = 0; i < lines.monitor.blades; i++) {
-        memcpy(lines.count->blade[i].name, lines.monitor.name[i], COUNTERS_NAME);
-        if (fabric_link_create(&lines.fabric, &lines.link[i]))
-            return "no more queue pairs";
-        if (monitor_connect(&lines.monitor, i, &lines.fabric, &lines.link[i]))
-            fabric_link_destroy(&lines.link[i]); /* its blade may be dying: others will do */
-        else
-            connected++;
-    }
-    if (!connected)
-        return lines.monitor.error;
-    if (connected < config->copies) {
-        snprintf(why, sizeof why, "%u copies need as many memory blades, and there is %u", config->copies, connected);
-        return why;
-    }
+    if (lines_init(&lines, arena, *excache_pages, &config->organisation))
+        return "no memory for the pager's books";
+    const char *refused = attach_device(&lines);
+    if (!refused)
+        refused = attach_blades(&lines, config->copies);
+    if (refused)
+        return refused;
     lines.replica.copies = config->copies;
     arena->reserved = 0;
     if (reserve(arena, arena->top)) {
         arena->reserved = arena->top;
         return lines.monitor.error;
     }
-    int uffd = open_uffd();
-    if (uffd < 0) {
-        snprintf(why, sizeof why, "userfaultfd is not available: %s", strerror(-uffd));
-        return why;
-    }
-    struct uffdio_register whole = {
-        .range = {(uintptr_t)arena->base, arena->pages << PAGE_SHIFT},
-        .mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP,
-    };
-    if (ioctl(uffd, UFFDIO_REGISTER, &whole)) {
-        snprintf(why, sizeof why, "userfaultfd refuses the program's memory: %s", strerror(errno));
-        close(uffd);
-        return why;
-    }
-    const int ours[] = {uffd, lines.region_file, lines.monitor.socket, lines.monitor.news, lines.fabric.channel->fd,
-                        lines.fabric.context->cmd_fd, lines.fabric.context->async_fd};
-    for (size_t i = 0; i < sizeof ours / sizeof *ours; i++)
-        config->guard(ours[i]);
+    int uffd;
+    refused = attach_faults(arena, &uffd);
+    if (refused)
+        return refused;
+    attach_guard(&lines, uffd, config->guard);
     lines_adopt(&lines, uffd);
     return NULL;
 }

@@ -1,4 +1,4 @@
-/* split run [OPTION...] [--] COMMAND [ARGUMENT...], split ps, split kill ID [SIGNAL]
+/* split run [OPTION...] [--] COMMAND [ARGUMENT...], split ps, split kill ID [SIGNAL], split checkpoint, split restart
  *
  * Runs an unmodified program whose memory is managed by the process monitor. Thin on purpose: a Python client would
  * need seconds to start on an emulated blade. The program is a child with the caller's descriptors, environment,
@@ -6,7 +6,9 @@
  */
 #define _GNU_SOURCE
 #include "desk.h"
+#include "freeze.h"
 #include "results.h"
+#include "thaw.h"
 #include "tier.h"
 
 #include <elf.h>
@@ -323,6 +325,19 @@ static int read_options(int argc, char **argv, struct options *o)
     return optind;
 }
 
+/* Was it ended by `split checkpoint`? Then say how it goes on. */
+static int checkpointed(const char *job, int status)
+{
+    char path[MESSAGE + 16], name[IMAGE_WORD] = "";
+    snprintf(path, sizeof path, "%s/checkpoint", job);
+    FILE *in = status == 128 + SIGKILL ? fopen(path, "re") : NULL;
+    if (!in || !fgets(name, sizeof name, in))
+        return status;
+    fclose(in);
+    fprintf(stderr, "rackless: checkpointed as %s: `rackless restart %s --on BLADE` goes on with it\n", name, name);
+    return CHECKPOINTED;
+}
+
 /* "began PID COMMAND...", as much of the command as people need to know it again. */
 static void tell_begin(int monitor, char **argv)
 {
@@ -333,12 +348,9 @@ static void tell_begin(int monitor, char **argv)
     request(monitor, text); /* the program runs, whether it is in the books or not */
 }
 
-static int run(int argc, char **argv)
+/* Run a command; or, with `thaw`, go on with a checkpoint. */
+static int run(struct options o, char **argv, struct thaw *thaw)
 {
-    const char *own = getenv("RACKLESS_VNODE");
-    struct options o = {.replicas = "1", .vnode = own && *own ? own : "default"};
-    argv += read_options(argc, argv, &o);
-
     char here[PATH_MAX], stats_path[2 * PATH_MAX];
     if (!getcwd(here, sizeof here))
         die(NOT_STARTED, "there is no current directory: %s%s", strerror(errno), "");
@@ -348,8 +360,12 @@ static int run(int argc, char **argv)
     }
     int monitor = attach_monitor();
     char job[MESSAGE];
-    snprintf(job, sizeof job, "job %s %s", o.excache ? o.excache : "-", o.vnode);
-    ask(monitor, job); /* "DIRECTORY EXCACHE ROOT" */
+    snprintf(job, sizeof job, "job %s %s %s", o.excache ? o.excache : "-", o.vnode, thaw ? thaw->all.image.job : "");
+    if (!request(monitor, job)) { /* "DIRECTORY EXCACHE ROOT" */
+        if (thaw)
+            thaw_put_back(thaw);
+        die(NOT_STARTED, "%s%s", job, "");
+    }
     char *save = NULL;
     strtok_r(job, " ", &save);
     const char *size = strtok_r(NULL, " ", &save), *root = strtok_r(NULL, " ", &save);
@@ -365,14 +381,18 @@ static int run(int argc, char **argv)
     sigprocmask(SIG_BLOCK, &blocked, &before);
     pid_t parent = getpid();
     double start = now();
-    program = fork();
+    program = thaw ? fork_as(thaw->all.image.pid) : fork_apart();
+    if (program < 0 && thaw)
+        thaw_put_back(thaw);
     if (program < 0)
-        die(INTERNAL, "fork: %s%s", strerror(errno), "");
+        die(thaw ? NOT_STARTED : INTERNAL, "no process can be made%s: %s", thaw ? " with the number that it had" : "",
+            strerror(errno));
     if (program == 0) {
         prctl(PR_SET_PDEATHSIG, SIGKILL); /* nobody could end it through us any more, or see its end */
         if (getppid() != parent)
             _exit(NOT_STARTED);
-        sigprocmask(SIG_SETMASK, &before, NULL);
+        if (!thaw)
+            sigprocmask(SIG_SETMASK, &before, NULL);
         setenv("RACKLESS_EXCACHE", size, 1);
         setenv("RACKLESS_JOB", job, 1);
         setenv("RACKLESS_REPLICAS", o.replicas, 1);
@@ -382,6 +402,8 @@ static int run(int argc, char **argv)
             enter_root(root);
             enter_directory(here); /* of that name in the files that are seen now */
         }
+        if (thaw)
+            thaw_become(thaw);
         if (o.directory) {
             enter_directory(o.directory);
             if (getcwd(here, sizeof here))
@@ -389,17 +411,44 @@ static int run(int argc, char **argv)
         }
         become(argv, &o, job);
     }
+    if (thaw && !thaw_make(thaw, program)) {
+        thaw_put_back(thaw);
+        return NOT_STARTED;
+    }
+    if (thaw)
+        thaw_finish(thaw);
     for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) {
         struct sigaction action = {.sa_sigaction = forward, .sa_flags = SA_RESTART | SA_SIGINFO};
         sigaction(signals[i], &action, NULL);
     }
     sigprocmask(SIG_SETMASK, &before, NULL);
     tell_begin(monitor, argv);
-    int status = tier_verdict(monitor, job, wait_for(program));
+    int status = checkpointed(job, tier_verdict(monitor, job, wait_for(program)));
     report(o.stats, monitor, job, now() - start, status);
     if (trace)
         end_trace(trace, o.trace, monitor, job);
     return status;
+}
+
+static int run_command(int argc, char **argv)
+{
+    const char *own = getenv("RACKLESS_VNODE");
+    struct options o = {.replicas = "1", .vnode = own && *own ? own : "default"};
+    return run(o, argv + read_options(argc, argv, &o), NULL);
+}
+
+static int restart(int argc, char **argv)
+{
+    static struct thaw thaw;
+    static char size[32];
+    struct options o = {.replicas = "1", .vnode = "default"};
+    int at = read_options(argc, argv, &o);
+    thaw_take(&thaw, argv[at]);
+    struct image *image = &thaw.all.image;
+    snprintf(size, sizeof size, "%lu", image->excache);
+    char *command[] = {image->command, NULL};
+    o = (struct options){.replicas = "1", .vnode = image->vnode, .excache = size, .stats = o.stats};
+    return run(o, command, &thaw);
 }
 
 static int ps(void)
@@ -423,7 +472,15 @@ static int send_signal(const char *id, const char *number)
 int main(int argc, char **argv)
 {
     if (argc >= 2 && !strcmp(argv[1], "run"))
-        return run(argc - 1, argv + 1);
+        return run_command(argc - 1, argv + 1);
+    if (argc == 3 && !strcmp(argv[1], "checkpoint") && !strcmp(argv[2], "--list"))
+        return thaw_list();
+    if (argc == 4 && !strcmp(argv[1], "checkpoint") && !strcmp(argv[2], "--discard"))
+        return thaw_discard(argv[3]);
+    if (argc == 3 && !strcmp(argv[1], "checkpoint"))
+        return checkpoint(argv[2]);
+    if (argc >= 3 && !strcmp(argv[1], "restart"))
+        return restart(argc - 1, argv + 1);
     if (argc == 2 && !strcmp(argv[1], "ps"))
         return ps();
     if ((argc == 3 || argc == 4) && !strcmp(argv[1], "kill"))
@@ -432,6 +489,8 @@ int main(int argc, char **argv)
           "                 [--cwd DIR] [--env NAME=VALUE]... [--ways N] [--policy fifo|lru|random] [--victim N]\n"
           "                 [--prefetch N] [--pool on|off] [--tier excache|swap] [--] COMMAND [ARGUMENT...]\n"
           "       split ps\n"
-          "       split kill ID [SIGNAL]\n", stderr);
+          "       split kill ID [SIGNAL]\n"
+          "       split checkpoint ID | --list | --discard NAME\n"
+          "       split restart [--stats FILE] NAME\n", stderr);
     return USAGE;
 }

@@ -18,6 +18,7 @@ from orchestrator.cli import (
     agents,
     bench,
     blade,
+    checkpoint,
     dashboard,
     debug,
     demo,
@@ -58,7 +59,7 @@ def about(version: bool = typer.Option(False, "--version", help="Print the versi
         raise typer.Exit
 
 
-_FAMILIES = (rack, blade, fault, run, programs, top, events, graph, dashboard, debug, vnode, shell, agents,
+_FAMILIES = (rack, blade, fault, run, programs, checkpoint, top, events, graph, dashboard, debug, vnode, shell, agents,
              lite, hotpot, pmem, snapshot, image, demo, bench, doctor, on_host)  # fmt: skip
 for family in _FAMILIES:
     family.register(app)

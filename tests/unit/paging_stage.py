@@ -17,8 +17,10 @@ NATIVE = Path(__file__).parents[2] / "guest_agents" / "native"
 STRESS = Path(__file__).parents[1] / "rack/native/paging_stress.c"
 CALLS = STRESS.with_name("memory_calls.c")
 SHIM = ("shim.c", "malloc.c", "mappings.c", "descriptors.c", "heap.c", "arena.c")
-PAGER = ("pager.c", "family.c", "lines.c", "streams.c", "sets.c", "evict.c", "pool.c", "codec.c", "wire.c", "replica.c",
-         "trace.c", "fabric.c")  # fmt: skip
+PAGER = ("pager.c", "attach.c", "park.c", "family.c", "lines.c", "streams.c", "sets.c", "evict.c", "pool.c", "codec.c",
+         "wire.c", "replica.c", "trace.c", "fabric.c")  # fmt: skip
+SPLIT = ("split.c", "desk.c", "results.c", "tier.c", "freeze.c", "refuse.c", "thaw.c", "shelved.c", "tracee.c",
+         "image.c")  # fmt: skip
 FLAGS = ["-std=gnu17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{NATIVE}"]
 SECONDS = 200
 

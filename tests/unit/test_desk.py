@@ -229,6 +229,45 @@ def test_who_waits_for_a_blade_that_dies_need_not_wait_long(blades: Blades, desk
         held.set()
 
 
+def test_a_checkpoints_memory_is_nobodys_until_it_is_claimed(blades: Blades, desk: Path) -> None:
+    with closing(Pager(desk, copies=2)) as pager:
+        for _ in range(3):
+            pager.region()
+        held = regions(blades)
+        assert sum(held.values()) == 6
+        assert pager.ask("keep pb0.7-12ab") == "ok"
+    with closing(Pager(desk)) as other:
+        assert other.region()
+    eventually(lambda: regions(blades) == held)  # the others' memory has gone back
+    kept = [monitor.stats({})["kept"] for monitor in blades.monitors.values()]
+    assert sum(each["pb0.7-12ab"] for each in kept if each) == 6 * REGION
+    with closing(Pager(desk)) as wrong:
+        assert wrong.ask("claim pb0.7-12ab 7").startswith("error ")
+        assert wrong.ask("claim pb0.8-12ab 6").startswith("error ")
+    with closing(Pager(desk)) as heir:
+        assert regions(blades) == held
+        assert heir.ask("claim pb0.7-12ab 6") == "ok"
+        with closing(Pager(desk)) as late:
+            assert "have 0 regions of pb0.7-12ab, and there were 6" in late.ask("claim pb0.7-12ab 6")
+        assert regions(blades) == held
+    eventually(lambda: not blades.books())
+
+
+def test_a_checkpoint_that_is_discarded_leaves_nothing(blades: Blades, desk: Path) -> None:
+    with closing(Pager(desk)) as pager:
+        pager.region()
+        assert pager.ask("keep pb0.7-12ab") == "ok"
+    with closing(Pager(desk)) as other:
+        assert sum(regions(blades).values()) == 1
+        assert other.ask("discard pb0.7-12ab") == "ok"
+        assert not sum(regions(blades).values())
+
+
+def regions(blades: Blades) -> dict[str, int]:
+    """By memory blade, a checkpoint's included."""
+    return {name: int(monitor.stats({})["regions"]) for name, monitor in blades.monitors.items()}
+
+
 def test_with_no_blade_left_there_is_no_memory(blades: Blades, desk: Path) -> None:
     with closing(Pager(desk)) as pager:
         assert pager.ask(f"region {REGION} 0") == "error 12 no memory blade is left"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit.paging_stage import SPLIT
 from tests.unit.split_blades import Rack, eventually
 
 NATIVE = Path(__file__).parents[2] / "guest_agents" / "native"
@@ -44,7 +45,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Split]:
     binary = folder / "split"
     flags = ["-std=gnu17", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]
     places = [f'-DMONITOR_SOCKET="{folder}/pb0.sock"', f'-DVNODE="{vnode}"']
-    sources = [NATIVE / f"{name}.c" for name in ("split", "desk", "results", "tier")]
+    sources = [NATIVE / name for name in SPLIT]
     subprocess.run(["cc", *flags, *places, "-o", binary, *sources], check=True)
     sources = [NATIVE / f"{name}.c" for name in ("shim", "malloc", "mappings", "descriptors", "heap", "arena")]
     builtin = [f"-fno-builtin-{name}" for name in ("malloc", "calloc", "realloc", "free")]

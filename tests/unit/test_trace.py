@@ -17,10 +17,9 @@ import pytest
 from guest_agents.splitkernel.process import trace
 from guest_agents.splitkernel.process.programs import Program
 from tests.unit.paging_counters import write_counters, write_trace
-from tests.unit.paging_stage import NATIVE, Stage, missing
+from tests.unit.paging_stage import NATIVE, SPLIT, Stage, missing
 from tests.unit.split_blades import Rack, eventually
 
-SPLIT = [NATIVE / f"{name}.c" for name in ("split", "desk", "results", "tier")]
 MS = 10**6
 T0 = 10**12
 """When the process of these tests began, on a clock that began long before."""
@@ -148,7 +147,7 @@ def split(rack: Rack) -> Path:
     binary = rack.folder / "split"
     places = [f'-DMONITOR_SOCKET="{rack.folder}/pb0.sock"', f'-DVNODE="{rack.folder}"']
     subprocess.run(["cc", "-std=gnu17", "-O1", "-Wall", "-Wextra", "-Werror", *places, "-o", binary,
-                    *SPLIT], check=True)  # fmt: skip
+                    *(NATIVE / name for name in SPLIT)], check=True)  # fmt: skip
     return binary
 
 
@@ -262,7 +261,7 @@ def test_split_says_what_is_wrong_with_a_trace(rack: Rack, tmp_path: Path) -> No
         pytest.skip("no C compiler")
     binary = tmp_path / "split"
     places = [f'-DMONITOR_SOCKET="{rack.folder}/pb0.sock"', f'-DVNODE="{rack.folder}"']
-    subprocess.run(["cc", "-std=gnu17", *places, "-o", binary, *SPLIT], check=True)
+    subprocess.run(["cc", "-std=gnu17", *places, "-o", binary, *(NATIVE / name for name in SPLIT)], check=True)
     (tmp_path / "excache_shim.so").touch()
     done = subprocess.run([binary, "run", "--trace", "no/such/folder", "--", "touch", "ran"], cwd=tmp_path,
                           capture_output=True, text=True, timeout=60)  # fmt: skip

@@ -4,7 +4,8 @@ Memory is registered in slabs as it is asked for: registering pins pages, so a w
 at its start and the host's memory from then on. A processor's monitor connects (`verbs.accept`, service "memory"),
 asks for regions, and then reads and writes them itself, one-sided: this agent's CPU is not on the data path, unlike
 in LegoOS, where a miss is an RPC served by a worker thread (legoos.md 1.2). What a connection holds goes back when
-it is released or its owner disappears.
+it is released or its owner disappears; but for what a checkpoint needs, which is kept under the checkpoint's name
+until a program that goes on claims it for its own connection, or it is discarded.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import itertools
 import mmap
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from guest_agents import control
 from guest_agents.budget import Budget
@@ -43,11 +46,14 @@ CONNECT_SECONDS = 10.0
 class Region:
     """A piece of a slab that one program's memory uses."""
 
-    connection: int
+    connection: int | None
+    """None: it is kept."""
     pid: int
     slab: Arena
     offset: int
     size: int
+    checkpoint: str | None = None
+    """Whose it is while it is kept."""
 
 
 class MemoryMonitor:
@@ -69,7 +75,8 @@ class MemoryMonitor:
     def handlers(self) -> dict[str, control.Handler]:
         """For the agent's control server."""
         counted = self.tally.counting({"memory.allocate": self.allocate, "memory.free": self.free})
-        return {**counted, "memory.stats": self.stats}
+        return {**counted, "memory.stats": self.stats, "memory.keep": self.keep, "memory.claim": self.claim,
+                "memory.discard": self.discard}  # fmt: skip
 
     def allocate(self, request: control.Message) -> control.Message:
         """memory.allocate: a region of at least `size` bytes for a program of that connection's owner."""
@@ -93,6 +100,34 @@ class MemoryMonitor:
             self._return(int(request["region"]))
         return {}
 
+    def keep(self, request: control.Message) -> control.Message:
+        """memory.keep: the regions of a connection are the checkpoint `name`'s, whatever becomes of the connection."""
+        name = str(request["name"])
+        return self._hand_over(lambda one: one.connection == int(request["connection"]), None, name)
+
+    def claim(self, request: control.Message) -> control.Message:
+        """memory.claim: those of the checkpoint `name` are this connection's now. How many, in `regions`."""
+        with self._lock:
+            connection = self._node.accepted(int(request["connection"])).number
+        name = str(request["name"])
+        return self._hand_over(lambda one: one.checkpoint == name, connection, None)
+
+    def discard(self, request: control.Message) -> control.Message:
+        """memory.discard: give back what the checkpoint `name` has here, if anything."""
+        with self._lock:
+            for number in [n for n, region in self._regions.items() if region.checkpoint == str(request["name"])]:
+                self._return(number)
+        return {}
+
+    def _hand_over(
+        self, is_one: Callable[[Region], bool], connection: int | None, checkpoint: str | None
+    ) -> control.Message:
+        with self._lock:
+            chosen = [number for number, region in self._regions.items() if is_one(region)]
+            for number in chosen:
+                self._regions[number] = replace(self._regions[number], connection=connection, checkpoint=checkpoint)
+        return {"regions": len(chosen)}
+
     def stats(self, request: control.Message) -> control.Message:
         """memory.stats: what is given out and to how many, what was asked and how often there was no room."""
         del request
@@ -104,7 +139,8 @@ class MemoryMonitor:
                 "bytes_registered": sum(slab.size for slab in self._slabs),
                 "bytes_total": self._budget.total,
                 "bytes_of_others": self._budget.total - self._free() - sum(slab.size for slab in self._slabs),
-                "connections": len({region.connection for region in self._regions.values()}),
+                "connections": len({region.connection for region in self._regions.values()} - {None}),
+                "kept": self._kept(),
                 "refused": self._refused,
                 "requests": {**self.tally.counts(), **by_opcode},
                 "buffers": kept,
@@ -124,6 +160,14 @@ class MemoryMonitor:
         with self._lock:
             unused = sum(slab.size for slab in self._slabs) - self._allocated()
             return {"free": self._free() + unused, "requests": self._requests}
+
+    def _kept(self) -> dict[str, int]:
+        """Bytes of each checkpoint."""
+        sums: Counter[str] = Counter()
+        for region in self._regions.values():
+            if region.checkpoint is not None:
+                sums[region.checkpoint] += region.size
+        return dict(sums)
 
     def _offer(self, accepted: Accepted, device: Device) -> None:
         del device  # regions are asked for later, each in a slab with a key of its own

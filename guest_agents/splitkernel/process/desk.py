@@ -2,8 +2,9 @@
 
 SOCK_SEQPACKET, one text message each way; replies are "ok ..." or "error ERRNO text":
 
-    job EXCACHE VNODE              -> ok DIRECTORY EXCACHE ROOT      from `split`, before it starts the program ("-" as
-                                                                     EXCACHE: the blade's; as ROOT: no files of its own)
+    job EXCACHE VNODE [DIRECTORY]  -> ok DIRECTORY EXCACHE ROOT      from `split`, before it starts the program ("-" as
+                                                                     EXCACHE: the blade's; as ROOT: no files of its own;
+                                                                     DIRECTORY: as the program had it on another blade)
     began PID COMMAND...           -> ok                             from `split`, once there is a process
     swap DIRECTORY                 -> ok GROUP                       a control group for a program of the second tier
     verdict DIRECTORY              -> ok [WORDS]                     why it was killed, if that was for want of memory
@@ -11,12 +12,16 @@ SOCK_SEQPACKET, one text message each way; replies are "ok ..." or "error ERRNO 
     trace DIRECTORY                -> ok FILE                        after the report: what a traced program did
     ps                             -> ok TABLE
     kill ID SIGNAL                 -> ok
+    program ID                     -> ok BLADE.PID PID VNODE EXCACHE DIRECTORY COMMAND...
+    discard NAME                   -> ok                             a checkpoint is given up: see memory/monitor.py
     attach PID DIRECTORY           -> ok BLADE...                    from a pager: the memory blades, in order
     connect BLADE QPN PSN GIDHEX   -> ok QPN PSN GIDHEX
     region BYTES COPIES [INDEX...] -> ok [INDEX ADDRESS RKEY]...     on as many blades, none with one of these indices
     release BLADE                  -> ok                             what it has there is given up: it is out of reach
     watch                          -> ok                             "lost BLADE" and "back BLADE" come unasked then,
                                                                      and "drain BLADE" (take all elsewhere) and "keep"
+    keep NAME                      -> ok                             what was lent stays as checkpoint NAME's
+    claim NAME PLACES              -> ok                             ... and is this program's now: so many, or none
     heir NUMBER                    -> (no answer)                    a child was forked; three descriptors: see heirs.py
     forgo NUMBER                   -> (no answer)                    it has called exec or ended
     return [INDEX ADDRESS]...      -> (no answer)                    the places of a region, which is needed no more
@@ -169,6 +174,10 @@ class Visit:
             "trace": self._trace,
             "ps": self._ps,
             "kill": self._kill,
+            "program": self._describe,
+            "discard": self._discard,
+            "keep": self._keep,
+            "claim": self._claim,
             "attach": self._attach,
             "connect": self._connect,
             "region": self._region,
@@ -209,15 +218,26 @@ class Visit:
             with self._stock.lender.retrieval(loan.blades) as retrieval:
                 self._heirs.inherit(retrieval.read)
 
-    def _new_job(self, excache: str = "-", vnode: str = DEFAULT) -> list[str]:
+    def _new_job(self, excache: str = "-", vnode: str = DEFAULT, directory: str = "") -> list[str]:
         root = self._stock.belonging.enter(vnode)
-        self._job = Path(tempfile.mkdtemp(dir=self._stock.jobs))
+        self._job = self._job_again(directory) if directory else Path(tempfile.mkdtemp(dir=self._stock.jobs))
         self._job.chmod(0o1777)  # the program may run as another user
         self._stock.vnodes[str(self._job)] = vnode
         self._before = self._stock.extra()
         self._excache = self._stock.excache() if excache == "-" else int(excache)
         self._stock.limits[str(self._job)] = self._excache
         return [str(self._job), str(self._excache), str(root or "-")]
+
+    def _job_again(self, directory: str) -> Path:
+        """The folder that a checkpoint's program knows as its job's."""
+        job = Path(directory)
+        if job.parent != self._stock.jobs:
+            raise RefusalError(errno.EINVAL, f"{directory} is no job's folder here")
+        try:
+            job.mkdir()
+        except FileExistsError:
+            raise RefusalError(errno.EEXIST, f"there is a job {directory} already") from None
+        return job
 
     def _swap(self, job: str) -> list[str]:
         if job not in self._stock.limits:
@@ -261,6 +281,22 @@ class Visit:
 
     def _kill(self, name: str, signal: str = "TERM") -> list[str]:
         self._stock.belonging.kill(name, signal)
+        return []
+
+    def _describe(self, name: str) -> list[str]:
+        full, program = self._stock.belonging.programs.find(name)
+        return [full, str(program.pid), program.vnode, str(program.excache), str(program.job), program.command]
+
+    def _keep(self, name: str) -> list[str]:
+        self._holding().keep(name)
+        return []
+
+    def _claim(self, name: str, places: str) -> list[str]:
+        self._holding().claim(name, int(places))
+        return []
+
+    def _discard(self, name: str) -> list[str]:
+        self._stock.lender.discard(name)
         return []
 
     def _attach(self, pid: str, job: str) -> list[str]:

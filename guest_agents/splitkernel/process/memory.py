@@ -168,6 +168,11 @@ class Lender:
         assert self._device is not None
         return Retrieval(self._device, self, blades)
 
+    def discard(self, name: str) -> None:
+        """Give back what memory blades keep of a checkpoint. ControlError if one that is alive does not hear of it."""
+        for blade in sorted(self._lives):
+            self.call(blade, "memory.discard", name=name)
+
     def give_back(self, blade: str, held: Held) -> None:
         """Return a connection and all that belongs to it, unless the blade has died: then its books have, too."""
         if held.life == self.life(blade):
@@ -249,6 +254,31 @@ class Loan:
         if held is not None:
             with suppress(control.ControlError):  # that blade has gone
                 self._lender.call(blade, "memory.free", connection=held.number, region=granted.number)
+
+    def keep(self, name: str) -> None:
+        """Have all that is held kept as checkpoint `name`, whatever becomes of this loan. ControlError: nothing is."""
+        try:
+            for blade, held in self._connections.items():
+                self._lender.call(blade, "memory.keep", connection=held.number, name=name)
+        except control.ControlError:
+            self._claim(name)
+            raise
+
+    def claim(self, name: str, places: int) -> None:
+        """Take over what is kept as checkpoint `name`, so many regions. ControlError: it is still kept."""
+        claimed = self._claim(name)
+        if claimed != places:
+            with suppress(control.ControlError):
+                self.keep(name)
+            raise control.ControlError(f"the memory blades have {claimed} regions of {name}, and there were {places}",
+                                       "was a memory blade restarted meanwhile?")  # fmt: skip
+
+    def _claim(self, name: str) -> int:
+        claimed = 0
+        for blade, held in self._connections.items():
+            with suppress(control.ControlError):  # then there are too few
+                claimed += self._lender.call(blade, "memory.claim", connection=held.number, name=name)["regions"]
+        return claimed
 
     def release(self, blade: str) -> None:
         """Give back all on one blade, which the program cannot reach; does not wait for it.

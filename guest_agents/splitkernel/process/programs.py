@@ -91,11 +91,20 @@ class Programs:
     def kill(self, name: str, number: int) -> None:
         """Send a signal to a running program: BLADE.PID, or PID. ControlError if it does not run."""
         with self._lock:
-            for program in self._programs:
-                if name in (str(program.pid), self._id(program)) and program.ended is None:
-                    with suppress(ProcessLookupError):  # its end has not been reported yet: as to a zombie
-                        signal.pidfd_send_signal(program.handle, number)
-                    return
+            program = self._find(name)
+            with suppress(ProcessLookupError):  # its end has not been reported yet: as to a zombie
+                signal.pidfd_send_signal(program.handle, number)
+
+    def find(self, name: str) -> tuple[str, Program]:
+        """A running program, and its whole name: BLADE.PID, or PID. ControlError if it does not run."""
+        with self._lock:
+            program = self._find(name)
+        return self._id(program), program
+
+    def _find(self, name: str) -> Program:
+        for program in self._programs:
+            if name in (str(program.pid), self._id(program)) and program.ended is None:
+                return program
         raise control.ControlError(
             f"no program {name} runs on {self._blade}", "see `rackless ps`, on a blade `split ps`"
         )

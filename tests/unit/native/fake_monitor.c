@@ -21,6 +21,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -46,12 +47,15 @@ static struct event {
 } events[EVENTS];
 
 static size_t n_events, room = REGIONS, turn, asked;
-static int news[2];
+static int news;            /* so many are in `told`; a single descriptor, as the real one has */
+static char told[EVENTS][2];
+static size_t n_told, n_heard;
 
 static void announce(char kind, unsigned blade)
 {
-    char text[2] = {kind, (char)('0' + blade)};
-    if (write(news[1], text, sizeof text) != sizeof text)
+    char *text = told[n_told++ % EVENTS];
+    text[0] = kind, text[1] = (char)('0' + blade);
+    if (eventfd_write(news, 1))
         abort();
 }
 
@@ -91,25 +95,51 @@ static void happen(uint64_t carried)
     }
 }
 
+/* The environment, as it is when the pager starts: later it may be among the pages that the pager must not touch. */
+static struct {
+    char name[24], value[256];
+} settings[] = {{.name = "FAKE_BLADES"}, {.name = "FAKE_REGIONS"}, {.name = "FAKE_ASKED"}, {.name = "FAKE_EVENTS"},
+                {.name = "FAKE_HEIRS"}, {.name = "FAKE_MEMORY"}, {.name = "FAKE_FORGETFUL"}};
+enum { SETTINGS = sizeof settings / sizeof *settings };
+
+static void read_settings(void)
+{
+    static bool done;
+    for (size_t i = 0; !done && i < SETTINGS; i++) {
+        const char *value = getenv(settings[i].name);
+        snprintf(settings[i].value, sizeof settings[i].value, "%s", value ? value : "");
+    }
+    done = true;
+}
+
+static const char *text_of(const char *name)
+{
+    for (size_t i = 0; i < SETTINGS; i++)
+        if (!strcmp(settings[i].name, name) && *settings[i].value)
+            return settings[i].value;
+    return NULL;
+}
+
 static unsigned long setting(const char *name, unsigned long otherwise)
 {
-    const char *value = getenv(name);
+    const char *value = text_of(name);
     return value ? strtoul(value, NULL, 10) : otherwise;
 }
 
 int monitor_attach(struct monitor *m, const char *job)
 {
     (void)job;
+    read_settings();
     m->blades = (uint32_t)setting("FAKE_BLADES", 3);
     room = setting("FAKE_REGIONS", REGIONS);
     pthread_mutex_init(&m->lock, NULL);
-    if (pipe2(news, O_NONBLOCK | O_CLOEXEC))
+    m->news = news = eventfd(0, EFD_SEMAPHORE | EFD_NONBLOCK | EFD_CLOEXEC);
+    if (news < 0)
         return errno;
-    m->news = news[0];
     m->socket = -1;
     for (uint32_t i = 0; i < m->blades; i++)
         snprintf(m->name[i], sizeof m->name[i], "mb%u", i);
-    const char *heirs = getenv("FAKE_HEIRS"), *text = getenv("FAKE_EVENTS");
+    const char *heirs = text_of("FAKE_HEIRS"), *text = text_of("FAKE_EVENTS");
     struct sockaddr_un name = {.sun_family = AF_UNIX};
     if (heirs) {
         strncpy(name.sun_path, heirs, sizeof name.sun_path - 1);
@@ -132,9 +162,28 @@ void monitor_leave(struct monitor *m)
     (void)m;
 }
 
+/* The blades' memory is this process's, and goes with it. */
+int monitor_keep(struct monitor *m, const char *name)
+{
+    (void)name;
+    if (!text_of("FAKE_FORGETFUL"))
+        return 0;
+    snprintf(m->error, sizeof m->error, "mb0 is not there");
+    return EHOSTUNREACH;
+}
+
+int monitor_claim(struct monitor *m, const char *name, size_t places)
+{
+    (void)m, (void)name;
+    size_t held = 0;
+    for (uint32_t i = 0; i < BLADES; i++)
+        held += blades[i].held;
+    return held == places ? 0 : ENOENT;
+}
+
 static char *memory_of(uint32_t number)
 {
-    const char *prefix = getenv("FAKE_MEMORY");
+    const char *prefix = text_of("FAKE_MEMORY");
     char path[256];
     if (!prefix)
         return raw_memory((size_t)REGIONS * REGION_BYTES);
@@ -236,9 +285,10 @@ void monitor_return(struct monitor *m, const struct region *region)
 
 char monitor_news(struct monitor *m, uint32_t *blade)
 {
-    char text[2];
-    if (read(m->news, text, sizeof text) != sizeof text)
+    eventfd_t one;
+    if (eventfd_read(m->news, &one))
         return 0;
+    const char *text = told[n_heard++ % EVENTS];
     *blade = (uint32_t)(text[1] - '0');
     return text[0];
 }
