@@ -467,6 +467,7 @@ class Service:
         in_office = self._dispatcher is not None and not self._dispatcher.superseded
         mine = {"all_datasets": self._dispatcher.datasets()} if self._dispatcher is not None and in_office else {}
         return {"node": self.node.name, "node_id": self.node.node_id, "datasets": datasets, **mine,
+                "dispatcher": self.lease.manager, "term": self.lease.term,
                 "counts": {**self.counts, **self.owner.counts}, "recovered": self.keeper.said,
                 "unfinished": self.coordinator.unfinished,
                 "log_used": self._log.used, "intents_used": self._intents.used}  # fmt: skip

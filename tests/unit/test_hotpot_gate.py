@@ -217,7 +217,7 @@ def test_the_command_shows_what_blades_have(
     rack: Rack, gates: Gates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = command(rack, monkeypatch, "stat").stdout.splitlines()[1:]
-    assert [row.split()[1:] for row in rows] == [["-"] * 14] * 3
+    assert [row.split()[1:] for row in rows] == [["-"] * 17] * 3
     assert json.loads(command(rack, monkeypatch, "list", "--json").stdout) == []
     with shells(Place(tmp_path / "mb0.hotpot")) as [shell]:
         shell.do("d = session.create('set', 3 * 4096, chunk=4096)")
