@@ -24,8 +24,7 @@ enum {
     PARK_SECONDS = 60,          /* to send an ExCache to the memory blades */
     REPORT_SECONDS = 10,
     IMAGE_BUFFER = 1 << 20,     /* bytes */
-    TRIES = 200,                /* to find the program where it asks for no memory */
-    NAP_US = 5000,
+    TRIES = 200, NAP_US = 5000, /* to find the program where it asks for no memory */
     CHUNK = 64,                 /* pages */
     FABRIC_POLLS = 3, FABRIC_MS = 1000, /* how the pager waits for a memory blade: not the moment (fabric_wait) */
     RESTART_NOW = 512, RESTART_NOINTR, RESTART_NOHAND, RESTART_BLOCK = 516, /* the kernel's ERESTART..., to itself */
@@ -113,10 +112,14 @@ static bool note_signals(struct patient *p)
             !tracee_read(&p->tracee, p->scratch, action, sizeof *action))
             return tracee_fail("its signal actions cannot be read");
     }
-    for (int i = 0; i < IMAGE_TIMERS; i++)
+    for (int i = 0; i < IMAGE_TIMERS; i++) {
+        struct itimerval *timer = &p->all.image.timer[i];
         if (call(p, p->tracee.pid, SYS_getitimer, (uint64_t)i, p->scratch, 0, 0) ||
-            !tracee_read(&p->tracee, p->scratch, &p->all.image.timer[i], sizeof p->all.image.timer[i]))
+            !tracee_read(&p->tracee, p->scratch, timer, sizeof *timer))
             return tracee_fail("its timers cannot be read");
+        if (!timerisset(&timer->it_value)) /* its signal waits, and only when it is taken the kernel begins anew */
+            timer->it_value = timer->it_interval;
+    }
     return true;
 }
 
@@ -404,14 +407,14 @@ static bool keep(struct patient *p)
 static bool save(struct patient *p, pid_t split)
 {
     char path[PATH_MAX], part[PATH_MAX];
-    if (!refuse_process(p->tracee.pid, &p->all) || !stop(p) || !refuse_process(p->tracee.pid, &p->all))
+    if (!refuse_process(p->tracee.pid, &p->all) || !stop(p))
         return false;
     if (p->pager) {
         snprintf(p->said.name, sizeof p->said.name, "%.*s", PARK_NAME - 1, p->all.image.name);
         if (!tracee_write(&p->tracee, p->report, p->said.name, sizeof p->said.name))
             return tracee_fail("its memory cannot be written: %s", strerror(errno));
     }
-    if (!examine(p, split))
+    if (!examine(p, split) || !refuse_process(p->tracee.pid, &p->all)) /* again: a signal may have come meanwhile */
         return false;
     image_path(path, p->all.image.name);
     snprintf(part, sizeof part, "%.*s.part", PATH_MAX - 8, path);

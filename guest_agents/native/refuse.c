@@ -103,6 +103,7 @@ bool refuse_process(pid_t pid, struct loaded *all)
 {
     char line[LINE], root[PATH_MAX];
     FILE *in = open_of(pid, "status");
+    all->image.pending = 0;
     bool fine = in || tracee_fail("it has ended");
     while (fine && fgets(line, sizeof line, in))
         fine = check_status(line, all);

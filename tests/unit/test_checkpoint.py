@@ -237,3 +237,15 @@ def test_a_program_goes_on_where_it_was(stage: Stage) -> None:
     assert stage("restart", name).stdout == "well\n"
     assert program.process.wait(SECONDS) == 75
     stage.alone()
+
+
+def test_a_timer_whose_signal_waits_goes_on(stage: Stage) -> None:
+    """The kernel begins a timer's next interval when the last signal is taken: here after the restart."""
+    code = ("import signal, time\nn = []\nsignal.signal(14, lambda *_: n.append(1))\nsignal.pthread_sigmask(0, {14})\n"
+            "signal.setitimer(0, 0.02, 0.02)\ntime.sleep(0.1)\nprint('ready')\ntime.sleep(1)\n"
+            "signal.pthread_sigmask(1, {14})\nwhile len(n) < 3:\n    time.sleep(0.01)\n"
+            "signal.setitimer(0, 0)\nprint('ticks')")  # fmt: skip
+    program = stage.start("python3", "-uc", code)
+    program.until("ready")
+    name = frozen(stage, program)
+    assert stage("restart", name).stdout == "ticks\n"

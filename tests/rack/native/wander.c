@@ -75,6 +75,7 @@ int main(int argc, char **argv)
     pages = strtoul(argv[1], NULL, 10) * 256;
     steps = strtoul(argv[2], NULL, 10);
     threads = argc > 4 ? atoi(argv[4]) : 1;
+    setenv("WANDER", "1", 1); /* so that the environment is in memory that may be elsewhere */
     block = calloc(pages, PAGE);
     int out = open(argv[3], O_WRONLY | O_CREAT | O_TRUNC, 0644), copy = dup(out);
     struct sigaction action = {.sa_handler = tick, .sa_flags = SA_RESTART};
