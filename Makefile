@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .ONESHELL:
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: help setup setup-tests testbed test test-unit test-long test-rack images lint bench up down clean lock
+.PHONY: help setup setup-tests testbed test test-unit test-long test-rack test-night images lint bench up down clean lock
 
 # Namespaces, bridges and taps need root: when we are not, sudo runs the command (and only the command).
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo -E)
@@ -51,6 +51,11 @@ test-long: setup-tests ## those that need no blade either, but more time: storms
 
 test-rack: setup-tests ## the tests on real blades (minutes; root)
 	@$(PYTEST) tests/rack -n 2 --dist loadfile $(ARGS)
+
+test-night: setup-tests ## the same for a night: 10 minutes of soak, 200 killed programs, Hotpot's crash matrix on blades
+	@export RACKLESS_SOAK_SECONDS=600 RACKLESS_KILLED_PROGRAMS=200 RACKLESS_BLADE_CRASHES=220 RACKLESS_CRASH_RUNS=5000
+	$(PYTEST) tests/unit -m long -n 4 --dist loadfile $(ARGS)
+	$(PYTEST) tests/rack -n 2 --dist loadfile $(ARGS)
 
 images: setup ## build the blades' images (cached by content)
 	@$(RACKLESS) image build

@@ -102,11 +102,12 @@ def test_a_program_moves_in_the_middle(rack: Rack, tmp_path: Path) -> None:
 
 
 def test_bad_input_is_a_line_and_harms_nobody(rack: Rack, tmp_path: Path) -> None:
-    code = "import socket, time\ns = socket.socket()\nprint('ready', flush=True)\ntime.sleep(8)\nprint('well')"
+    code = "import socket, time\ns = socket.socket()\nprint('ready', s.fileno(), flush=True)\ntime.sleep(8)\nprint('well')"
     started = start(rack, tmp_path / "out", "python3", "-c", code)
-    name = started.until("ready\n")
+    name = started.until("\n")
+    number = started.out.read_text().split()[1]
     for words, said in (
-        (("checkpoint", name), f"{name} cannot be checkpointed: it has a socket open (descriptor 3)"),
+        (("checkpoint", name), f"{name} cannot be checkpointed: it has a socket open (descriptor {number})"),
         (("migrate", name, "--on", "mb0"), "mb0 is a memory blade: it runs no programs"),
         (("checkpoint", "pb0.1"), "no program pb0.1 runs on pb0"),
         (("checkpoint", "1"), "1 is not the ID of a program"),
@@ -117,7 +118,7 @@ def test_bad_input_is_a_line_and_harms_nobody(rack: Rack, tmp_path: Path) -> Non
         assert done.returncode != 0, done
         assert said in done.stderr
     assert started.process.wait(60) == 0
-    assert started.out.read_text() == "ready\nwell\n"
+    assert started.out.read_text() == f"ready {number}\nwell\n"
 
 
 def test_a_checkpoint_outlives_its_blade(rack: Rack, tmp_path: Path) -> None:

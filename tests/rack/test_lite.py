@@ -21,7 +21,7 @@ pytestmark = pytest.mark.rack
 
 PROGRAMS = Path(__file__).parent / "programs"
 SEED = int(os.environ.get("RACKLESS_SEED", "2026"))
-SOAK_SECONDS = float(os.environ.get("RACKLESS_SOAK_SECONDS", "60"))
+SOAK_SECONDS = float(os.environ.get("RACKLESS_SOAK_SECONDS", "40"))
 DEAD_AFTER = 6.0
 BLADES = {
     "gm0": {"kind": "manager", "memory": "256 MiB"},
