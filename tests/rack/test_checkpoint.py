@@ -102,7 +102,8 @@ def test_a_program_moves_in_the_middle(rack: Rack, tmp_path: Path) -> None:
 
 
 def test_bad_input_is_a_line_and_harms_nobody(rack: Rack, tmp_path: Path) -> None:
-    code = "import socket, time; s = socket.socket(); print('ready', s.fileno(), flush=True); time.sleep(8); print('well')"
+    code = "import socket, time; s = socket.socket(); " \
+           "print('ready', s.fileno(), flush=True); time.sleep(8); print('well')"
     started = start(rack, tmp_path / "out", "python3", "-c", code)
     name = started.until("\n")
     number = started.out.read_text().split()[1]
