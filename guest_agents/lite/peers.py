@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from guest_agents.control import Handler, Message
-from guest_agents.lite.errors import LiteError, NodeDead, NodeUnreachable
+from guest_agents.lite.errors import LiteError, NodeDead, NodeUnreachable, NotJoined
 from guest_agents.lite.links import Links
 from guest_agents.membership import Life
 
@@ -146,7 +146,10 @@ class Peers:
             return
         lost = peer.number
         while not self._links.is_over(life):
-            own = self._own()
+            try:
+                own = self._own()
+            except NotJoined:  # our life is over: who joins anew meets everybody
+                return
             try:
                 if own.node < life.node:
                     self._make(peer, life, lost)

@@ -44,7 +44,7 @@ def lite_core(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def pair(lite_core: Path) -> Iterator[lite_pair.Pair]:
     """Two LITE cores that are connected."""
-    made = lite_pair.Pair(lite_core, Config(timeout_ms=5000))
+    made = lite_pair.Pair(lite_core, Config(timeout_ms=5000, spin_us=100))
     yield made
     made.close()
 

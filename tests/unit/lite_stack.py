@@ -15,7 +15,7 @@ MEMORY = 64 << 20
 
 
 def _core(_fabric: object) -> Core:
-    return Core(Config())
+    return Core(Config(spin_us=100))  # there are more cores here than processors
 
 
 @contextmanager

@@ -163,7 +163,7 @@ def test_a_stranger_gets_nowhere(rack: Rack) -> None:
 
 @pytest.fixture
 def pair(lite_core: Path) -> Iterator[Pair]:
-    pair = Pair(lite_core, Config(timeout_ms=3000))
+    pair = Pair(lite_core, Config(timeout_ms=3000, spin_us=100))
     yield pair
     pair.close()
 
