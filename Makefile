@@ -52,8 +52,9 @@ test-long: setup-tests ## those that need no blade either, but more time: storms
 test-rack: setup-tests ## the tests on real blades (minutes; root)
 	@$(PYTEST) tests/rack -n 2 --dist loadfile $(ARGS)
 
-test-night: setup-tests ## the same for a night: 10 minutes of soak, 200 killed programs, Hotpot's crash matrix on blades
-	@export RACKLESS_SOAK_SECONDS=600 RACKLESS_KILLED_PROGRAMS=200 RACKLESS_BLADE_CRASHES=220 RACKLESS_CRASH_RUNS=5000
+test-night: setup-tests ## the same for a night: 30 killed commands, 200 killed programs, long soak, whole crash matrices
+	@export RACKLESS_KILLS=30 RACKLESS_KILLED_PROGRAMS=200 RACKLESS_SOAK_SECONDS=600 RACKLESS_BLADE_CRASHES=220
+	export RACKLESS_CRASH_RUNS=5000
 	$(PYTEST) tests/unit -m long -n 4 --dist loadfile $(ARGS)
 	$(PYTEST) tests/rack -n 2 --dist loadfile $(ARGS)
 

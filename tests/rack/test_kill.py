@@ -16,7 +16,7 @@ from tests.rack.conftest import Bench, unique
 
 pytestmark = pytest.mark.rack
 
-KILLS = 30
+KILLS = int(os.environ.get("RACKLESS_KILLS", "10"))
 SEED = int(os.environ.get("RACKLESS_SEED", "2026"))
 
 
