@@ -149,13 +149,20 @@ def down(settings: Settings, rack: str, emit: Emit, keep_data: bool = False,
     ``keep_data`` leaves disks, persistent memory and keys for the next `up`. Nothing is done on hosts ``without`` which
     it must go: those that are gone for good.
     """
+    with lock.hold(RackPaths(settings, rack)):
+        return take_down(settings, rack, emit, keep_data, without)
+
+
+def take_down(settings: Settings, rack: str, emit: Emit, keep_data: bool = False,
+              without: Collection[str] = ()) -> list[str]:  # fmt: skip
+    """The same as `down`, by who holds the rack's lock."""
     paths = RackPaths(settings, rack)
     known = hosts.noted(paths)
     for name in without:
         if name not in known or known[name].uri is None:
             raise RacklessError(f"rack {rack} has no other host {name}", hint=did_you_mean(name, [*known]))
     left = {name: host for name, host in known.items() if name not in without}
-    with lock.hold(paths), hosts.reach(paths, left) as far:
+    with hosts.reach(paths, left) as far:
         with step(journal.recording(paths, emit), rack, "down"):
             with daemon.connection(paths) as conn:
                 machines = Hosts(paths, conn, far)

@@ -88,15 +88,18 @@ def clone(settings: Settings, rack: str, name: str, other: str, emit: Emit = ign
     with lock.hold(RackPaths(settings, rack)):
         found = snapshot.find(settings, rack, name)
         _check(settings, found, found.specs)
-        if other == rack or paths.root.exists() or place.of(paths).exists():
-            raise RacklessError(f"there is a rack {other} already", hint=f"`rackless down {other}`, or another name")
-        try:
-            with lock.hold(paths):
+        taken = RacklessError(f"there is a rack {other} already", hint=f"`rackless down {other}`, or another name")
+        if other == rack:
+            raise taken
+        with lock.hold(paths):  # first: who had it may have made that rack
+            if paths.root.exists() or place.of(paths).exists():
+                raise taken
+            try:
                 _thaw(settings, found, other, emit)
-        except BaseException:
-            with suppress(RacklessError):
-                engine.down(settings, other, ignore)
-            raise
+            except BaseException:
+                with suppress(RacklessError):
+                    engine.take_down(settings, other, ignore)
+                raise
     return Thawed(other, found, time.monotonic() - started)
 
 

@@ -54,8 +54,8 @@ class Hosts:
         return DEEDS[deed](self.paths, **fields) if host is None else self._far(host).do(deed, **fields)
 
     def everywhere(self, deed: str, **fields: Any) -> None:
-        """Do the same on all hosts, this one first."""
-        for host in (None, *self.far):
+        """Do the same on all hosts, this one last: it knows the others, also for who tries again."""
+        for host in (*self.far, None):
             self.do(host, deed, **fields)
 
     def owned(self) -> dict[str, Owned]:
@@ -149,8 +149,9 @@ def check(paths: RackPaths, rack: Rack, far: Mapping[str, Far], cold: bool) -> N
     if rack.home is None:
         return
     mine = DEEDS["hello"](paths)
+    ours = {host.uri for host in noted(paths).values()}  # a host's name may be another one now
     for name, other in far.items():
-        if name not in noted(paths) and domain.owned(other.conn, paths.name):
+        if other.host.uri not in ours and domain.owned(other.conn, paths.name):
             raise RacklessError(f"host {name} has a rack called {paths.name} already, of somebody else",
                                 hint="give this one another name; or end its blades there with virsh, if nobody uses "
                                 "them")  # fmt: skip

@@ -342,6 +342,32 @@ def test_a_rack_of_somebody_else_is_not_taken_over(pair: Pair) -> None:
         assert hosts.Hosts(pair.paths, None, {"far": other}).owned()["mb0"].host == "far"
 
 
+def test_a_renamed_host_is_not_somebody_elses(pair: Pair) -> None:
+    rack = pair.rack()
+    pair.paths.root.mkdir(parents=True)
+    hosts.note(pair.paths, rack.hosts)
+    about = rack.hosts["far"]
+    renamed = rack.model_copy(update={"hosts": {"here": rack.hosts["here"], "away": about}})
+    metadata = json.dumps({"rack": rack.name, "blade": "mb0"})
+    with closing(libvirt.open("test:///default")) as conn:
+        conn.createXML(DOMAIN.format(name=f"{rack.name}.mb0", namespace=domain.NAMESPACE, metadata=metadata))
+        pair.here(hosts.check, pair.paths, renamed, {"away": Far("away", about, conn, Answers())}, False)  # type: ignore[arg-type]
+
+
+def test_files_here_go_last_when_a_rack_goes(pair: Pair) -> None:
+    class Gone:
+        def ask(self, _deed: str, _fields: dict[str, Any]) -> Any:
+            raise RacklessError("host far cannot be reached")
+
+    rack = pair.rack()
+    pair.paths.root.mkdir(parents=True)
+    hosts.note(pair.paths, rack.hosts)
+    gone = Far("far", rack.hosts["far"], NOTHING, Gone())  # type: ignore[arg-type]
+    with pytest.raises(RacklessError, match="cannot be reached"):
+        hosts.Hosts(pair.paths, None, {"far": gone}).everywhere("forget")
+    assert hosts.noted(pair.paths) == rack.hosts, "or nobody would know where to try again"
+
+
 def test_a_blades_host_is_called_as_it_is_called_now() -> None:
     spec = blade_specs("t", ("gm0", "mb0"))["mb0"]
     for host in ("away", None):

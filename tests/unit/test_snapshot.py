@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import libvirt
 import pytest
 from typer.testing import CliRunner
 
-from orchestrator import freeze, leftovers, lock, prune, snapshot, sparse, thaw
+from orchestrator import engine, freeze, leftovers, lock, prune, snapshot, sparse, thaw
 from orchestrator.cli.main import app
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, Step, ignore
@@ -201,6 +202,38 @@ def test_one_of_another_qemu_or_damaged_is_refused(settings: Settings, monkeypat
     with pytest.raises(RacklessError, match="would have the addresses of r on this host"):
         thaw.clone(Settings.from_environment(), "r", "one", "other")
     assert not RackPaths(settings, "r").root.exists()
+
+
+@needs_root
+def test_a_clone_that_waited_leaves_a_rack_alone_that_was_made_meanwhile(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(settings)
+    other, hold = RackPaths(settings, "other"), lock.hold
+
+    def wait(paths: RackPaths) -> AbstractContextManager[None]:
+        if paths.name == other.name:  # who had the lock made the rack, and let go
+            other.root.mkdir(parents=True)
+            (other.root / "theirs").touch()
+        return hold(paths)
+
+    monkeypatch.setattr(lock, "hold", wait)
+    with pytest.raises(RacklessError, match="there is a rack other already"):
+        thaw.clone(settings, "r", "one", other.name)
+    assert (other.root / "theirs").exists()
+
+
+@needs_root
+def test_a_clone_takes_nothing_down_when_it_does_not_get_the_lock(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(settings)
+    for end in ("down", "take_down"):
+        monkeypatch.setattr(engine, end, lambda *_: pytest.fail("it was not ours"))
+    settings = replace(settings, lock_seconds=0.1)
+    with (lock.hold(RackPaths(settings, "other")),
+          pytest.raises(RacklessError, match="rack other is being changed by process")):  # fmt: skip
+        thaw.clone(settings, "r", "one", "other")
 
 
 def test_no_room_is_told_before(settings: Settings) -> None:
@@ -431,6 +464,4 @@ class TestRacks:
             with pytest.raises(RacklessError, match=r"there is a rack .* already"):
                 thaw.clone(settings, rack.name, "one", other.name)
         finally:
-            from orchestrator import engine
-
             engine.down(settings, other.name, ignore)
