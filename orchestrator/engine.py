@@ -15,7 +15,7 @@ from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import Any
 
-from orchestrator import agents, blade, journal, lock, placement
+from orchestrator import agents, blade, guests, journal, lock, placement
 from orchestrator.errors import RacklessError
 from orchestrator.events import Changed, Emit, Note, step
 from orchestrator.faults import settle
@@ -87,6 +87,7 @@ def up(settings: Settings, rack: Rack, emit: Emit, cold: bool = False, only: Col
     started = time.monotonic()
     paths = RackPaths(settings, rack.name)
     emit = journal.recording(paths, emit)
+    guests.refuse(paths)
     check_room(rack)
     for warning in warnings(rack):
         emit(Note(warning))
@@ -157,6 +158,7 @@ def take_down(settings: Settings, rack: str, emit: Emit, keep_data: bool = False
               without: Collection[str] = ()) -> list[str]:  # fmt: skip
     """The same as `down`, by who holds the rack's lock."""
     paths = RackPaths(settings, rack)
+    guests.refuse(paths)
     known = hosts.noted(paths)
     for name in without:
         if name not in known or known[name].uri is None:
@@ -205,7 +207,8 @@ def _placed(rack: Rack, far: Mapping[str, Far], observed: Mapping[str, Observed]
     """The host of each blade as its spec has it: None on this machine."""
     if rack.home is None:
         return {}
-    there = {name: seen.spec.host or rack.home for name, seen in observed.items() if seen.spec}
+    there = {name: placement.Seat(seen.spec.host or rack.home, seen.spec.memory, seen.spec.cpus)
+             for name, seen in observed.items() if seen.spec}  # fmt: skip
     placed = placement.place(rack, hosts.rooms(rack, far), there)
     return {name: None if host == rack.home else host for name, host in placed.items()}
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from orchestrator import lock
+from orchestrator import guests, lock
 from orchestrator.errors import RacklessError
 from orchestrator.hypervisor import daemon, remains
 from orchestrator.network import place
@@ -74,8 +74,9 @@ def _racks(settings: Settings) -> list[str]:
     """Names of racks that have left a trace in our folders. A namespace alone may be that of another RACKLESS_RUN."""
     folders = (settings.run_dir, settings.state_dir / "racks")
     names = {path.name for folder in folders for path in folder.glob("*") if path.is_dir()}
-    # Another libvirtd has the blades of some: what looks left over of those here is not.
-    return sorted(name for name in names if daemon.is_here(RackPaths(settings, name)))
+    # Another libvirtd has the blades of some, or another machine knows of them: what looks left over of those is not.
+    racks = [RackPaths(settings, name) for name in sorted(names)]
+    return [paths.name for paths in racks if daemon.is_here(paths) and guests.of(paths) is None]
 
 
 def _of_rack(paths: RackPaths) -> Iterator[Leftover]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import blade, engine, freeze, journal, lock, snapshot, sparse
+from orchestrator import blade, engine, freeze, guests, journal, lock, snapshot, sparse
 from orchestrator.blade_files import agent_socket, console_socket
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, Note, ignore, step
@@ -62,6 +62,7 @@ def restore(settings: Settings, rack: str, name: str, emit: Emit = ignore) -> Th
     require_root("restore virtual machines")
     with lock.hold(RackPaths(settings, rack)):
         found = snapshot.find(settings, rack, name)
+        guests.refuse(RackPaths(settings, rack))
         freeze.must_be_here(RackPaths(settings, rack))
         _check(settings, found, found.specs)
         try:

@@ -155,6 +155,7 @@ def check(paths: RackPaths, rack: Rack, far: Mapping[str, Far], cold: bool) -> N
             raise RacklessError(f"host {name} has a rack called {paths.name} already, of somebody else",
                                 hint="give this one another name; or end its blades there with virsh, if nobody uses "
                                 "them")  # fmt: skip
+        other.do("vacant")
         if not cold and other.hello["emulator"] != mine["emulator"]:
             raise RacklessError(f"host {name} has another QEMU: {other.hello['emulator'] or 'none'} and not "
                                 f"{mine['emulator']}, so that blades saved here cannot be restored there",
