@@ -250,8 +250,10 @@ def _carry_out(
     _end(shop.machines, {name: domains[name] for name in leaving & domains.keys()})
     for action in todo.of("remove", "recreate"):
         was = domains[action.blade].host if action.blade in domains else None
-        if action.spec is None or action.spec.host != was:  # files do not move to another host
+        if action.spec is None:
             blade.remove_files(shop.machines, was, action.blade)
+        elif action.spec.host != was:  # files do not move to another host; its key is known by now, and is here
+            shop.machines.do(was, "remove_files", name=action.blade)
     settle.side(shop.machines, {})  # a side of a partition that nobody is left on
     making = {action.blade: action.spec for action in todo.of("create", "recreate") if action.spec}
     states = {} if cold else _templates(shop, making.values())

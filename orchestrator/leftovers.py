@@ -84,7 +84,8 @@ def _of_rack(paths: RackPaths) -> Iterator[Leftover]:
     known = remains.known_blades(paths)
     orphans = remains.orphans(paths, known.values())
     yield from (Leftover("process", str(pid), rack) for pid in orphans)
-    for scratch in ("clone.save", "disk.thawed"):  # of a restore that was killed
+    # Of a restore that was killed, or of files that were being made.
+    for scratch in ("clone.save", "disk.thawed", "disk.new", "pmem.new"):
         yield from (Leftover("file", str(file), rack) for file in paths.blades.glob(f"*/{scratch}"))
     for folder in paths.blades.glob("template-*"):
         if f"{rack}.{folder.name}" not in known:

@@ -268,10 +268,11 @@ def test_a_rack_in_use_is_not_left_over(pretend: Callable[..., subprocess.Popen[
         _known_to_libvirt(paths, "mb0", pretend(paths, "mb0").pid)
         (paths.blades / "mb0").mkdir(parents=True)
         assert _kinds(paths) == []
-        (paths.blades / "mb0/clone.save").touch()
+        for scratch in ("clone.save", "disk.new", "pmem.new"):
+            (paths.blades / "mb0" / scratch).touch()
         (paths.blades / "template-0123").mkdir()
         found = leftovers.find(paths.settings)
-        assert [item.kind for item in found] == ["file", "folder"]
+        assert [item.kind for item in found] == ["file", "file", "file", "folder"]
         leftovers.remove(paths.settings, found)
         assert namespace.exists(paths.name)
         assert [path.name for path in paths.blades.iterdir()] == ["mb0"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 from orchestrator import engine, freeze, leftovers, lock, prune, snapshot, sparse, thaw
 from orchestrator.cli.main import app
 from orchestrator.errors import RacklessError
-from orchestrator.events import Emit, Step, ignore
+from orchestrator.events import Emit, Note, Step, ignore
 from orchestrator.faults import inject
 from orchestrator.hypervisor import domain, save_image, template
 from orchestrator.hypervisor.domain import Guest
@@ -299,6 +300,33 @@ def test_a_copy_keeps_its_holes(tmp_path: Path) -> None:
     assert sparse.used(tmp_path / "none") == 0
 
 
+@pytest.mark.parametrize("failure", [errno.EXDEV, errno.EOPNOTSUPP, None])
+def test_a_copy_where_the_kernel_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: int | None) -> None:
+    def cannot(*_: object) -> int:
+        if failure:
+            raise OSError(failure, os.strerror(failure))
+        return 0
+
+    monkeypatch.setattr(os, "copy_file_range", cannot)
+    test_a_copy_keeps_its_holes(tmp_path)
+
+
+def test_a_copy_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(b"data")
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    with pytest.raises(OSError, match="No space left"):
+        sparse.copy(tmp_path / "a", tmp_path / "b.raw")
+    monkeypatch.setattr(os, "copy_file_range", lambda *_: 0)
+    monkeypatch.setattr(os, "sendfile", lambda *_: 0)
+    with pytest.raises(OSError, match="became shorter"):
+        sparse.copy(tmp_path / "a", tmp_path / "b.raw")
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
 # A rack of domains of libvirt's test driver, with agents that answer
 
 
@@ -422,7 +450,16 @@ class TestRacks:
         with pytest.raises(RacklessError, match="cannot save mb1: No space left"):
             freeze.create(rack.paths.settings, rack.name, "one")
         assert states(rack) == {"running"}
+        assert set(rack.woken) == set(rack.specs), "they stood still all the same"
         assert list(rack.paths.settings.snapshots.iterdir()) == []
+
+    def test_a_blade_that_cannot_be_woken_is_no_reason_to_fail(self, rack: BrokenRack) -> None:
+        rack.replies["mb1 agent.wake"] = RuntimeError("it sleeps")
+        told: list[Any] = []
+        freeze.create(rack.paths.settings, rack.name, "one", told.append)
+        notes = [event.message for event in told if isinstance(event, Note)]
+        assert any("clocks of blades may be late" in note and "mb1" in note for note in notes)
+        assert snapshot.find(rack.paths.settings, rack.name, "one")
 
     def test_one_that_is_interrupted_lets_the_rack_go_on(
         self, rack: BrokenRack, monkeypatch: pytest.MonkeyPatch
