@@ -59,8 +59,10 @@ def test_a_rack_of_the_same_name_there_is_neither_used_nor_removed(
         file.parent.mkdir(parents=True)
         file.touch()
     worker = call("home")
-    wanted = (("vacant", {}), ("make_folder", {"name": "mb0"}), ("remove_files", {"name": "mb0"}),
-              ("leave", {"end": True}), ("forget", {}))  # fmt: skip
+    wanted: list[tuple[str, dict[str, Any]]] = [
+        ("vacant", {}), ("make_folder", {"name": "mb0"}), ("remove_files", {"name": "mb0"}), ("leave", {"end": True}),
+        ("forget", {}),
+    ]  # fmt: skip
     for deed, fields in wanted:
         with pytest.raises(RacklessError, match=r"there is a rack wide already, somebody else's: .* \(on host far\)"):
             worker.ask(deed, fields)

@@ -35,7 +35,7 @@ from orchestrator.network.place import FABRIC, HostNetwork
 from orchestrator.plan import make_plan
 from orchestrator.settings import RackPaths, Settings
 from tests.unit.broken_racks import DOMAIN
-from tests.unit.netns_racks import needs_root, scratch_rack
+from tests.unit.netns_racks import like_qemu, needs_root, scratch_rack
 from tests.unit.stand_in import blade_specs
 
 pytestmark = [pytest.mark.netns, needs_root]
@@ -424,9 +424,10 @@ def test_gc_leaves_a_rack_alone_that_may_have_blades_elsewhere(pair: Pair) -> No
     pair.paths.root.mkdir(parents=True)
     (pair.paths.settings.run_dir / rack.name).mkdir(parents=True)
     assert [item.kind for item in leftovers.find(pair.paths.settings)] == ["folder"]
-    run = f"{pair.paths.settings.run_dir / rack.name}/x"
-    words = ["-c", "import sys; sys.stdin.read()", "-name", f"guest={rack.name}.mb0,", run]
-    with subprocess.Popen([sys.executable, *words], stdin=subprocess.PIPE) as blade:
+    words = like_qemu(pair.paths, "mb0", "print('up', flush=True); input()")
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as blade:
+        assert blade.stdout
+        assert blade.stdout.readline() == b"up\n"
         assert [item.kind for item in leftovers.find(pair.paths.settings)] == ["process", "folder"]
         hosts.note(pair.paths, rack.hosts)
         assert leftovers.find(pair.paths.settings) == []

@@ -454,7 +454,7 @@ class TestRacks:
         assert list(rack.paths.settings.snapshots.iterdir()) == []
 
     def test_a_blade_that_cannot_be_woken_is_no_reason_to_fail(self, rack: BrokenRack) -> None:
-        rack.replies["mb1 agent.wake"] = RuntimeError("it sleeps")
+        rack.replies["mb1 agent.wake"] = RuntimeError("it sleeps")  # type: ignore[assignment]
         told: list[Any] = []
         freeze.create(rack.paths.settings, rack.name, "one", told.append)
         notes = [event.message for event in told if isinstance(event, Note)]
