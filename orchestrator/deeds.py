@@ -93,6 +93,11 @@ def missing(_paths: RackPaths, files: dict[str, int]) -> list[str]:
     return [path for path, size in files.items() if not (Path(path).is_file() and Path(path).stat().st_size == size)]
 
 
+def kept(paths: RackPaths) -> list[str]:
+    """Blades whose disk or persistent memory is on this host, whether they run or not."""
+    return sorted({file.parent.name for name in ("disk", "pmem") for file in paths.blades.glob(f"*/{name}.raw")})
+
+
 def make_files(paths: RackPaths, spec: dict[str, Any]) -> None:
     """A blade's disk and persistent memory; see blade_files.make."""
     blade_files.make(paths, BladeSpec.from_json(spec))
@@ -155,12 +160,12 @@ def console(paths: RackPaths, name: str) -> str:
 
 DEEDS: Mapping[str, Callable[..., Any]] = {
     deed.__name__: deed
-    for deed in (hello, vacant, routes, extend, part, limit, leave, forget, missing, make_files, remove_files,
+    for deed in (hello, vacant, routes, extend, part, limit, leave, forget, missing, kept, make_files, remove_files,
                  make_folder, cache_mode, clone, discard, request, shut_down, pull_power, console)
 }  # fmt: skip
 
 _CLAIMING = {"extend", "make_folder", "make_files"}
-_INSISTING = {"vacant", "leave", "forget", "remove_files", "discard", "clone", "shut_down", "pull_power"}
+_INSISTING = {"vacant", "kept", "leave", "forget", "remove_files", "discard", "clone", "shut_down", "pull_power"}
 """Deeds that touch files: those must be this rack's, and not of somebody else's with its name; see guests.py."""
 
 

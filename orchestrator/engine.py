@@ -73,7 +73,7 @@ def plan(settings: Settings, rack: Rack) -> Plan:
     paths = RackPaths(settings, rack.name)
     with hosts.reach(paths, hosts.union(paths, rack)) as far, daemon.connection(paths) as conn:
         observed = as_seen(Hosts(paths, conn, far).owned())
-        return make_plan(rack, key, observed, _placed(rack, far, observed))
+        return make_plan(rack, key, observed, _placed(paths, rack, far, observed))
 
 
 def up(settings: Settings, rack: Rack, emit: Emit, cold: bool = False, only: Collection[str] | None = None) -> UpResult:
@@ -107,7 +107,7 @@ def up(settings: Settings, rack: Rack, emit: Emit, cold: bool = False, only: Col
             machines = replace(machines, paths=paths, here=conn)
             domains = machines.owned()
             observed = as_seen(domains)
-            todo = make_plan(rack, image.key, observed, _placed(rack, machines.far, observed))
+            todo = make_plan(rack, image.key, observed, _placed(paths, rack, machines.far, observed))
             if only is not None:
                 todo = todo.only(only)
             specs = [action.spec for action in todo.actions if action.spec]
@@ -200,16 +200,17 @@ def _check_hosts(machines: Hosts, rack: Rack, cold: bool) -> None:
     paths = machines.paths
     hosts.check(paths, rack, machines.far, cold)
     with daemon.connection(paths) as conn:
-        _placed(rack, machines.far, as_seen(replace(machines, here=conn).owned()))
+        _placed(paths, rack, machines.far, as_seen(replace(machines, here=conn).owned()))
 
 
-def _placed(rack: Rack, far: Mapping[str, Far], observed: Mapping[str, Observed]) -> dict[str, str | None]:
+def _placed(paths: RackPaths, rack: Rack, far: Mapping[str, Far],
+            observed: Mapping[str, Observed]) -> dict[str, str | None]:  # fmt: skip
     """The host of each blade as its spec has it: None on this machine."""
     if rack.home is None:
         return {}
     there = {name: placement.Seat(seen.spec.host or rack.home, seen.spec.memory, seen.spec.cpus)
              for name, seen in observed.items() if seen.spec}  # fmt: skip
-    placed = placement.place(rack, hosts.rooms(rack, far), there)
+    placed = placement.place(rack, hosts.rooms(rack, far), there, hosts.kept(paths, rack, far))
     return {name: None if host == rack.home else host for name, host in placed.items()}
 
 

@@ -102,7 +102,7 @@ def command(name: str, host: Host, words: list[str]) -> list[str]:
     """The words that run a command on a host. RacklessError when nobody is at its socket."""
     parts = urlsplit(host.uri or "")
     options = {key: values[0] for key, values in parse_qs(parts.query).items()}
-    if not _by_ssh(host):
+    if not by_ssh(host):
         pid = _at_socket(name, options["socket"])
         return ["nsenter", "--target", str(pid), "--net", "--mount", "--", *words]
     ssh = [options.get("command", "ssh"), "-T", "-e", "none", "-o", "BatchMode=yes",
@@ -117,7 +117,7 @@ def command(name: str, host: Host, words: list[str]) -> list[str]:
     return [*ssh, "--", who, shlex.join(words)]
 
 
-def _by_ssh(host: Host) -> bool:
+def by_ssh(host: Host) -> bool:
     """Else it is a namespace of this machine."""
     return urlsplit(host.uri or "").scheme == "qemu+ssh"
 
@@ -142,7 +142,7 @@ class Worker:
             raise RacklessError(f"host {name} cannot be reached: {words[0]}: {error.strerror}") from error
         threading.Thread(target=self._read, name=f"host-{name}", daemon=True).start()
         folders = {key: str(getattr(paths.settings, key)) for key in ("cache_dir", "state_dir", "run_dir")}
-        home = guests.identity(paths) if _by_ssh(host) else None
+        home = guests.identity(paths) if by_ssh(host) else None
         self._send({"rack": paths.name, "home": home, **folders})
 
     def ask(self, deed: str, fields: dict[str, Any], seconds: float = _ANSWER_SECONDS) -> Any:

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from orchestrator.deeds import DEEDS
 from orchestrator.errors import RacklessError
 from orchestrator.hypervisor import daemon
-from orchestrator.hypervisor.far import Far, Worker, reached
+from orchestrator.hypervisor.far import Far, Worker, by_ssh, reached
 from orchestrator.hypervisor.far import command as far_command
 from orchestrator.model import Host, Rack
 from orchestrator.network import vxlan
@@ -202,6 +202,18 @@ def rooms(rack: Rack, far: Mapping[str, Far]) -> dict[str, Room]:
             found[name] = Room(memory, os.cpu_count() or 1)
             continue
         found[name] = domain.explain(f"look at host {name}", partial(_room, far[name].conn, rack.name))
+    return found
+
+
+def kept(paths: RackPaths, rack: Rack, far: Mapping[str, Far]) -> dict[str, str]:
+    """The host that has a blade's disk or persistent memory, as far as files can tell.
+
+    A host that is a namespace of this machine shares its folders: what is there may be of a blade on either.
+    """
+    found = {blade: name for name, other in far.items() if name in rack.hosts and by_ssh(other.host)
+             for blade in other.do("kept")}  # fmt: skip
+    if rack.home and all(by_ssh(other.host) for other in far.values()):
+        found |= dict.fromkeys(DEEDS["kept"](paths), rack.home)
     return found
 
 

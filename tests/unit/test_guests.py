@@ -19,9 +19,9 @@ import pytest
 from orchestrator import deeds, engine, guests, leftovers
 from orchestrator.errors import RacklessError
 from orchestrator.events import ignore
-from orchestrator.hypervisor import far
-from orchestrator.hypervisor.far import Worker
-from orchestrator.model import Host
+from orchestrator.hypervisor import far, hosts
+from orchestrator.hypervisor.far import Far, Worker
+from orchestrator.model import Host, Rack
 from orchestrator.settings import RackPaths, Settings
 
 PROJECT = Path(__file__).parent.parent.parent
@@ -82,6 +82,27 @@ def test_a_rack_of_another_home_there_is_its_own(paths: RackPaths, call: Callabl
     assert not paths.root.exists()
     again.ask("forget", {})  # nothing is there: nobody's
     assert not paths.root.exists()
+
+
+def test_a_host_says_whose_disks_it_has(paths: RackPaths, tmp_path: Path, call: Callable[[str], Worker]) -> None:
+    worker = call("home")
+    for name, file in (("sb0", "disk.raw"), ("mb0", "pmem.raw"), ("mb1", "console.log"), ("mb2", "disk.new")):
+        worker.ask("make_folder", {"name": name})
+        (paths.blade(name).root / file).touch()
+    assert worker.ask("kept", {}) == ["mb0", "sb0"]
+    here = RackPaths(Settings(tmp_path, tmp_path / "here", tmp_path), paths.name)
+    here.blade("sb1").root.mkdir(parents=True)
+    here.blade("sb1").disk.touch()
+    by_ssh = Host.model_validate({"address": "192.168.70.2", "uri": "qemu+ssh://root@far/system"})
+    by_socket = Host.model_validate({"address": "192.168.70.3", "uri": "qemu:///system?socket=/s"})
+    made = Rack.model_validate({
+        "name": paths.name, "blades": {"gm0": {"kind": "manager", "memory": "256 MiB"}},
+        "hosts": {"here": {"address": "192.168.70.1"}, "far": by_ssh, "near": by_socket}})  # fmt: skip
+    nothing: Any = None
+    other = {"far": Far("far", by_ssh, nothing, worker)}
+    assert hosts.kept(here, made, other) == {"mb0": "far", "sb0": "far", "sb1": "here"}
+    shared = {**other, "near": Far("near", by_socket, nothing, nothing)}
+    assert hosts.kept(here, made, shared) == {"mb0": "far", "sb0": "far"}, "near has what is here, too"
 
 
 def test_on_the_host_itself_it_is_a_guest(paths: RackPaths, call: Callable[[str], Worker]) -> None:

@@ -119,6 +119,17 @@ def test_blades_are_spread_by_memory_and_by_cpus() -> None:
     assert [*place(made, few, {}).values()].count("here") == 1, "its CPUs are taken, though there is memory"
 
 
+def test_one_that_died_goes_where_its_disk_is_if_there_is_room() -> None:
+    made = rack({f"mb{number}": {"memory": "512 MiB"} for number in range(3)}, hosts=2)
+    rooms = {"here": Room(8192 * MIB, 8), "far": Room(1024 * MIB, 1)}
+    assert set(place(made, rooms, {}).values()) == {"here"}
+    assert place(made, rooms, {}, {"mb2": "far"})["mb2"] == "far"
+    assert place(made, rooms, {"gm0": Seat("far", 600 * MIB, 1)}, {"mb1": "far", "mb2": "far", "mb0": "left"}) == {
+        "gm0": "far", "mb0": "here", "mb1": "far", "mb2": "here"}  # fmt: skip
+    pinned = rack({"mb0": {"memory": "512 MiB", "host": "here"}}, hosts=2)
+    assert place(pinned, rooms, {}, {"mb0": "far"})["mb0"] == "here"
+
+
 def test_what_does_not_fit_is_named_with_what_is_left() -> None:
     rooms = {"here": Room(300 * MIB, 2), "far": Room(600 * MIB, 1)}
     with pytest.raises(RacklessError) as caught:
