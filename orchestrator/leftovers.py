@@ -58,6 +58,12 @@ def find(settings: Settings) -> list[Leftover]:
     return found
 
 
+def left_alone(settings: Settings) -> dict[str, str]:
+    """Racks of which only a part is here, by name: their homes, which alone know whether they are in use."""
+    homes = {path.name: guests.of(RackPaths(settings, path.name)) for path in (settings.state_dir / "racks").glob("*")}
+    return {name: home for name, home in sorted(homes.items()) if home}
+
+
 def remove(settings: Settings, items: list[Leftover]) -> None:
     """Remove what `find` listed. A rack that is being changed right now is refused by its lock."""
     for item in items:

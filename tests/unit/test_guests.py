@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from orchestrator import deeds, engine, guests, leftovers
+from orchestrator.cli.main import app
 from orchestrator.errors import RacklessError
 from orchestrator.events import ignore
 from orchestrator.hypervisor import far, hosts
@@ -105,10 +107,17 @@ def test_a_host_says_whose_disks_it_has(paths: RackPaths, tmp_path: Path, call: 
     assert hosts.kept(here, made, shared) == {"mb0": "far", "sb0": "far"}, "near has what is here, too"
 
 
-def test_on_the_host_itself_it_is_a_guest(paths: RackPaths, call: Callable[[str], Worker]) -> None:
+def test_on_the_host_itself_it_is_a_guest(
+    paths: RackPaths, call: Callable[[str], Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
     call("home").ask("make_folder", {"name": "mb0"})
     (paths.blade("mb0").root / "clone.save").touch()
     assert leftovers.find(paths.settings) == []
+    assert leftovers.left_alone(paths.settings) == {"wide": "home"}
+    for name in ("CACHE", "STATE", "RUN"):
+        monkeypatch.setenv(f"RACKLESS_{name}", str(getattr(paths.settings, f"{name.lower()}_dir")))
+    said = CliRunner().invoke(app, ["gc"]).output
+    assert "left alone: rack wide, which is part of one of home" in said
     with pytest.raises(RacklessError, match="rack wide on this machine is part of one of home"):
         engine.down(paths.settings, paths.name, ignore)
     assert paths.blade("mb0").root.exists()
