@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ import libvirt
 import pytest
 from typer.testing import CliRunner
 
-from orchestrator import engine, freeze, leftovers, lock, prune, snapshot, sparse, thaw
+from orchestrator import engine, freeze, leftovers, lock, prune, snapshot, thaw
 from orchestrator.cli.main import app
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, Note, Step, ignore
@@ -286,45 +285,6 @@ def test_only_a_blade_of_the_same_name_keeps_its_uuid() -> None:
         guest = Guest(name, 1, 1, Path("c"), Path("l"), Path("a"), {})
         uuids.append(ElementTree.fromstring(template.own_xml(xml, guest, Path("f"))).findtext("uuid"))
     assert uuids[0] == uuids[1] != uuids[2]
-
-
-def test_a_copy_keeps_its_holes(tmp_path: Path) -> None:
-    source, target = tmp_path / "a.raw", tmp_path / "b.raw"
-    sparse.make(source, 64 << 20)
-    with source.open("r+b") as file:
-        file.seek(32 << 20)
-        file.write(b"here")
-    sparse.copy(source, target)
-    assert target.read_bytes() == source.read_bytes()
-    assert sparse.used(target) <= sparse.used(source) < 1 << 20
-    assert sparse.used(tmp_path / "none") == 0
-
-
-@pytest.mark.parametrize("failure", [errno.EXDEV, errno.EOPNOTSUPP, None])
-def test_a_copy_where_the_kernel_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: int | None) -> None:
-    def cannot(*_: object) -> int:
-        if failure:
-            raise OSError(failure, os.strerror(failure))
-        return 0
-
-    monkeypatch.setattr(os, "copy_file_range", cannot)
-    test_a_copy_keeps_its_holes(tmp_path)
-
-
-def test_a_copy_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a").write_bytes(b"data")
-
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "copy_file_range", full)
-    with pytest.raises(OSError, match="No space left"):
-        sparse.copy(tmp_path / "a", tmp_path / "b.raw")
-    monkeypatch.setattr(os, "copy_file_range", lambda *_: 0)
-    monkeypatch.setattr(os, "sendfile", lambda *_: 0)
-    with pytest.raises(OSError, match="became shorter"):
-        sparse.copy(tmp_path / "a", tmp_path / "b.raw")
-    assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
 # A rack of domains of libvirt's test driver, with agents that answer
