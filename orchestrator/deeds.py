@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from orchestrator import __version__, blade_files, pmem
+from orchestrator import __version__, blade_files, guests, pmem
 from orchestrator.channel import open_channel
 from orchestrator.errors import RacklessError
 from orchestrator.network import bridge, place, shaping, sides, vxlan
@@ -41,6 +41,10 @@ def hello(_paths: RackPaths) -> dict[str, Any]:
     emulator = shutil.which(QEMU)
     return {"rackless": __version__, "emulator": emulator and f"{emulator} ({emulator_version(emulator)})",
             "processor": _processor()}  # fmt: skip
+
+
+def vacant(_paths: RackPaths) -> None:
+    """Nothing: whether another host has files of somebody else's rack of this name is asked before, see _CLAIMING."""
 
 
 def routes(_paths: RackPaths, address: str, peers: list[str]) -> dict[str, Any]:
@@ -87,6 +91,11 @@ def forget(paths: RackPaths) -> None:
 def missing(_paths: RackPaths, files: dict[str, int]) -> list[str]:
     """Those of the files (their sizes by path) that this host does not have whole."""
     return [path for path, size in files.items() if not (Path(path).is_file() and Path(path).stat().st_size == size)]
+
+
+def kept(paths: RackPaths) -> list[str]:
+    """Blades whose disk or persistent memory is on this host, whether they run or not."""
+    return sorted({file.parent.name for name in ("disk", "pmem") for file in paths.blades.glob(f"*/{name}.raw")})
 
 
 def make_files(paths: RackPaths, spec: dict[str, Any]) -> None:
@@ -151,9 +160,13 @@ def console(paths: RackPaths, name: str) -> str:
 
 DEEDS: Mapping[str, Callable[..., Any]] = {
     deed.__name__: deed
-    for deed in (hello, routes, extend, part, limit, leave, forget, missing, make_files, remove_files, make_folder,
-                 cache_mode, clone, discard, request, shut_down, pull_power, console)
+    for deed in (hello, vacant, routes, extend, part, limit, leave, forget, missing, kept, make_files, remove_files,
+                 make_folder, cache_mode, clone, discard, request, shut_down, pull_power, console)
 }  # fmt: skip
+
+_CLAIMING = {"extend", "make_folder", "make_files"}
+_INSISTING = {"vacant", "kept", "leave", "forget", "remove_files", "discard", "clone", "shut_down", "pull_power"}
+"""Deeds that touch files: those must be this rack's, and not of somebody else's with its name; see guests.py."""
 
 
 def serve(reader: IO[str], writer: IO[str]) -> None:
@@ -161,10 +174,15 @@ def serve(reader: IO[str], writer: IO[str]) -> None:
     first = json.loads(reader.readline())
     cache, state, run = (Path(first[name]) for name in ("cache_dir", "state_dir", "run_dir"))
     paths = RackPaths(Settings(cache, state, run, HERE_LIBVIRT), first["rack"])
+    home: str | None = first["home"]  # None where this host has the home's folders
     writing = threading.Lock()
 
     def answer(asked: dict[str, Any]) -> None:
         try:
+            if home and asked["deed"] in _CLAIMING:
+                guests.claim(paths, home)
+            if home and asked["deed"] in _INSISTING:
+                guests.insist(paths, home)
             reply = {"result": DEEDS[asked["deed"]](paths, **asked["fields"])}
         except RacklessError as error:
             reply = {"error": error.message, "hint": error.hint}
@@ -176,6 +194,7 @@ def serve(reader: IO[str], writer: IO[str]) -> None:
     with ThreadPoolExecutor(paths.settings.max_workers) as pool:
         for line in reader:
             pool.submit(answer, json.loads(line))
+        pool.shutdown(cancel_futures=True)  # nobody waits for what is not begun
 
 
 def _processor() -> str:

@@ -15,7 +15,7 @@ from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import Any
 
-from orchestrator import agents, blade, journal, lock, placement
+from orchestrator import agents, blade, guests, journal, lock, placement
 from orchestrator.errors import RacklessError
 from orchestrator.events import Changed, Emit, Note, step
 from orchestrator.faults import settle
@@ -73,7 +73,7 @@ def plan(settings: Settings, rack: Rack) -> Plan:
     paths = RackPaths(settings, rack.name)
     with hosts.reach(paths, hosts.union(paths, rack)) as far, daemon.connection(paths) as conn:
         observed = as_seen(Hosts(paths, conn, far).owned())
-        return make_plan(rack, key, observed, _placed(rack, far, observed))
+        return make_plan(rack, key, observed, _placed(paths, rack, far, observed))
 
 
 def up(settings: Settings, rack: Rack, emit: Emit, cold: bool = False, only: Collection[str] | None = None) -> UpResult:
@@ -87,6 +87,7 @@ def up(settings: Settings, rack: Rack, emit: Emit, cold: bool = False, only: Col
     started = time.monotonic()
     paths = RackPaths(settings, rack.name)
     emit = journal.recording(paths, emit)
+    guests.refuse(paths)
     check_room(rack)
     for warning in warnings(rack):
         emit(Note(warning))
@@ -106,7 +107,7 @@ def up(settings: Settings, rack: Rack, emit: Emit, cold: bool = False, only: Col
             machines = replace(machines, paths=paths, here=conn)
             domains = machines.owned()
             observed = as_seen(domains)
-            todo = make_plan(rack, image.key, observed, _placed(rack, machines.far, observed))
+            todo = make_plan(rack, image.key, observed, _placed(paths, rack, machines.far, observed))
             if only is not None:
                 todo = todo.only(only)
             specs = [action.spec for action in todo.actions if action.spec]
@@ -149,13 +150,21 @@ def down(settings: Settings, rack: str, emit: Emit, keep_data: bool = False,
     ``keep_data`` leaves disks, persistent memory and keys for the next `up`. Nothing is done on hosts ``without`` which
     it must go: those that are gone for good.
     """
+    with lock.hold(RackPaths(settings, rack)):
+        return take_down(settings, rack, emit, keep_data, without)
+
+
+def take_down(settings: Settings, rack: str, emit: Emit, keep_data: bool = False,
+              without: Collection[str] = ()) -> list[str]:  # fmt: skip
+    """The same as `down`, by who holds the rack's lock."""
     paths = RackPaths(settings, rack)
+    guests.refuse(paths)
     known = hosts.noted(paths)
     for name in without:
         if name not in known or known[name].uri is None:
             raise RacklessError(f"rack {rack} has no other host {name}", hint=did_you_mean(name, [*known]))
     left = {name: host for name, host in known.items() if name not in without}
-    with lock.hold(paths), hosts.reach(paths, left) as far:
+    with hosts.reach(paths, left) as far:
         with step(journal.recording(paths, emit), rack, "down"):
             with daemon.connection(paths) as conn:
                 machines = Hosts(paths, conn, far)
@@ -191,15 +200,17 @@ def _check_hosts(machines: Hosts, rack: Rack, cold: bool) -> None:
     paths = machines.paths
     hosts.check(paths, rack, machines.far, cold)
     with daemon.connection(paths) as conn:
-        _placed(rack, machines.far, as_seen(replace(machines, here=conn).owned()))
+        _placed(paths, rack, machines.far, as_seen(replace(machines, here=conn).owned()))
 
 
-def _placed(rack: Rack, far: Mapping[str, Far], observed: Mapping[str, Observed]) -> dict[str, str | None]:
+def _placed(paths: RackPaths, rack: Rack, far: Mapping[str, Far],
+            observed: Mapping[str, Observed]) -> dict[str, str | None]:  # fmt: skip
     """The host of each blade as its spec has it: None on this machine."""
     if rack.home is None:
         return {}
-    there = {name: seen.spec.host or rack.home for name, seen in observed.items() if seen.spec}
-    placed = placement.place(rack, hosts.rooms(rack, far), there)
+    there = {name: placement.Seat(seen.spec.host or rack.home, seen.spec.memory, seen.spec.cpus)
+             for name, seen in observed.items() if seen.spec}  # fmt: skip
+    placed = placement.place(rack, hosts.rooms(rack, far), there, hosts.kept(paths, rack, far))
     return {name: None if host == rack.home else host for name, host in placed.items()}
 
 
@@ -240,8 +251,10 @@ def _carry_out(
     _end(shop.machines, {name: domains[name] for name in leaving & domains.keys()})
     for action in todo.of("remove", "recreate"):
         was = domains[action.blade].host if action.blade in domains else None
-        if action.spec is None or action.spec.host != was:  # files do not move to another host
+        if action.spec is None:
             blade.remove_files(shop.machines, was, action.blade)
+        elif action.spec.host != was:  # files do not move to another host; its key is known by now, and is here
+            shop.machines.do(was, "remove_files", name=action.blade)
     settle.side(shop.machines, {})  # a side of a partition that nobody is left on
     making = {action.blade: action.spec for action in todo.of("create", "recreate") if action.spec}
     states = {} if cold else _templates(shop, making.values())

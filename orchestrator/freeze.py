@@ -71,15 +71,25 @@ def create(settings: Settings, rack: str, name: str, emit: Emit = ignore) -> Fro
         paths = RackPaths(settings.scaled(str(next(iter(blades.values())).metadata.get("accelerator"))), rack)
         check_room(settings, _most(paths, specs), f"a snapshot of rack {rack}")
         emit = journal.recording(paths, emit)
-        with step(emit, rack, "snapshot"), snapshot.making(settings, rack, name) as folder:
-            _keep_keys(paths, specs, folder)
-            for blade in blades:
-                (folder / "blades" / blade).mkdir(mode=0o700, parents=True)
-            with _standing_still({blade: found.domain for blade, found in blades.items()}) as pause:
-                created = round(time.time(), 3)
-                _save(paths, blades, specs, folder, emit)
-            _describe(rack, name, created, blades, folder).write()
-        wake(paths, specs, emit)
+        pause = _Pause()
+        try:
+            with step(emit, rack, "snapshot"), snapshot.making(settings, rack, name) as folder:
+                _keep_keys(paths, specs, folder)
+                for blade in blades:
+                    (folder / "blades" / blade).mkdir(mode=0o700, parents=True)
+                with _standing_still({blade: found.domain for blade, found in blades.items()}, pause):
+                    created = round(time.time(), 3)
+                    _save(paths, blades, specs, folder, emit)
+                _describe(rack, name, created, blades, folder).write()
+        except BaseException:
+            if pause.seconds:
+                with suppress(RacklessError):  # why there is no snapshot is what the user has to hear
+                    wake(paths, specs, emit)
+            raise
+        try:
+            wake(paths, specs, emit)
+        except RacklessError as error:
+            emit(Note(f"snapshot {name} is whole, but wall clocks of blades may be late: {error.message}"))
     journal.record(paths, Note(f"snapshot {name} was made").to_json())
     return Frozen(snapshot.find(settings, rack, name), time.monotonic() - started, pause.seconds, pause.apart)
 
@@ -141,22 +151,23 @@ class _Pause:
 
 
 @contextmanager
-def _standing_still(blades: Mapping[str, libvirt.virDomain]) -> Iterator[_Pause]:
-    """All blades are paused during the block, and go on after it whatever happens."""
-    pause = _Pause()
+def _standing_still(blades: Mapping[str, libvirt.virDomain], pause: _Pause) -> Iterator[None]:
+    """All blades are paused during the block, and go on after it whatever happens; `pause` is told how long."""
     began = time.monotonic()
     try:
         together(blades, lambda found: domain.explain(f"pause {found.name()}", found.suspend), workers=len(blades))
         pause.apart = time.monotonic() - began
-        yield pause
+        yield
     except BaseException:
         for found in blades.values():
             with suppress(Exception):  # it is not being saved, or has gone
                 found.abortJob()
         raise
     finally:
-        together(blades, _resume, workers=len(blades))
-        pause.seconds = time.monotonic() - began
+        try:
+            together(blades, _resume, workers=len(blades))
+        finally:
+            pause.seconds = time.monotonic() - began
 
 
 def _resume(found: libvirt.virDomain) -> None:

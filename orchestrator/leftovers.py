@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from orchestrator import lock
+from orchestrator import guests, lock
 from orchestrator.errors import RacklessError
 from orchestrator.hypervisor import daemon, remains
 from orchestrator.network import place
@@ -58,6 +58,12 @@ def find(settings: Settings) -> list[Leftover]:
     return found
 
 
+def left_alone(settings: Settings) -> dict[str, str]:
+    """Racks of which only a part is here, by name: their homes, which alone know whether they are in use."""
+    homes = {path.name: guests.of(RackPaths(settings, path.name)) for path in (settings.state_dir / "racks").glob("*")}
+    return {name: home for name, home in sorted(homes.items()) if home}
+
+
 def remove(settings: Settings, items: list[Leftover]) -> None:
     """Remove what `find` listed. A rack that is being changed right now is refused by its lock."""
     for item in items:
@@ -74,8 +80,9 @@ def _racks(settings: Settings) -> list[str]:
     """Names of racks that have left a trace in our folders. A namespace alone may be that of another RACKLESS_RUN."""
     folders = (settings.run_dir, settings.state_dir / "racks")
     names = {path.name for folder in folders for path in folder.glob("*") if path.is_dir()}
-    # Another libvirtd has the blades of some: what looks left over of those here is not.
-    return sorted(name for name in names if daemon.is_here(RackPaths(settings, name)))
+    # Another libvirtd has the blades of some, or another machine knows of them: what looks left over of those is not.
+    racks = [RackPaths(settings, name) for name in sorted(names)]
+    return [paths.name for paths in racks if daemon.is_here(paths) and guests.of(paths) is None]
 
 
 def _of_rack(paths: RackPaths) -> Iterator[Leftover]:
@@ -83,7 +90,8 @@ def _of_rack(paths: RackPaths) -> Iterator[Leftover]:
     known = remains.known_blades(paths)
     orphans = remains.orphans(paths, known.values())
     yield from (Leftover("process", str(pid), rack) for pid in orphans)
-    for scratch in ("clone.save", "disk.thawed"):  # of a restore that was killed
+    # Of a restore that was killed, or of files that were being made.
+    for scratch in ("clone.save", "disk.thawed", "disk.new", "pmem.new"):
         yield from (Leftover("file", str(file), rack) for file in paths.blades.glob(f"*/{scratch}"))
     for folder in paths.blades.glob("template-*"):
         if f"{rack}.{folder.name}" not in known:

@@ -1,9 +1,10 @@
 """Which host each blade of a rack is on. Pure: it looks at nothing but what it is given.
 
-A blade with `host:` is there. One that exists stays where it is, for moving it would lose what it has. Each other one
-goes, the largest first, to the host that will be the least full with it: full as its memory is, or as its CPUs are,
-whichever is more. Memory is never promised twice; CPUs may be, as on one host, but a blade has no more of them than
-its host.
+A blade with `host:` is there. One that exists stays where it is, for moving it would lose what it has; unless it grows,
+nobody asks whether it fits: it has what it has, whatever others have taken of its host since. One that died goes to the
+host that has its disk, if there is room. Each other one goes, the largest first, to the host that will be the least
+full with it: full as its memory is, or as its CPUs are, whichever is more. Memory is never promised twice; CPUs may be,
+as on one host, but a blade has no more of them than its host.
 """
 
 from __future__ import annotations
@@ -25,35 +26,55 @@ class Room:
     cpus: int
 
 
-def place(rack: Rack, rooms: Mapping[str, Room], there: Mapping[str, str]) -> dict[str, str]:
-    """The host of every blade, by name. `rooms` has all hosts of the rack, `there` the hosts of blades that exist.
+@dataclass(frozen=True)
+class Seat:
+    """Where a blade is that exists, and what it has there."""
+
+    host: str
+    memory: int
+    """Bytes."""
+    cpus: int
+
+
+def place(rack: Rack, rooms: Mapping[str, Room], there: Mapping[str, Seat],
+          kept: Mapping[str, str] | None = None) -> dict[str, str]:  # fmt: skip
+    """The host of every blade, by name. `rooms` has all hosts of the rack, `there` the blades that exist.
+
+    `kept` says which host has files that a blade which does not exist any more has left.
 
     Planning again, when the blades are where this says, gives the same. Raises RacklessError, which names the blade
     and what each host has left, when they do not fit.
     """
+    kept = kept or {}
     used = {host: Room(0, 0) for host in rooms}
     placed: dict[str, str] = {}
 
-    def put(name: str, host: str) -> None:
+    def put(name: str, host: str, checked: bool = True) -> None:
         blade = rack.blades[name]
-        if not _fits(blade, used[host], rooms[host]):
+        if checked and not _fits(blade, used[host], rooms[host]):
             raise _full(name, rack, used, rooms)
         used[host] = _with(used[host], blade)
         placed[name] = host
 
+    staying = {name: seat for name, seat in there.items() if name in rack.blades and seat.host in rooms
+               and rack.blades[name].host in (None, seat.host)}  # fmt: skip
+    for name, seat in staying.items():
+        blade = rack.blades[name]
+        if blade.memory <= seat.memory and blade.cpus <= seat.cpus:
+            put(name, seat.host, checked=False)
     for name, blade in rack.blades.items():
-        if blade.host is not None:
-            put(name, blade.host)
-    for name in rack.blades:
-        if name not in placed and there.get(name) in rooms:
-            put(name, there[name])
+        host = staying[name].host if name in staying else blade.host
+        if name not in placed and host is not None:
+            put(name, host)
     rest = [name for name in rack.blades if name not in placed]
-    for name in sorted(rest, key=lambda name: -rack.blades[name].memory):  # stable: then in the order of the file
+    # Stable: then in the order of the file.
+    for name in sorted(rest, key=lambda name: (name not in kept, -rack.blades[name].memory)):
         blade = rack.blades[name]
         fitting = [host for host in rooms if _fits(blade, used[host], rooms[host])]
         if not fitting:
             raise _full(name, rack, used, rooms)
-        put(name, min(fitting, key=lambda host: _fullness(_with(used[host], blade), rooms[host])))
+        least = min(fitting, key=lambda host: _fullness(_with(used[host], blade), rooms[host]))
+        put(name, kept[name] if kept.get(name) in fitting else least)
     return {name: placed[name] for name in rack.blades}
 
 

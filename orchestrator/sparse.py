@@ -9,17 +9,38 @@ from pathlib import Path
 from typing import BinaryIO
 
 _PAGE = 4096
+_NOT_THERE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What copy_file_range(2) says where file systems, or two together, cannot; some say that 0 bytes were copied."""
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file with its holes; the target gets its name when it is whole."""
+    """Copy a file with its holes; the target gets its name when it is whole. Of one that fails nothing stays."""
     fresh = target.with_suffix(".new")
-    with source.open("rb") as old, fresh.open("wb") as new:
-        new.truncate(os.fstat(old.fileno()).st_size)
-        for offset, end in extents(old):
-            while offset < end:  # copy_file_range(2) makes reflinks where it can
-                offset += os.copy_file_range(old.fileno(), new.fileno(), end - offset, offset, offset)
-    fresh.replace(target)
+    try:
+        with source.open("rb") as old, fresh.open("wb") as new:
+            new.truncate(os.fstat(old.fileno()).st_size)
+            for begin, end in extents(old):
+                _copy_extent(old.fileno(), new.fileno(), begin, end)
+        fresh.replace(target)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def _copy_extent(old: int, new: int, offset: int, end: int) -> None:
+    while offset < end:  # copy_file_range(2) makes reflinks where it can
+        try:
+            done = os.copy_file_range(old, new, end - offset, offset, offset)
+        except OSError as failure:
+            if failure.errno not in _NOT_THERE:
+                raise
+            done = 0
+        if not done:
+            os.lseek(new, offset, os.SEEK_SET)
+            done = os.sendfile(new, old, offset, end - offset)
+        if not done:
+            raise OSError(errno.EIO, "the file became shorter while it was copied")
+        offset += done
 
 
 def make(path: Path, size: int) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator import blade, engine, freeze, journal, lock, snapshot, sparse
+from orchestrator import blade, engine, freeze, guests, journal, lock, snapshot, sparse
 from orchestrator.blade_files import agent_socket, console_socket
 from orchestrator.errors import RacklessError
 from orchestrator.events import Emit, Note, ignore, step
@@ -62,6 +62,7 @@ def restore(settings: Settings, rack: str, name: str, emit: Emit = ignore) -> Th
     require_root("restore virtual machines")
     with lock.hold(RackPaths(settings, rack)):
         found = snapshot.find(settings, rack, name)
+        guests.refuse(RackPaths(settings, rack))
         freeze.must_be_here(RackPaths(settings, rack))
         _check(settings, found, found.specs)
         try:
@@ -88,15 +89,18 @@ def clone(settings: Settings, rack: str, name: str, other: str, emit: Emit = ign
     with lock.hold(RackPaths(settings, rack)):
         found = snapshot.find(settings, rack, name)
         _check(settings, found, found.specs)
-        if other == rack or paths.root.exists() or place.of(paths).exists():
-            raise RacklessError(f"there is a rack {other} already", hint=f"`rackless down {other}`, or another name")
-        try:
-            with lock.hold(paths):
+        taken = RacklessError(f"there is a rack {other} already", hint=f"`rackless down {other}`, or another name")
+        if other == rack:
+            raise taken
+        with lock.hold(paths):  # first: who had it may have made that rack
+            if paths.root.exists() or place.of(paths).exists():
+                raise taken
+            try:
                 _thaw(settings, found, other, emit)
-        except BaseException:
-            with suppress(RacklessError):
-                engine.down(settings, other, ignore)
-            raise
+            except BaseException:
+                with suppress(RacklessError):
+                    engine.take_down(settings, other, ignore)
+                raise
     return Thawed(other, found, time.monotonic() - started)
 
 

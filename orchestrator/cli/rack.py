@@ -127,6 +127,8 @@ def gc(
     if as_json:
         typer.echo(json.dumps([item.to_json() for item in found], indent=2))
         return
+    for name, home in leftovers.left_alone(settings).items():
+        typer.echo(f"left alone: rack {name}, which is part of one of {home}")
     for item in found:
         typer.echo(f"{'removed' if remove else 'left over'}: {item}")
     if not found:

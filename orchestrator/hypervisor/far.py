@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
-from orchestrator import __version__
+from orchestrator import __version__, guests
 from orchestrator.errors import RacklessError
 from orchestrator.hypervisor import daemon
 from orchestrator.model import Host
@@ -102,17 +102,24 @@ def command(name: str, host: Host, words: list[str]) -> list[str]:
     """The words that run a command on a host. RacklessError when nobody is at its socket."""
     parts = urlsplit(host.uri or "")
     options = {key: values[0] for key, values in parse_qs(parts.query).items()}
-    if parts.scheme != "qemu+ssh":
+    if not by_ssh(host):
         pid = _at_socket(name, options["socket"])
         return ["nsenter", "--target", str(pid), "--net", "--mount", "--", *words]
     ssh = [options.get("command", "ssh"), "-T", "-e", "none", "-o", "BatchMode=yes",
-           "-o", f"ConnectTimeout={REACH_SECONDS / 2:.0f}"]  # fmt: skip
+           "-o", f"ConnectTimeout={REACH_SECONDS / 2:.0f}",
+           # A host that loses power says nothing: it is gone after 20 s.
+           "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=4"]  # fmt: skip
     if "keyfile" in options:
         ssh += ["-i", options["keyfile"]]
     if parts.port:
         ssh += ["-p", str(parts.port)]
     who = f"{parts.username}@{parts.hostname}" if parts.username else str(parts.hostname)
     return [*ssh, "--", who, shlex.join(words)]
+
+
+def by_ssh(host: Host) -> bool:
+    """Else it is a namespace of this machine."""
+    return urlsplit(host.uri or "").scheme == "qemu+ssh"
 
 
 class Worker:
@@ -135,7 +142,8 @@ class Worker:
             raise RacklessError(f"host {name} cannot be reached: {words[0]}: {error.strerror}") from error
         threading.Thread(target=self._read, name=f"host-{name}", daemon=True).start()
         folders = {key: str(getattr(paths.settings, key)) for key in ("cache_dir", "state_dir", "run_dir")}
-        self._send({"rack": paths.name, **folders})
+        home = guests.identity(paths) if by_ssh(host) else None
+        self._send({"rack": paths.name, "home": home, **folders})
 
     def ask(self, deed: str, fields: dict[str, Any], seconds: float = _ANSWER_SECONDS) -> Any:
         """The result of a deed there. RacklessError when it is refused, or the host is silent or gone."""

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from orchestrator.deeds import DEEDS
 from orchestrator.errors import RacklessError
 from orchestrator.hypervisor import daemon
-from orchestrator.hypervisor.far import Far, Worker, reached
+from orchestrator.hypervisor.far import Far, Worker, by_ssh, reached
 from orchestrator.hypervisor.far import command as far_command
 from orchestrator.model import Host, Rack
 from orchestrator.network import vxlan
@@ -54,8 +54,8 @@ class Hosts:
         return DEEDS[deed](self.paths, **fields) if host is None else self._far(host).do(deed, **fields)
 
     def everywhere(self, deed: str, **fields: Any) -> None:
-        """Do the same on all hosts, this one first."""
-        for host in (None, *self.far):
+        """Do the same on all hosts, this one last: it knows the others, also for who tries again."""
+        for host in (*self.far, None):
             self.do(host, deed, **fields)
 
     def owned(self) -> dict[str, Owned]:
@@ -149,11 +149,13 @@ def check(paths: RackPaths, rack: Rack, far: Mapping[str, Far], cold: bool) -> N
     if rack.home is None:
         return
     mine = DEEDS["hello"](paths)
+    ours = {host.uri for host in noted(paths).values()}  # a host's name may be another one now
     for name, other in far.items():
-        if name not in noted(paths) and domain.owned(other.conn, paths.name):
+        if other.host.uri not in ours and domain.owned(other.conn, paths.name):
             raise RacklessError(f"host {name} has a rack called {paths.name} already, of somebody else",
                                 hint="give this one another name; or end its blades there with virsh, if nobody uses "
                                 "them")  # fmt: skip
+        other.do("vacant")
         if not cold and other.hello["emulator"] != mine["emulator"]:
             raise RacklessError(f"host {name} has another QEMU: {other.hello['emulator'] or 'none'} and not "
                                 f"{mine['emulator']}, so that blades saved here cannot be restored there",
@@ -200,6 +202,18 @@ def rooms(rack: Rack, far: Mapping[str, Far]) -> dict[str, Room]:
             found[name] = Room(memory, os.cpu_count() or 1)
             continue
         found[name] = domain.explain(f"look at host {name}", partial(_room, far[name].conn, rack.name))
+    return found
+
+
+def kept(paths: RackPaths, rack: Rack, far: Mapping[str, Far]) -> dict[str, str]:
+    """The host that has a blade's disk or persistent memory, as far as files can tell.
+
+    A host that is a namespace of this machine shares its folders: what is there may be of a blade on either.
+    """
+    found = {blade: name for name, other in far.items() if name in rack.hosts and by_ssh(other.host)
+             for blade in other.do("kept")}  # fmt: skip
+    if rack.home and all(by_ssh(other.host) for other in far.values()):
+        found |= dict.fromkeys(DEEDS["kept"](paths), rack.home)
     return found
 
 

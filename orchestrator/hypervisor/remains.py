@@ -52,7 +52,7 @@ def _elsewhere(paths: RackPaths) -> dict[str, int]:
 
 
 def orphans(paths: RackPaths, known: Collection[int]) -> list[int]:
-    """QEMU processes whose blade is of this rack, whose files are in its folders, and which are not ``known``.
+    """QEMU processes whose blade is of this rack, which its libvirtd started, and which are not ``known``.
 
     None of a rack on several hosts: one of them may be a namespace of this machine, and its blades look the same.
     """
@@ -62,11 +62,32 @@ def orphans(paths: RackPaths, known: Collection[int]) -> list[int]:
         return []
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
-        command = command_of(int(entry.name))
-        ours = f"-name\0guest={paths.name}." in command and f"{paths.settings.run_dir / paths.name}/" in command
-        if ours and int(entry.name) not in known:
-            found.append(int(entry.name))
+        pid = int(entry.name)
+        if f"-name\0guest={paths.name}." in command_of(pid) and pid not in known and _sees_folders(paths, pid):
+            found.append(pid)
     return found
+
+
+def _sees_folders(paths: RackPaths, pid: int) -> bool:
+    """Are the rack's folders mounted where libvirt has its own? They may have been removed since.
+
+    A rack of the same name may be in another RACKLESS_RUN; and of what is the rack's nothing is on the command line:
+    libvirt opens sockets and disks, and QEMU gets them opened.
+    """
+    own = daemon.Daemon.of(paths)
+    with suppress(OSError):  # it ended; or there are no racks
+        lines = [line.split() for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines()]
+        mounted = {words[4]: (words[2], words[3].removesuffix("//deleted")) for words in lines}  # proc(5)
+        return all(_is_of(mounted.get(place), folder, base) for place, folder, base in (
+            ("/run/libvirt", own.run, paths.settings.run_dir), ("/var/lib/libvirt", own.lib, paths.settings.state_dir)))
+    return False
+
+
+def _is_of(mounted: tuple[str, str] | None, folder: Path, base: Path) -> bool:
+    """Is it this folder (below one that is there) by its device, and its path there?"""
+    device = base.stat().st_dev
+    return mounted is not None and mounted[0] == f"{os.major(device)}:{os.minor(device)}" and (
+        str(folder.resolve()).endswith(mounted[1]))  # fmt: skip
 
 
 def daemons(paths: RackPaths) -> list[int]:

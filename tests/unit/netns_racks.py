@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,3 +44,20 @@ def scratch_rack() -> Iterator[RackPaths]:
         daemon.stop(paths)
         place.OwnNamespace(paths.name).remove()
         shutil.rmtree(folder)
+
+
+_LIKE_QEMU = """
+mkdir -p "$1" "$2" /run/libvirt /var/lib/libvirt
+mount --bind "$1" /run/libvirt && mount --bind "$2" /var/lib/libvirt || exit
+shift 2
+exec "$@"
+"""
+
+
+def like_qemu(paths: RackPaths, blade: str, program: str) -> list[str]:
+    """Words that start a Python program that looks like a blade's QEMU from outside: its command line, its mounts."""
+    own, name = daemon.Daemon.of(paths), f"{paths.name}.{blade}"
+    key = f'{{"qom-type":"secret","id":"masterKey0","file":"/var/lib/libvirt/qemu/domain-3-{name}/master-key.aes"}}'
+    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", _LIKE_QEMU, "sh", str(own.run), str(own.lib),
+            sys.executable, "-c", program, "-name", f"guest={name},debug-threads=on", "-S", "-object", key,
+            "-chardev", "socket,id=charmonitor,fd=32,server=on,wait=off"]  # fmt: skip

@@ -18,12 +18,12 @@ import pytest
 
 from orchestrator import leftovers, lock
 from orchestrator.errors import RacklessError
-from orchestrator.hypervisor import daemon
+from orchestrator.hypervisor import daemon, remains
 from orchestrator.hypervisor.daemon import Daemon
 from orchestrator.leftovers import Leftover
 from orchestrator.network import namespace
 from orchestrator.settings import RackPaths
-from tests.unit.netns_racks import ensure_network, needs_root, scratch_rack
+from tests.unit.netns_racks import ensure_network, like_qemu, needs_root, scratch_rack
 
 pytestmark = [
     pytest.mark.netns,
@@ -230,7 +230,7 @@ def test_a_rack_that_is_being_changed_is_left_alone() -> None:
         assert namespace.exists(paths.name)
 
 
-# What QEMU looks like from outside: its name and its files on the command line. It sleeps in the rack's namespace.
+# It sleeps in the rack's namespace.
 BLADE = "import time; time.sleep(600)"
 
 
@@ -239,12 +239,8 @@ def pretend(request: pytest.FixtureRequest) -> Callable[[RackPaths, str], subpro
     """Starts a process that looks like the QEMU of a blade."""
 
     def start(paths: RackPaths, blade: str) -> subprocess.Popen[bytes]:
-        name = f"guest={paths.name}.{blade},debug-threads=on"
-        agent = f"socket,path={paths.settings.run_dir / paths.name}/{blade}.agent"
-        process = subprocess.Popen(
-            ["nsenter", f"--net={namespace.NAMED / namespace.name_of(paths.name)}",
-             sys.executable, "-c", BLADE, "-name", name, "-chardev", agent]
-        )  # fmt: skip
+        process = subprocess.Popen(["nsenter", f"--net={namespace.NAMED / namespace.name_of(paths.name)}",
+                                    *like_qemu(paths, blade, BLADE)])  # fmt: skip
         request.addfinalizer(process.wait)
         request.addfinalizer(process.kill)
         while not _command(process.pid).startswith(os.fsencode(sys.executable)):
@@ -268,10 +264,11 @@ def test_a_rack_in_use_is_not_left_over(pretend: Callable[..., subprocess.Popen[
         _known_to_libvirt(paths, "mb0", pretend(paths, "mb0").pid)
         (paths.blades / "mb0").mkdir(parents=True)
         assert _kinds(paths) == []
-        (paths.blades / "mb0/clone.save").touch()
+        for scratch in ("clone.save", "disk.new", "pmem.new"):
+            (paths.blades / "mb0" / scratch).touch()
         (paths.blades / "template-0123").mkdir()
         found = leftovers.find(paths.settings)
-        assert [item.kind for item in found] == ["file", "folder"]
+        assert [item.kind for item in found] == ["file", "file", "file", "folder"]
         leftovers.remove(paths.settings, found)
         assert namespace.exists(paths.name)
         assert [path.name for path in paths.blades.iterdir()] == ["mb0"]
@@ -289,6 +286,20 @@ def test_a_blade_that_no_libvirt_knows_is_left_over(pretend: Callable[..., subpr
         leftovers.remove(paths.settings, found)
         assert orphan.wait(10) == -signal.SIGKILL
         assert _kinds(paths) == []
+
+
+def test_it_is_left_over_also_when_its_folders_are_gone(pretend: Callable[..., subprocess.Popen[bytes]]) -> None:
+    with scratch_rack() as paths:
+        ensure_network(paths.name)
+        orphan = pretend(paths, "mb0")
+        daemon.stop(paths)
+        assert not (paths.root / "libvirt").exists()
+        assert leftovers.find(paths.settings)[0] == Leftover("process", str(orphan.pid), paths.name)
+        for other in (replace(paths.settings, run_dir=paths.settings.run_dir / "2"),
+                      replace(paths.settings, state_dir=paths.settings.state_dir / "2")):  # fmt: skip
+            (other.run_dir / paths.name).mkdir(parents=True, exist_ok=True)
+            other.state_dir.mkdir(exist_ok=True)
+            assert remains.orphans(RackPaths(other, paths.name), []) == [], "another one has this name there"
 
 
 def test_found_but_in_use_when_it_is_to_be_removed(pretend: Callable[..., subprocess.Popen[bytes]]) -> None:

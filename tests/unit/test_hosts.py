@@ -35,7 +35,7 @@ from orchestrator.network.place import FABRIC, HostNetwork
 from orchestrator.plan import make_plan
 from orchestrator.settings import RackPaths, Settings
 from tests.unit.broken_racks import DOMAIN
-from tests.unit.netns_racks import needs_root, scratch_rack
+from tests.unit.netns_racks import like_qemu, needs_root, scratch_rack
 from tests.unit.stand_in import blade_specs
 
 pytestmark = [pytest.mark.netns, needs_root]
@@ -310,6 +310,8 @@ class Answers:
         self._hello = {**DEEDS["hello"](NOTHING), **hello}
 
     def ask(self, deed: str, fields: dict[str, Any]) -> Any:
+        if deed == "vacant":
+            return None
         return self._hello if deed == "hello" else {peer: {"interface": "x", "mtu": 9050} for peer in fields["peers"]}
 
 
@@ -340,6 +342,32 @@ def test_a_rack_of_somebody_else_is_not_taken_over(pair: Pair) -> None:
         assert room.cpus == cpus
         assert (mebibytes << 20) - room.memory > 0, "the test driver has a domain of its own, and ours does not count"
         assert hosts.Hosts(pair.paths, None, {"far": other}).owned()["mb0"].host == "far"
+
+
+def test_a_renamed_host_is_not_somebody_elses(pair: Pair) -> None:
+    rack = pair.rack()
+    pair.paths.root.mkdir(parents=True)
+    hosts.note(pair.paths, rack.hosts)
+    about = rack.hosts["far"]
+    renamed = rack.model_copy(update={"hosts": {"here": rack.hosts["here"], "away": about}})
+    metadata = json.dumps({"rack": rack.name, "blade": "mb0"})
+    with closing(libvirt.open("test:///default")) as conn:
+        conn.createXML(DOMAIN.format(name=f"{rack.name}.mb0", namespace=domain.NAMESPACE, metadata=metadata))
+        pair.here(hosts.check, pair.paths, renamed, {"away": Far("away", about, conn, Answers())}, False)  # type: ignore[arg-type]
+
+
+def test_files_here_go_last_when_a_rack_goes(pair: Pair) -> None:
+    class Gone:
+        def ask(self, _deed: str, _fields: dict[str, Any]) -> Any:
+            raise RacklessError("host far cannot be reached")
+
+    rack = pair.rack()
+    pair.paths.root.mkdir(parents=True)
+    hosts.note(pair.paths, rack.hosts)
+    gone = Far("far", rack.hosts["far"], NOTHING, Gone())  # type: ignore[arg-type]
+    with pytest.raises(RacklessError, match="cannot be reached"):
+        hosts.Hosts(pair.paths, None, {"far": gone}).everywhere("forget")
+    assert hosts.noted(pair.paths) == rack.hosts, "or nobody would know where to try again"
 
 
 def test_a_blades_host_is_called_as_it_is_called_now() -> None:
@@ -396,9 +424,10 @@ def test_gc_leaves_a_rack_alone_that_may_have_blades_elsewhere(pair: Pair) -> No
     pair.paths.root.mkdir(parents=True)
     (pair.paths.settings.run_dir / rack.name).mkdir(parents=True)
     assert [item.kind for item in leftovers.find(pair.paths.settings)] == ["folder"]
-    run = f"{pair.paths.settings.run_dir / rack.name}/x"
-    words = ["-c", "import sys; sys.stdin.read()", "-name", f"guest={rack.name}.mb0,", run]
-    with subprocess.Popen([sys.executable, *words], stdin=subprocess.PIPE) as blade:
+    words = like_qemu(pair.paths, "mb0", "print('up', flush=True); input()")
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as blade:
+        assert blade.stdout
+        assert blade.stdout.readline() == b"up\n"
         assert [item.kind for item in leftovers.find(pair.paths.settings)] == ["process", "folder"]
         hosts.note(pair.paths, rack.hosts)
         assert leftovers.find(pair.paths.settings) == []

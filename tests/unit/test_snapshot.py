@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ import libvirt
 import pytest
 from typer.testing import CliRunner
 
-from orchestrator import freeze, leftovers, lock, prune, snapshot, sparse, thaw
+from orchestrator import engine, freeze, leftovers, lock, prune, snapshot, thaw
 from orchestrator.cli.main import app
 from orchestrator.errors import RacklessError
-from orchestrator.events import Emit, Step, ignore
+from orchestrator.events import Emit, Note, Step, ignore
 from orchestrator.faults import inject
 from orchestrator.hypervisor import domain, save_image, template
 from orchestrator.hypervisor.domain import Guest
@@ -203,6 +204,38 @@ def test_one_of_another_qemu_or_damaged_is_refused(settings: Settings, monkeypat
     assert not RackPaths(settings, "r").root.exists()
 
 
+@needs_root
+def test_a_clone_that_waited_leaves_a_rack_alone_that_was_made_meanwhile(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(settings)
+    other, hold = RackPaths(settings, "other"), lock.hold
+
+    def wait(paths: RackPaths) -> AbstractContextManager[None]:
+        if paths.name == other.name:  # who had the lock made the rack, and let go
+            other.root.mkdir(parents=True)
+            (other.root / "theirs").touch()
+        return hold(paths)
+
+    monkeypatch.setattr(lock, "hold", wait)
+    with pytest.raises(RacklessError, match="there is a rack other already"):
+        thaw.clone(settings, "r", "one", other.name)
+    assert (other.root / "theirs").exists()
+
+
+@needs_root
+def test_a_clone_takes_nothing_down_when_it_does_not_get_the_lock(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(settings)
+    for end in ("down", "take_down"):
+        monkeypatch.setattr(engine, end, lambda *_: pytest.fail("it was not ours"))
+    settings = replace(settings, lock_seconds=0.1)
+    with (lock.hold(RackPaths(settings, "other")),
+          pytest.raises(RacklessError, match="rack other is being changed by process")):  # fmt: skip
+        thaw.clone(settings, "r", "one", "other")
+
+
 def test_no_room_is_told_before(settings: Settings) -> None:
     with pytest.raises(RacklessError, match=r"no room for it: it may take \d+ .iB, and .* has") as caught:
         freeze.check_room(settings, 1 << 60, "it")
@@ -252,18 +285,6 @@ def test_only_a_blade_of_the_same_name_keeps_its_uuid() -> None:
         guest = Guest(name, 1, 1, Path("c"), Path("l"), Path("a"), {})
         uuids.append(ElementTree.fromstring(template.own_xml(xml, guest, Path("f"))).findtext("uuid"))
     assert uuids[0] == uuids[1] != uuids[2]
-
-
-def test_a_copy_keeps_its_holes(tmp_path: Path) -> None:
-    source, target = tmp_path / "a.raw", tmp_path / "b.raw"
-    sparse.make(source, 64 << 20)
-    with source.open("r+b") as file:
-        file.seek(32 << 20)
-        file.write(b"here")
-    sparse.copy(source, target)
-    assert target.read_bytes() == source.read_bytes()
-    assert sparse.used(target) <= sparse.used(source) < 1 << 20
-    assert sparse.used(tmp_path / "none") == 0
 
 
 # A rack of domains of libvirt's test driver, with agents that answer
@@ -389,7 +410,16 @@ class TestRacks:
         with pytest.raises(RacklessError, match="cannot save mb1: No space left"):
             freeze.create(rack.paths.settings, rack.name, "one")
         assert states(rack) == {"running"}
+        assert set(rack.woken) == set(rack.specs), "they stood still all the same"
         assert list(rack.paths.settings.snapshots.iterdir()) == []
+
+    def test_a_blade_that_cannot_be_woken_is_no_reason_to_fail(self, rack: BrokenRack) -> None:
+        rack.replies["mb1 agent.wake"] = RuntimeError("it sleeps")  # type: ignore[assignment]
+        told: list[Any] = []
+        freeze.create(rack.paths.settings, rack.name, "one", told.append)
+        notes = [event.message for event in told if isinstance(event, Note)]
+        assert any("clocks of blades may be late" in note and "mb1" in note for note in notes)
+        assert snapshot.find(rack.paths.settings, rack.name, "one")
 
     def test_one_that_is_interrupted_lets_the_rack_go_on(
         self, rack: BrokenRack, monkeypatch: pytest.MonkeyPatch
@@ -431,6 +461,4 @@ class TestRacks:
             with pytest.raises(RacklessError, match=r"there is a rack .* already"):
                 thaw.clone(settings, rack.name, "one", other.name)
         finally:
-            from orchestrator import engine
-
             engine.down(settings, other.name, ignore)
