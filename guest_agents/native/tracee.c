@@ -98,7 +98,7 @@ static bool note_stop(struct tracee *t, size_t i)
         return tracee_fail("it has ended");
     if (status >> 16 == PTRACE_EVENT_STOP) {
         t->stopped[i] = true;
-        return true;
+        return WSTOPSIG(status) == SIGTRAP || tracee_fail("it is stopped: `split kill ID CONT` lets it go on");
     }
     /* A signal: it takes its course, and the interruption comes after it. */
     ptrace(PTRACE_CONT, t->thread[i], 0, WSTOPSIG(status));
