@@ -213,6 +213,45 @@ def test_checkpoints_that_do_not_fit_are_kept(stage: Stage, tmp_path: Path) -> N
     assert "cannot be a checkpoint" in stage("restart", "../bad", code=2).stderr
 
 
+def test_a_restart_that_does_not_begin_leaves_the_checkpoint(stage: Stage) -> None:
+    """The process monitor is not there; or `split restart` was killed, and all one can do is to forget it."""
+    program = stage.start("python3", "-uc", "import time; print('ready'); time.sleep(60)")
+    program.until("ready")
+    name = frozen(stage, program)
+    desk, away = stage.folder / "pb0.sock", stage.folder / "away.sock"
+    desk.rename(away)
+    assert "no process monitor" in stage("restart", name, code=125).stderr
+    away.rename(desk)
+    (listed,) = [line for line in stage("checkpoint", "--list").stdout.splitlines() if line.startswith(name)]
+    assert not listed.endswith("(being restarted)")
+    image = stage.vnode / ".checkpoints" / name
+    image.rename(f"{image}.taken")
+    assert f"{listed} (being restarted)\n" in stage("checkpoint", "--list").stdout
+    assert f"checkpoint {name} is being restarted" in stage("restart", name, code=125).stderr
+    assert stage("checkpoint", "--discard", name).stdout == ""
+    assert not os.listdir(image.parent)
+
+
+def test_a_stopped_program_stays_stopped(stage: Stage) -> None:
+    program = stage.start("python3", "-c", READS, "0.5")
+    program.until("ready")
+    name = stage.program()
+    number = int(name.rpartition(".")[2])
+
+    def state() -> str:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+
+    os.kill(number, signal.SIGSTOP)
+    eventually(lambda: state() == "T")
+    assert "it is stopped: `split kill ID CONT` lets it go on" in stage("checkpoint", name, code=1).stderr
+    eventually(lambda: state() == "T")
+    os.kill(number, signal.SIGCONT)
+    program.process.send_signal(signal.SIGCONT)
+    assert program.process.wait(SECONDS) == 0
+    assert program.stdout.read_text() == "ready\n36\n"
+    stage.alone()
+
+
 def test_unknown_programs(stage: Stage) -> None:
     assert "no program pb0.1 runs on pb0" in stage("checkpoint", "pb0.1", code=1).stderr
     assert "takes the ID of a program" in stage("checkpoint", "", code=2).stderr
