@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -249,6 +251,32 @@ def test_a_stopped_program_stays_stopped(stage: Stage) -> None:
     program.process.send_signal(signal.SIGCONT)
     assert program.process.wait(SECONDS) == 0
     assert program.stdout.read_text() == "ready\n36\n"
+    stage.alone()
+
+
+def test_signals_that_come_meanwhile_are_not_lost(stage: Stage) -> None:
+    """Each that came leaves a byte; the checkpoint is refused at its very end."""
+    code = ("import os, signal, sys, time\nblock = [bytearray(4096) for i in range(3000)]\n"
+            "heard = os.open('heard', os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)\n"
+            "signal.signal(40, lambda *_: None)\nsignal.signal(15, lambda *_: sys.exit(7))\n"
+            "signal.set_wakeup_fd(heard)\nprint('ready')\nwhile True: time.sleep(0.01)")  # fmt: skip
+    program = stage.start("python3", "-uc", code, FAKE_FORGETFUL="1")
+    program.until("ready")
+    name = stage.program()
+    sent = 0
+    with subprocess.Popen([stage.split, "checkpoint", name], stderr=subprocess.PIPE, text=True) as asked:
+        while asked.poll() is None:
+            os.kill(int(name.rpartition(".")[2]), 40)
+            sent += 1
+            time.sleep(0.001)
+        assert asked.stderr is not None
+        assert "the memory blades do not keep its memory" in asked.stderr.read()
+    heard = stage.vnode / "heard"
+    with suppress(AssertionError):  # the comparison says more
+        eventually(lambda: heard.read_bytes().count(40) == sent)
+    assert heard.read_bytes().count(40) == sent
+    stage("kill", name, "TERM")
+    assert program.process.wait(SECONDS) == 7
     stage.alone()
 
 
