@@ -172,10 +172,10 @@ void monitor_return(struct monitor *m, const struct region *region)
     send(m->socket, text, strlen(text), MSG_NOSIGNAL); /* when it has gone, all goes back anyway */
 }
 
-int monitor_keep(struct monitor *m, const char *name)
+int monitor_keep(struct monitor *m, const char *name, size_t places)
 {
     char text[MESSAGE];
-    snprintf(text, sizeof text, "keep %s", name);
+    snprintf(text, sizeof text, "keep %s %zu", name, places);
     return ask(m, text);
 }
 

@@ -45,8 +45,8 @@ int monitor_region(struct monitor *m, uint64_t bytes, uint32_t copies, uint32_t 
 void monitor_return(struct monitor *m, const struct region *region);
 
 /* What the memory blades lent this program stays when it ends here, under a name; and is another process's, on whatever
- * blade, that knows the name and how many places there must be. The latter does all or nothing. */
-int monitor_keep(struct monitor *m, const char *name);
+ * blade, that knows the name and how many places there must be. Both do all or nothing. */
+int monitor_keep(struct monitor *m, const char *name, size_t places);
 int monitor_claim(struct monitor *m, const char *name, size_t places);
 
 /* The next piece of news: 'l' (blade `*blade` is lost), 'b' (it is back), or 0. */

@@ -139,7 +139,7 @@ static void begin_anew(struct lines *l, const struct pager_config *config)
 
 static void keep(struct lines *l)
 {
-    int error = monitor_keep(&l->monitor, report.name);
+    int error = monitor_keep(&l->monitor, report.name, count_places(l));
     if (error)
         snprintf(report.error, sizeof report.error, "%s", l->monitor.error);
     /* If whoever asked has gone meanwhile, it is ours again. */

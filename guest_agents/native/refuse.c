@@ -51,8 +51,8 @@ static bool check_status(const char *line, struct loaded *all)
         return tracee_fail("it does not run as root");
     if (sscanf(line, "Seccomp: %31s", word) == 1 && strcmp(word, "0"))
         return tracee_fail("it has a filter for its system calls (seccomp)");
-    if (sscanf(line, "State: %31s", word) == 1 && (*word == 'T' || *word == 'Z'))
-        return tracee_fail(*word == 'Z' ? "it has ended" : "it is stopped: `split kill ID CONT` lets it go on");
+    if (sscanf(line, "State: %31s", word) == 1 && *word == 'Z')
+        return tracee_fail("it has ended");
     if (sscanf(line, "SigPnd: %lx", &mask) == 1 || sscanf(line, "ShdPnd: %lx", &mask) == 1)
         all->image.pending |= mask;
     sscanf(line, "Umask: %o", &all->image.umask);

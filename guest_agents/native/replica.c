@@ -97,30 +97,30 @@ int replica_reserve(struct lines *l, pthread_mutex_t *lock)
 {
     for (bool booked = false; !booked;) {
         struct region region = {.at = {{.link = NO_LINK}, {.link = NO_LINK}}, .copied = REGION_PAGES};
+        pthread_mutex_lock(&l->monitor.lock); /* until it is booked: park() counts what is in the books */
         pthread_mutex_lock(lock);
         uint32_t without = closed(l), copies = open(l) < l->replica.copies ? open(l) : l->replica.copies;
         pthread_mutex_unlock(lock);
-        pthread_mutex_lock(&l->monitor.lock);
         int error = monitor_region(&l->monitor, (uint64_t)REGION_PAGES << PAGE_SHIFT, copies, without, region.at);
-        pthread_mutex_unlock(&l->monitor.lock);
-        if (error == ENOMEM && lost_meanwhile(l, lock, copies))
-            continue;
-        if (error)
-            return error;
+        bool again = error == ENOMEM && lost_meanwhile(l, lock, copies);
         pthread_mutex_lock(lock);
-        booked = keep_living(l, &region);
+        booked = !error && keep_living(l, &region);
         if (booked) {
             l->region[l->regions++] = region;
             l->count->regions++;
             count_degraded(l);
         }
         pthread_mutex_unlock(lock);
+        pthread_mutex_unlock(&l->monitor.lock);
+        if (error && !again)
+            return error;
     }
     return 0;
 }
 
 void replica_give_back(struct lines *l, pthread_mutex_t *lock, size_t keep)
 {
+    pthread_mutex_lock(&l->monitor.lock); /* until all are returned: as in replica_reserve */
     pthread_mutex_lock(lock);
     wire_settle(l); /* what was flushed late must not arrive in what is another program's by then */
     while (l->regions > keep) {
@@ -128,13 +128,12 @@ void replica_give_back(struct lines *l, pthread_mutex_t *lock, size_t keep)
         l->region[l->regions] = (struct region){0};
         l->count->regions_returned++;
         pthread_mutex_unlock(lock);
-        pthread_mutex_lock(&l->monitor.lock);
         monitor_return(&l->monitor, &region);
-        pthread_mutex_unlock(&l->monitor.lock);
         pthread_mutex_lock(lock);
     }
     count_degraded(l);
     pthread_mutex_unlock(lock);
+    pthread_mutex_unlock(&l->monitor.lock);
 }
 
 void replica_lost(struct lines *l, uint32_t link, const char *why)

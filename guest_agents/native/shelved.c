@@ -12,6 +12,8 @@
 #include <unistd.h>
 
 static const char taken_mark[] = ".taken";
+static const struct thaw *taken; /* by this process, and not by its child */
+static pid_t taker;
 
 static void check_name(const char *name)
 {
@@ -53,7 +55,6 @@ static void check(const struct thaw *t)
     struct stat status;
     uint64_t needed = all->image.excache + (fstat(fileno(t->in), &status) ? 0 : (uint64_t)status.st_size);
     if (wrong || available() < needed) {
-        thaw_put_back(t);
         char numbers[64];
         snprintf(numbers, sizeof numbers, "%lu MiB, and %lu are free", needed >> 20, available() >> 20);
         if (wrong)
@@ -61,6 +62,12 @@ static void check(const struct thaw *t)
                 all->image.name, wrong);
         die(NOT_STARTED, "%s cannot go on here: it needs %s", all->image.name, numbers);
     }
+}
+
+static void put_back(void)
+{
+    if (taken && taker == getpid())
+        rename(taken->taken, taken->path);
 }
 
 void thaw_take(struct thaw *t, const char *name)
@@ -71,22 +78,19 @@ void thaw_take(struct thaw *t, const char *name)
     if (rename(t->path, t->taken))
         die(NOT_STARTED, access(t->taken, F_OK) ? "there is no checkpoint %s (restarted already?): %s"
                                                 : "checkpoint %s is being restarted: %s", name, strerror(errno));
+    taken = t;
+    taker = getpid();
+    atexit(put_back);
     t->in = fopen(t->taken, "re");
     int error = t->in ? image_read(t->in, &t->all) : errno;
-    if (error) {
-        thaw_put_back(t);
+    if (error)
         die(NOT_STARTED, "checkpoint %s cannot be read: %s", name, strerror(error));
-    }
     check(t);
-}
-
-void thaw_put_back(const struct thaw *t)
-{
-    rename(t->taken, t->path);
 }
 
 void thaw_finish(const struct thaw *t)
 {
+    taken = NULL;
     unlink(t->taken);
     fclose(t->in);
 }
@@ -98,7 +102,7 @@ static int by_name(const void *a, const void *b)
 
 static int is_whole(const struct dirent *entry)
 {
-    return *entry->d_name != '.' && !strstr(entry->d_name, ".part") && !strstr(entry->d_name, taken_mark);
+    return *entry->d_name != '.' && !strstr(entry->d_name, ".part");
 }
 
 int thaw_list(void)
@@ -114,8 +118,8 @@ int thaw_list(void)
         image_path(path, entry[i]->d_name);
         FILE *in = fopen(path, "re");
         if (in && !image_read(in, &all))
-            printf("%-24s  %-10s  %10lu  %s\n", all.image.name, all.image.vnode, all.image.remote_pages >> 8,
-                   all.image.command);
+            printf("%-24s  %-10s  %10lu  %s%s\n", all.image.name, all.image.vnode, all.image.remote_pages >> 8,
+                   all.image.command, strstr(entry[i]->d_name, taken_mark) ? " (being restarted)" : "");
         if (in)
             fclose(in);
     }
@@ -128,12 +132,15 @@ int thaw_discard(const char *name)
     check_name(name);
     image_path(t.path, name);
     snprintf(t.taken, sizeof t.taken, "%.*s%s", PATH_MAX - 16, t.path, taken_mark);
-    if (rename(t.path, t.taken))
+    int monitor = attach_monitor();
+    bool left = rename(t.path, t.taken) != 0; /* by a `split restart` that was killed */
+    if (left && access(t.taken, F_OK))
         die(1, "there is no checkpoint %s: %s", name, strerror(errno));
     char text[MESSAGE];
     snprintf(text, sizeof text, "discard %s", name);
-    if (!request(attach_monitor(), text)) {
-        thaw_put_back(&t);
+    if (!request(monitor, text)) {
+        if (!left)
+            rename(t.taken, t.path);
         die(1, "%s%s", text, "");
     }
     unlink(t.taken);

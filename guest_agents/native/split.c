@@ -32,6 +32,14 @@
 enum { COMMAND_SHOWN = 200 };
 
 static volatile pid_t program;
+static sigset_t before; /* which signals were blocked when we began */
+
+static void hold_signals(void)
+{
+    sigset_t all;
+    sigfillset(&all);
+    sigprocmask(SIG_BLOCK, &all, &before);
+}
 
 /* Ctrl-C reaches the program from the terminal, as it does us: only what another process sent is passed on. */
 static void forward(int number, siginfo_t *info, void *unused)
@@ -361,11 +369,8 @@ static int run(struct options o, char **argv, struct thaw *thaw)
     int monitor = attach_monitor();
     char job[MESSAGE];
     snprintf(job, sizeof job, "job %s %s %s", o.excache ? o.excache : "-", o.vnode, thaw ? thaw->all.image.job : "");
-    if (!request(monitor, job)) { /* "DIRECTORY EXCACHE ROOT" */
-        if (thaw)
-            thaw_put_back(thaw);
+    if (!request(monitor, job)) /* "DIRECTORY EXCACHE ROOT" */
         die(NOT_STARTED, "%s%s", job, "");
-    }
     char *save = NULL;
     strtok_r(job, " ", &save);
     const char *size = strtok_r(NULL, " ", &save), *root = strtok_r(NULL, " ", &save);
@@ -376,14 +381,11 @@ static int run(struct options o, char **argv, struct thaw *thaw)
     FILE *trace = o.trace ? begin_trace(o.trace, job) : NULL;
 
     const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGCONT, SIGWINCH};
-    sigset_t blocked, before;
-    sigfillset(&blocked);
-    sigprocmask(SIG_BLOCK, &blocked, &before);
+    if (!thaw)
+        hold_signals();
     pid_t parent = getpid();
     double start = now();
     program = thaw ? fork_as(thaw->all.image.pid) : fork_apart();
-    if (program < 0 && thaw)
-        thaw_put_back(thaw);
     if (program < 0)
         die(thaw ? NOT_STARTED : INTERNAL, "no process can be made%s: %s", thaw ? " with the number that it had" : "",
             strerror(errno));
@@ -411,10 +413,8 @@ static int run(struct options o, char **argv, struct thaw *thaw)
         }
         become(argv, &o, job);
     }
-    if (thaw && !thaw_make(thaw, program)) {
-        thaw_put_back(thaw);
+    if (thaw && !thaw_make(thaw, program))
         return NOT_STARTED;
-    }
     if (thaw)
         thaw_finish(thaw);
     for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) {
@@ -443,6 +443,7 @@ static int restart(int argc, char **argv)
     static char size[32];
     struct options o = {.replicas = "1", .vnode = "default"};
     int at = read_options(argc, argv, &o);
+    hold_signals(); /* they would leave it taken */
     thaw_take(&thaw, argv[at]);
     struct image *image = &thaw.all.image;
     snprintf(size, sizeof size, "%lu", image->excache);

@@ -10,11 +10,11 @@ struct thaw {
     char path[PATH_MAX], taken[PATH_MAX];
 };
 
-/* Take the checkpoint `name`: nobody else can have it then. Does not return if it is not there or does not fit. */
+/* Take the checkpoint `name`: nobody else can have it then; others can again if this process exits before thaw_finish.
+ * Does not return if it is not there or does not fit. */
 void thaw_take(struct thaw *t, const char *name);
 
-/* Leave it for somebody else to take; or there is no need for it any more. */
-void thaw_put_back(const struct thaw *t);
+/* There is no need for it any more. */
 void thaw_finish(const struct thaw *t);
 
 /* A child of this process, with this number; -1 and errno EEXIST: it is another's. Only root can have that. */

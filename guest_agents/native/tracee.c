@@ -98,7 +98,7 @@ static bool note_stop(struct tracee *t, size_t i)
         return tracee_fail("it has ended");
     if (status >> 16 == PTRACE_EVENT_STOP) {
         t->stopped[i] = true;
-        return true;
+        return WSTOPSIG(status) == SIGTRAP || tracee_fail("it is stopped: `split kill ID CONT` lets it go on");
     }
     /* A signal: it takes its course, and the interruption comes after it. */
     ptrace(PTRACE_CONT, t->thread[i], 0, WSTOPSIG(status));
@@ -179,9 +179,12 @@ bool tracee_find_gate(struct tracee *t)
 long tracee_call(struct tracee *t, pid_t thread, long number, uint64_t a, uint64_t b, uint64_t c, uint64_t d,
                  uint64_t e, uint64_t f)
 {
+    /* A signal that came in a step would be lost: it waits. But for the trap after the step. */
+    uint64_t mask, most = ~(1ull << (SIGTRAP - 1));
     struct user_regs_struct before, r;
     int status;
-    if (ptrace(PTRACE_GETREGS, thread, 0, &before))
+    if (ptrace(PTRACE_GETREGS, thread, 0, &before) || ptrace(PTRACE_GETSIGMASK, thread, sizeof mask, &mask) ||
+        ptrace(PTRACE_SETSIGMASK, thread, sizeof most, &most))
         return -errno;
     r = before;
     r.rax = (uint64_t)number;
@@ -195,7 +198,8 @@ long tracee_call(struct tracee *t, pid_t thread, long number, uint64_t a, uint64
             !WIFSTOPPED(status) || ptrace(PTRACE_GETREGS, thread, 0, &r))
             return -ESRCH;
     } while (status >> 16 || r.rip == t->gate);
-    return ptrace(PTRACE_SETREGS, thread, 0, &before) ? -errno : (long)r.rax;
+    return ptrace(PTRACE_SETREGS, thread, 0, &before) || ptrace(PTRACE_SETSIGMASK, thread, sizeof mask, &mask)
+               ? -errno : (long)r.rax;
 }
 
 int tracee_hear(pid_t thread, int seconds, uint64_t *report)

@@ -67,9 +67,12 @@ def migrate(program: ProgramArgument, on: OnOption, stats: StatsOption = None, r
     current = current_rack(rack)
     current.must_be_up()
     processor_address(current, on)  # before the program is touched
+    if stats is not None:
+        check_writable(stats)
     name = _freeze(current, program)
     code = _thaw(current, name, on, stats)
-    if name in _split(current, on, "checkpoint", "--list"):
+    listed = _split(current, on, "checkpoint", "--list").splitlines()
+    if any(line.startswith(f"{name} ") and not line.endswith("(being restarted)") for line in listed):
         raise RacklessError(f"{program} does not run any more, but nothing of it is lost",
                             hint=f"`rackless restart {name} --on BLADE` goes on with it")  # fmt: skip
     raise typer.Exit(code)

@@ -15,7 +15,7 @@ from typing import Any
 import typer
 
 from orchestrator import agent_logs, remote_run
-from orchestrator.cli import programs, run, shell, vnode
+from orchestrator.cli import checkpoint, programs, run, shell, vnode
 from orchestrator.errors import RacklessError
 from orchestrator.plan import Observed
 from orchestrator.settings import Settings
@@ -34,6 +34,7 @@ def main(facts_file: str, *arguments: str) -> int:
     app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
     shell.register(app)
     run.register(app)
+    checkpoint.register(app)
     programs.register(app)
     vnode.register(app)
     try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -211,6 +213,71 @@ def test_checkpoints_that_do_not_fit_are_kept(stage: Stage, tmp_path: Path) -> N
     assert "checkpoint bad cannot be read" in stage("restart", "bad", code=125).stderr
     (stage.vnode / ".checkpoints" / "bad").unlink()
     assert "cannot be a checkpoint" in stage("restart", "../bad", code=2).stderr
+
+
+def test_a_restart_that_does_not_begin_leaves_the_checkpoint(stage: Stage) -> None:
+    """The process monitor is not there; or `split restart` was killed, and all one can do is to forget it."""
+    program = stage.start("python3", "-uc", "import time; print('ready'); time.sleep(60)")
+    program.until("ready")
+    name = frozen(stage, program)
+    desk, away = stage.folder / "pb0.sock", stage.folder / "away.sock"
+    desk.rename(away)
+    assert "no process monitor" in stage("restart", name, code=125).stderr
+    away.rename(desk)
+    (listed,) = [line for line in stage("checkpoint", "--list").stdout.splitlines() if line.startswith(name)]
+    assert not listed.endswith("(being restarted)")
+    image = stage.vnode / ".checkpoints" / name
+    image.rename(f"{image}.taken")
+    assert f"{listed} (being restarted)\n" in stage("checkpoint", "--list").stdout
+    assert f"checkpoint {name} is being restarted" in stage("restart", name, code=125).stderr
+    assert stage("checkpoint", "--discard", name).stdout == ""
+    assert not os.listdir(image.parent)
+
+
+def test_a_stopped_program_stays_stopped(stage: Stage) -> None:
+    program = stage.start("python3", "-c", READS, "0.5")
+    program.until("ready")
+    name = stage.program()
+    number = int(name.rpartition(".")[2])
+
+    def state() -> str:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+
+    os.kill(number, signal.SIGSTOP)
+    eventually(lambda: state() == "T")
+    assert "it is stopped: `split kill ID CONT` lets it go on" in stage("checkpoint", name, code=1).stderr
+    eventually(lambda: state() == "T")
+    os.kill(number, signal.SIGCONT)
+    program.process.send_signal(signal.SIGCONT)
+    assert program.process.wait(SECONDS) == 0
+    assert program.stdout.read_text() == "ready\n36\n"
+    stage.alone()
+
+
+def test_signals_that_come_meanwhile_are_not_lost(stage: Stage) -> None:
+    """Each that came leaves a byte; the checkpoint is refused at its very end."""
+    code = ("import os, signal, sys, time\nblock = [bytearray(4096) for i in range(3000)]\n"
+            "heard = os.open('heard', os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)\n"
+            "signal.signal(40, lambda *_: None)\nsignal.signal(15, lambda *_: sys.exit(7))\n"
+            "signal.set_wakeup_fd(heard)\nprint('ready')\nwhile True: time.sleep(0.01)")  # fmt: skip
+    program = stage.start("python3", "-uc", code, FAKE_FORGETFUL="1")
+    program.until("ready")
+    name = stage.program()
+    sent = 0
+    with subprocess.Popen([stage.split, "checkpoint", name], stderr=subprocess.PIPE, text=True) as asked:
+        while asked.poll() is None:
+            os.kill(int(name.rpartition(".")[2]), 40)
+            sent += 1
+            time.sleep(0.001)
+        assert asked.stderr is not None
+        assert "the memory blades do not keep its memory" in asked.stderr.read()
+    heard = stage.vnode / "heard"
+    with suppress(AssertionError):  # the comparison says more
+        eventually(lambda: heard.read_bytes().count(40) == sent)
+    assert heard.read_bytes().count(40) == sent
+    stage("kill", name, "TERM")
+    assert program.process.wait(SECONDS) == 7
+    stage.alone()
 
 
 def test_unknown_programs(stage: Stage) -> None:

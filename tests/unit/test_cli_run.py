@@ -75,6 +75,12 @@ def test_run_writes_stats_here_and_leaves_nothing_there(rackless: Rackless) -> N
 
 
 @pytest.mark.netns
+def test_migrate_says_before_the_program_ends_that_stats_cannot_be_written(rackless: Rackless) -> None:
+    done = rackless("migrate", "pb0.1", "--on", "pb0", "--stats", rackless.folder / "none" / "s")
+    assert (done.returncode, "there is no folder" in done.stderr) == (1, True), done
+
+
+@pytest.mark.netns
 def test_run_writes_a_trace_here_and_leaves_nothing_there(rackless: Rackless) -> None:
     stats, trace = rackless.folder / "stats.json", rackless.folder / "trace.json"
     for options in (("--trace", trace), ("--trace", trace, "--stats", stats)):

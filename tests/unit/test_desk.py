@@ -235,7 +235,7 @@ def test_a_checkpoints_memory_is_nobodys_until_it_is_claimed(blades: Blades, des
             pager.region()
         held = regions(blades)
         assert sum(held.values()) == 6
-        assert pager.ask("keep pb0.7-12ab") == "ok"
+        assert pager.ask("keep pb0.7-12ab 6") == "ok"
     with closing(Pager(desk)) as other:
         assert other.region()
     eventually(lambda: regions(blades) == held)  # the others' memory has gone back
@@ -253,10 +253,56 @@ def test_a_checkpoints_memory_is_nobodys_until_it_is_claimed(blades: Blades, des
     eventually(lambda: not blades.books())
 
 
+def test_what_was_claimed_can_be_returned_and_kept_again(blades: Blades, desk: Path) -> None:
+    with closing(Pager(desk)) as pager:
+        places = [pager.ask(f"region {REGION} 1").split()[1:3] for _ in range(4)]
+        assert pager.ask("keep pb0.7-12ab 4") == "ok"
+    with closing(Pager(desk)) as again:
+        assert again.ask("claim pb0.7-12ab 4") == "ok"
+        again.socket.send(" ".join(["return", *places[1]]).encode())
+        assert again.ask("keep pb0.7-34cd 3") == "ok"
+        assert sum(regions(blades).values()) == 3
+    with closing(Pager(desk)) as heir:
+        assert heir.ask("claim pb0.7-34cd 3") == "ok"
+    eventually(lambda: not blades.books())
+
+
+def test_a_checkpoint_that_could_not_be_claimed_is_refused(blades: Blades, desk: Path) -> None:
+    """The books do not agree; the agent of a memory blade was restarted, and others' connections have the numbers."""
+    with closing(Pager(desk)) as pager:
+        pager.region()
+        pager.region()
+        assert pager.ask("keep pb0.7-12ab 3").endswith("the memory blades have 2 regions of it, and it knows 3")
+        assert not any(monitor.stats({})["kept"] for monitor in blades.monitors.values())
+        assert pager.ask("keep pb0.7-12ab 2") == "ok"
+        assert pager.ask("claim pb0.7-12ab 2") == "ok"
+        blades.lives["mb1"] = 2
+        blades.tell()
+        assert pager.ask("keep pb0.7-12ab 2").startswith("error 113 mb1 is not there")
+        assert not any(monitor.stats({})["kept"] for monitor in blades.monitors.values())
+
+
+def test_a_claim_that_fails_leaves_what_there_is(blades: Blades, desk: Path) -> None:
+    """Also when a memory blade is not there."""
+    with closing(Pager(desk)) as pager:
+        for _ in range(3):
+            pager.region()
+        assert pager.ask("keep pb0.7-12ab 3") == "ok"
+    held = regions(blades)
+    with closing(Pager(desk)) as wrong:
+        assert wrong.ask("release mb0") == "ok"
+        wrong.connect("mb0")
+        blades.lives["mb0"] = 2
+        blades.tell()
+        assert wrong.ask("claim pb0.7-12ab 4").startswith("error ")
+    eventually(lambda: all(not monitor.stats({})["connections"] for monitor in blades.monitors.values()))
+    assert regions(blades) == held
+
+
 def test_a_checkpoint_that_is_discarded_leaves_nothing(blades: Blades, desk: Path) -> None:
     with closing(Pager(desk)) as pager:
         pager.region()
-        assert pager.ask("keep pb0.7-12ab") == "ok"
+        assert pager.ask("keep pb0.7-12ab 1") == "ok"
     with closing(Pager(desk)) as other:
         assert sum(regions(blades).values()) == 1
         assert other.ask("discard pb0.7-12ab") == "ok"

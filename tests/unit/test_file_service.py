@@ -258,6 +258,21 @@ def test_every_change_has_another_time(service: Service, root: Path) -> None:
     assert (root / "f").stat().st_mtime_ns < 10**18 * 3
 
 
+def test_what_is_read_in_the_middle_of_a_change_is_not_said_to_be_of_after(service: Service, root: Path) -> None:
+    """Its version would be that of after the change, and its data might be of before."""
+    (root / "f").write_bytes(b"old")
+    seen: list[bytes] = []
+    reading = threading.Thread(target=lambda: seen.append(service(Op.READ, "f", b=3)))
+    with service.files._kept.file("f") as file:
+        with file.changing():
+            reading.start()
+            reading.join(0.1)  # it waits
+            os.pwrite(file.fd, b"new", 0)
+        reading.join()
+        after = wire.version_of(os.fstat(file.fd)).pack()
+    assert seen == [after + b"new"]
+
+
 def test_a_new_file_gets_the_group_of_a_set_group_id_folder(service: Service, root: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("giving files away needs root")

@@ -101,16 +101,22 @@ class MemoryMonitor:
         return {}
 
     def keep(self, request: control.Message) -> control.Message:
-        """memory.keep: the regions of a connection are the checkpoint `name`'s, whatever becomes of the connection."""
-        name = str(request["name"])
-        return self._hand_over(lambda one: one.connection == int(request["connection"]), None, name)
+        """memory.keep: the regions of a connection are the checkpoint `name`'s, whatever becomes of the connection.
 
-    def claim(self, request: control.Message) -> control.Message:
-        """memory.claim: those of the checkpoint `name` are this connection's now. How many, in `regions`."""
+        Which, in `regions`: as memory.claim says them.
+        """
+        name = str(request["name"])
         with self._lock:
             connection = self._node.accepted(int(request["connection"])).number
+            return self._hand_over(lambda one: one.connection == connection, None, name)
+
+    def claim(self, request: control.Message) -> control.Message:
+        """memory.claim: those of the checkpoint `name` are this connection's now. Which, in `regions`: number, addr,
+        rkey of each."""
         name = str(request["name"])
-        return self._hand_over(lambda one: one.checkpoint == name, connection, None)
+        with self._lock:  # as in `allocate`
+            connection = self._node.accepted(int(request["connection"])).number
+            return self._hand_over(lambda one: one.checkpoint == name, connection, None)
 
     def discard(self, request: control.Message) -> control.Message:
         """memory.discard: give back what the checkpoint `name` has here, if anything."""
@@ -122,11 +128,11 @@ class MemoryMonitor:
     def _hand_over(
         self, is_one: Callable[[Region], bool], connection: int | None, checkpoint: str | None
     ) -> control.Message:
-        with self._lock:
-            chosen = [number for number, region in self._regions.items() if is_one(region)]
-            for number in chosen:
-                self._regions[number] = replace(self._regions[number], connection=connection, checkpoint=checkpoint)
-        return {"regions": len(chosen)}
+        """With the lock."""
+        chosen = {number: region for number, region in self._regions.items() if is_one(region)}
+        for number, region in chosen.items():
+            self._regions[number] = replace(region, connection=connection, checkpoint=checkpoint)
+        return {"regions": [[number, one.slab.address + one.offset, one.slab.rkey] for number, one in chosen.items()]}
 
     def stats(self, request: control.Message) -> control.Message:
         """memory.stats: what is given out and to how many, what was asked and how often there was no room."""

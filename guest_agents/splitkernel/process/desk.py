@@ -20,7 +20,7 @@ SOCK_SEQPACKET, one text message each way; replies are "ok ..." or "error ERRNO 
     release BLADE                  -> ok                             what it has there is given up: it is out of reach
     watch                          -> ok                             "lost BLADE" and "back BLADE" come unasked then,
                                                                      and "drain BLADE" (take all elsewhere) and "keep"
-    keep NAME                      -> ok                             what was lent stays as checkpoint NAME's
+    keep NAME PLACES               -> ok                             what was lent stays as checkpoint NAME's: so many
     claim NAME PLACES              -> ok                             ... and is this program's now: so many, or none
     heir NUMBER                    -> (no answer)                    a child was forked; three descriptors: see heirs.py
     forgo NUMBER                   -> (no answer)                    it has called exec or ended
@@ -287,8 +287,8 @@ class Visit:
         full, program = self._stock.belonging.programs.find(name)
         return [full, str(program.pid), program.vnode, str(program.excache), str(program.job), program.command]
 
-    def _keep(self, name: str) -> list[str]:
-        self._holding().keep(name)
+    def _keep(self, name: str, places: str) -> list[str]:
+        self._holding().keep(name, int(places))
         return []
 
     def _claim(self, name: str, places: str) -> list[str]:

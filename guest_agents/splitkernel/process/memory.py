@@ -255,11 +255,19 @@ class Loan:
             with suppress(control.ControlError):  # that blade has gone
                 self._lender.call(blade, "memory.free", connection=held.number, region=granted.number)
 
-    def keep(self, name: str) -> None:
-        """Have all that is held kept as checkpoint `name`, whatever becomes of this loan. ControlError: nothing is."""
+    def keep(self, name: str, places: int) -> None:
+        """Have all that is held kept as checkpoint `name`, so many regions, whatever becomes of this loan.
+
+        ControlError: nothing is. That includes a number that is another one: such a checkpoint could not be claimed.
+        """
+        kept = 0
         try:
             for blade, held in self._connections.items():
-                self._lender.call(blade, "memory.keep", connection=held.number, name=name)
+                if self._reached(blade) is None:  # another's connection may have its number now
+                    raise control.ControlError(f"{blade} is not there", "it died, or was restarted")
+                kept += len(self._lender.call(blade, "memory.keep", connection=held.number, name=name)["regions"])
+            if kept != places:
+                raise control.ControlError(f"the memory blades have {kept} regions of it, and it knows {places}", None)
         except control.ControlError:
             self._claim(name)
             raise
@@ -267,17 +275,23 @@ class Loan:
     def claim(self, name: str, places: int) -> None:
         """Take over what is kept as checkpoint `name`, so many regions. ControlError: it is still kept."""
         claimed = self._claim(name)
-        if claimed != places:
-            with suppress(control.ControlError):
-                self.keep(name)
-            raise control.ControlError(f"the memory blades have {claimed} regions of {name}, and there were {places}",
-                                       "was a memory blade restarted meanwhile?")  # fmt: skip
+        if len(claimed) != places:
+            for blade, held in self._connections.items():
+                with suppress(control.ControlError):  # then that blade had nothing to claim
+                    self._lender.call(blade, "memory.keep", connection=held.number, name=name)
+            raise control.ControlError(
+                f"the memory blades have {len(claimed)} regions of {name}, and there were {places}",
+                "was a memory blade restarted meanwhile?",
+            )
+        self._granted.update({(one.blade, one.address): one for one in claimed})
 
-    def _claim(self, name: str) -> int:
-        claimed = 0
+    def _claim(self, name: str) -> list[Granted]:
+        claimed: list[Granted] = []
         for blade, held in self._connections.items():
+            index = self.blades.index(blade)
             with suppress(control.ControlError):  # then there are too few
-                claimed += self._lender.call(blade, "memory.claim", connection=held.number, name=name)["regions"]
+                regions = self._lender.call(blade, "memory.claim", connection=held.number, name=name)["regions"]
+                claimed += [Granted(index, address, rkey, number) for number, address, rkey in regions]
         return claimed
 
     def release(self, blade: str) -> None:

@@ -90,8 +90,9 @@ class Files:
     def _read(self, r: Request, out: memoryview) -> int:
         head = wire.VERSION_BYTES
         with self._kept.file(r.path, r.identity) as file:
-            # Of before: should a write come in between, then nobody knows this version much longer.
-            out[:head] = wire.version_of(os.fstat(file.fd)).pack()
+            with file.lock:  # in the middle of a change it could be that of after, and the data of before
+                out[:head] = wire.version_of(os.fstat(file.fd)).pack()
+            # Should a write come in between, then nobody knows this version much longer.
             count = os.preadv(file.fd, [out[head : head + min(r.b, wire.MAX_REPLY, len(out) - head)]], r.a)
         self.counts["bytes_out"] += count
         return count

@@ -162,23 +162,30 @@ void monitor_leave(struct monitor *m)
     (void)m;
 }
 
+static size_t held(void)
+{
+    size_t held = 0;
+    for (uint32_t i = 0; i < BLADES; i++)
+        held += blades[i].held;
+    return held;
+}
+
 /* The blades' memory is this process's, and goes with it. */
-int monitor_keep(struct monitor *m, const char *name)
+int monitor_keep(struct monitor *m, const char *name, size_t places)
 {
     (void)name;
-    if (!text_of("FAKE_FORGETFUL"))
+    bool forgetful = text_of("FAKE_FORGETFUL");
+    if (!forgetful && held() == places)
         return 0;
-    snprintf(m->error, sizeof m->error, "mb0 is not there");
+    snprintf(m->error, sizeof m->error, forgetful ? "mb0 is not there" : "there are %zu places, and it knows %zu",
+             held(), places);
     return EHOSTUNREACH;
 }
 
 int monitor_claim(struct monitor *m, const char *name, size_t places)
 {
     (void)m, (void)name;
-    size_t held = 0;
-    for (uint32_t i = 0; i < BLADES; i++)
-        held += blades[i].held;
-    return held == places ? 0 : ENOENT;
+    return held() == places ? 0 : ENOENT;
 }
 
 static char *memory_of(uint32_t number)
