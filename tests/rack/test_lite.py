@@ -325,15 +325,18 @@ def test_a_paused_blade_comes_back_as_another_life(lite: Rack) -> None:
                 break
             except lite.NodeUnreachable:
                 time.sleep(0.1)
-        while True:
-            try:
-                door.release()
-            except lite.NotJoined:  # not back yet
-                time.sleep(0.1)
-            except lite.NotHeld as error:
-                say(error.name)
-                break
-        again = node.map("box")
+        def back(call):  # it takes a moment to join again
+            while True:
+                try:
+                    return call()
+                except lite.NotJoined:
+                    time.sleep(0.1)
+
+        try:
+            back(door.release)
+        except lite.NotHeld as error:
+            say(error.name)
+        again = back(lambda: node.map("box"))
         say(len(again.read(5)))
     """)  # fmt: skip
     assert paused.hear() == "ready"
