@@ -325,6 +325,7 @@ def test_a_paused_blade_comes_back_as_another_life(lite: Rack) -> None:
                 break
             except lite.NodeUnreachable:
                 time.sleep(0.1)
+
         def back(call):  # it takes a moment to join again
             while True:
                 try:
