@@ -76,11 +76,14 @@ class Replicas:
                 home.solo |= solo
         return failed
 
-    def exclude(self, home: Home, nodes: set[int]) -> None:
+    def exclude(self, home: Home, nodes: set[int], bare: set[int] | None = None) -> None:
         """Let the dispatcher know that the copies of these nodes are to be trusted no more, and what that leaves
-        without a copy; it may have struck them off itself, and fear more. Isolated."""
+        without a copy; it may have struck them off itself, and fear more. Isolated.
+
+        bare -- the chunks that are left without, where they were counted
+        """
         with self._telling:
-            solo = (home.solo | home.bare_without(nodes)) & set(home.chunks)
+            solo = (home.solo | home.bare_without(nodes)) & set(home.chunks) if bare is None else bare
             left = sorted(home.synced - nodes)
             self._tell_dispatcher(home, remove=nodes, solo=solo, solo_is=sorted(solo), synced=left)
             home.solo = solo
