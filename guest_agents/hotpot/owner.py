@@ -434,9 +434,15 @@ class Owner:
             stale = [page for page, version in pages.items() if home.version(page) != version]
             if stale:
                 return {"stale": stale}
+        if self.replicas.register(home, {source}, pages, cleared=True):
+            return {"again": True}
+        with self._lock:
+            if source not in home.synced or any(page in home.locks for page in pages):
+                return {"again": True}
+            if any(home.version(page) != version for page, version in pages.items()):
+                return {"again": True}
             for page in pages:
                 home.copies[page].add(source)
-        self.replicas.register(home, {source}, pages, cleared=True)
         return {"stale": []}
 
     def _make_room(self, source: int, header: Message, _payload: memoryview) -> Message:

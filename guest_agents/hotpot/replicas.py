@@ -58,18 +58,18 @@ class Replicas:
 
         cleared -- they have no old copies, or these were compared
         """
-        new = nodes - home.synced
-        failed: set[int] = set()
-        if new and not cleared:
-            # What they may have of the part is from before they were excluded, which they need not have heard of.
-            about = {"dataset": home.record.id, "part": home.part, "epoch": home.record.epoch(home.part)}
-            calls: list[Call] = [(node, "clear", about, b"") for node in sorted(new)]
-            replies = self._links.call_all(calls, LEAF)
-            failed = {call[0] for call, reply in zip(calls, replies, strict=True) if isinstance(reply, HotpotError)}
-            new -= failed
-        left = nodes - failed
-        solo = set() if left else {page // home.record.chunk_pages for page in pages}
-        with self._telling:
+        with self._telling:  # another commit must not seed a node that is being cleared for this one
+            new = nodes - home.synced
+            failed: set[int] = set()
+            if new and not cleared:
+                # What they may have of the part is from before they were excluded, which they need not have heard of.
+                about = {"dataset": home.record.id, "part": home.part, "epoch": home.record.epoch(home.part)}
+                calls: list[Call] = [(node, "clear", about, b"") for node in sorted(new)]
+                replies = self._links.call_all(calls, LEAF)
+                failed = {call[0] for call, reply in zip(calls, replies, strict=True) if isinstance(reply, HotpotError)}
+                new -= failed
+            left = nodes - failed
+            solo = set() if left else {page // home.record.chunk_pages for page in pages}
             if new or not solo <= home.solo:
                 self._tell_dispatcher(home, add=new, solo=solo)  # not those it may have struck off since
                 home.synced |= new
@@ -87,8 +87,8 @@ class Replicas:
             left = sorted(home.synced - nodes)
             self._tell_dispatcher(home, remove=nodes, solo=solo, solo_is=sorted(solo), synced=left)
             home.solo = solo
-        for node in nodes:
-            home.forget(node)
+            for node in nodes:
+                home.forget(node)
 
     def _tell_dispatcher(self, home: Home, add: Iterable[int] = (), remove: Iterable[int] = (),
                          solo: Iterable[int] = (), **more: list[int]) -> None:  # fmt: skip
@@ -146,7 +146,7 @@ class Replicas:
                 self.exclude(home, failed)
                 lost |= failed
                 nodes -= failed
-            elif not again:
+            elif not again and nodes <= home.synced:  # none was excluded meanwhile
                 if len(nodes) + 1 < degree:
                     home.short |= set(fresh)
                 return len(nodes) + 1
