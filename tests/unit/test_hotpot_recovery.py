@@ -251,3 +251,14 @@ def test_a_home_that_is_dropped_in_the_middle_of_a_commit_is_written_no_more(net
     assert not owner.log.used
     with pytest.raises(NotOwner):
         dropped[0].write({})
+
+
+def test_copies_of_a_dataset_that_was_deleted_meanwhile_go(net: Net) -> None:
+    write(net, 2, b"kept", 0, replicas=4)
+    service(net, 2).close_dataset(SET)
+    net.machines[3].power_off()
+    service(net, 1).dispatcher("delete", name="set")
+    assert "copies-1" in net.machines[3].disk
+    net.machines[3].power_on()
+    net.wait(0.5)
+    assert "copies-1" not in net.machines[3].disk
