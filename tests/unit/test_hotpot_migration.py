@@ -157,8 +157,9 @@ def test_the_dispatcher_knows_which_pages_only_a_new_home_has() -> None:
         write(net, 2, b"kept", 1, replicas=2)
         net.machines[1].power_off()
         until_moved(net, 0, 1)
-        assert service(net, 1)._dispatcher is not None
-        assert service(net, 1)._dispatcher.listed[SET].solo == {1}
+        dispatcher = service(net, 1)._dispatcher
+        assert dispatcher is not None
+        assert dispatcher.listed[SET].solo == {1}
         net.machines[1].power_on()
         net.wait(2.0)
         write(net, 1, b"both", 0, 1, replicas=2)

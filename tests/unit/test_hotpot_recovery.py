@@ -10,6 +10,7 @@ from guest_agents.hotpot.blocks import PAGE
 from guest_agents.hotpot.cache import Cache
 from guest_agents.hotpot.coordinator import new_xid
 from guest_agents.hotpot.errors import Corrupt, HotpotError, Isolated, NodeLost, NotOwner, PagesLost
+from guest_agents.hotpot.home import Home
 from guest_agents.hotpot.service import Service, Transaction
 from tests.unit.hotpot_crash import load, store
 from tests.unit.hotpot_sim import TIMING, LossyFolder, Net, PowerOff, simulated
@@ -236,7 +237,8 @@ def test_a_commit_does_not_count_on_a_node_that_the_dispatcher_has_struck_off_me
 
 def test_a_home_that_is_dropped_in_the_middle_of_a_commit_is_written_no_more(net: Net) -> None:
     write(net, 4, b"kept", 0, replicas=2)
-    owner, dropped = service(net, 2).owner, []
+    owner = service(net, 2).owner
+    dropped: list[Home] = []
 
     def between(op: str) -> None:
         if op == "replica" and not dropped:
