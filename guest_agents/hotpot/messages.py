@@ -143,10 +143,6 @@ class Links:
         """Nodes that LITE takes for alive."""
         return {member.node_id for member in self.node.nodes() if member.alive}
 
-    def members(self) -> set[int]:
-        """All nodes of which LITE knows, dead ones too."""
-        return {member.node_id for member in self.node.nodes()}
-
     def _serve(self, port: lite.Port, threads: int) -> None:
         try:
             port.serve(self._handle, threads)

@@ -113,9 +113,10 @@ class Owner:
             home.leave.frozen = time.monotonic()
 
     def busy(self, home: Home) -> bool:
-        """Whether commits to it have not ended, or some may come."""
+        """Whether commits to it have not ended, or some may come, or not everybody has heard of one."""
         with self._lock:
-            return bool(home.locks or home.claims or any(entry.home is home for entry in self._entries.values()))
+            return bool(home.locks or home.claims or home.missed
+                        or any(entry.home is home for entry in self._entries.values()))  # fmt: skip
 
     # What has been logged and not ended
 

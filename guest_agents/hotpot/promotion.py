@@ -146,8 +146,8 @@ class Promotion:
             self._owner.drop(old)
         home = self._owner.open(record, part, new=True)
         home.write({**fresh, **{page: Copy(blocks.LOST, bytes(PAGE)) for page in lost}})
-        home.sound = header.get("sound", False)
-        home.xids = set(header["xids"]) if "pages" in header else {copy.xid for copy in fresh.values()}
+        home.sound = "pages" in header
+        home.xids = set(header["xids"]) if home.sound else {copy.xid for copy in fresh.values()}
         for claim in header["claims"]:
             if claim["xid"] not in home.xids:
                 home.claims[claim["xid"]] = Claim(Origin(*claim["origin"]), claim["parts"])
@@ -224,7 +224,6 @@ def reunite(links: Links, owner: Owner, home: Home) -> list[str]:
     bare = {page // record.chunk_pages for page in home.short if not home.copies[page]}
     if away or bare != home.solo:
         owner.replicas.exclude(home, away, bare)
-    home.missed |= links.members()  # those that do not answer now are asked when they can be reached
     attended(links, home, links.living() | {links.node.node_id})
     home.ready, home.sound = True, False
     return wrong
