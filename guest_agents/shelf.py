@@ -134,7 +134,10 @@ class Shelf:
             self._memory[place : place + 8] = bytes(8)
             self.device.persist(place, 8)
             del self._names[slot]
-            self._release(list(self._owned.pop(slot).values()))
+            owned = self._owned.pop(slot)
+            units = list(owned.values())
+            owned.clear()  # pieces that are still open have it, too
+            self._release(units)
 
     # Inside
 
@@ -256,8 +259,10 @@ class Piece:
                 self._shelf.device.persist(at, count)
 
     def remove(self) -> None:
-        """Give the room and the name back."""
-        self._shelf.remove(self._slot)
+        """Give the room and the name back. Who still uses it gets ValueError."""
+        with self._lock:
+            self.size = 0
+            self._shelf.remove(self._slot)
 
     def _places(self, offset: int, length: int) -> Iterator[tuple[int | None, int]]:
         """Where a range lies on the device: (address, or None where there is no room, length)."""

@@ -208,6 +208,15 @@ class DataNode:
         if newer:
             self._changed()
 
+    def drop(self, dataset: int) -> None:
+        """There is no such dataset any more."""
+        with self._lock:
+            store = self._stores.pop(dataset, None)
+            if store is not None:
+                store.media.remove()
+        if store is not None:
+            self._changed()
+
     # Recovery
 
     def open(self, record: Record) -> Store:
@@ -383,12 +392,7 @@ class DataNode:
                            for page, c in copies]}  # fmt: skip
 
     def _drop(self, _source: int, header: Message, _payload: memoryview) -> Message:
-        with self._lock:
-            store = self._stores.pop(header["dataset"], None)
-            if store is not None:
-                store.media.remove()
-        if store is not None:
-            self._changed()
+        self.drop(header["dataset"])
         return {}
 
 

@@ -112,6 +112,7 @@ class Dispatcher:
             self.term, self.voters = document["term"], set(document["voters"])
             self._quorum = set(document["quorum"])
             self.heard = dict.fromkeys(self._media, time.monotonic())
+            self._unsaved = True  # whether others have it is not known
 
     def restore(self, document: Message | None) -> None:
         """Begin, or go on, with the latest book that others have: it may be later than the one here, and another

@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from guest_agents import lite
 from guest_agents.hotpot import blocks
 from guest_agents.hotpot.blocks import PAGE, STRIDE, Copy
 from guest_agents.hotpot.changes import Change
-from guest_agents.hotpot.errors import Corrupt, HotpotError, NoSpace, PagesLost
+from guest_agents.hotpot.errors import Corrupt, HotpotError, NoSpace, NotOwner, PagesLost
 from guest_agents.hotpot.log import State
 from guest_agents.hotpot.media import Folder, Media
 from guest_agents.hotpot.messages import Message
@@ -75,6 +76,8 @@ class Home:
     """Transactions that had begun before this became the home, and may still come."""
     xids: set[int] = field(default_factory=set)
     """Transactions that had last written pages when this node became their home in place of a lost one."""
+    gone: bool = False
+    """It is another node's, or nobody's: its media are deleted."""
     _writing: threading.Lock = field(default_factory=threading.Lock)
 
     accessed: Counter[int] = field(default_factory=Counter)
@@ -128,9 +131,11 @@ class Home:
         return change.onto(old, xid, degree)
 
     def write(self, pages: dict[int, Copy]) -> None:
-        """Make these the present versions, on media and for readers."""
+        """Make these the present versions, on media and for readers. NotOwner: it was removed."""
         sealed = [(self.record.slot(page) * STRIDE, blocks.seal(copy)) for page, copy in pages.items()]
         with self._writing:
+            if self.gone:
+                raise NotOwner(f"part {self.part} of {self.record.name} has another home now")
             for place, block in sealed:
                 self.media.write(place, block)
             self.media.persist_all((place, STRIDE) for place, _ in sealed)
@@ -190,6 +195,14 @@ class Home:
         """Chunks that have pages of which only these nodes keep copies."""
         chunk_pages = self.record.chunk_pages
         return {page // chunk_pages for page, holders in self.copies.items() if holders and holders <= nodes}
+
+    def remove(self) -> None:
+        """Delete it; nobody writes to it any more."""
+        with self._writing:
+            self.gone = True
+            with suppress(lite.LiteError):
+                self.memory.free()
+            self.media.remove()
 
     def close(self) -> None:
         """Forget it; the media stay."""
@@ -265,6 +278,8 @@ class Entry:
     """When it has been carried out."""
     over: bool = False
     """It was ended: whoever still has it does nothing more."""
+    last: Callable[[], None] | None = None
+    """What who is busy with it has to do at the end, as its home was dropped meanwhile."""
     busy: threading.Lock = field(default_factory=threading.Lock)
     """Held by who carries it out, or ends it."""
 

@@ -13,7 +13,7 @@ from guest_agents.hotpot import promotion
 from guest_agents.hotpot.coordinator import Coordinator
 from guest_agents.hotpot.datanode import DataNode
 from guest_agents.hotpot.dispatcher import Dispatcher
-from guest_agents.hotpot.errors import HotpotError, Isolated, NodeLost, VersionMismatch
+from guest_agents.hotpot.errors import HotpotError, Isolated, NodeLost, NoSuchDataset, VersionMismatch
 from guest_agents.hotpot.lease import Lease
 from guest_agents.hotpot.messages import PORT, Message
 from guest_agents.hotpot.owner import Owner
@@ -184,8 +184,13 @@ class Keeper:
             for part in range(len(record.homes)):
                 doubtful = self._copies.doubtful(record.id, part)
                 if doubtful:
-                    with suppress(HotpotError):
+                    try:
                         self._ask_home(record, part, doubtful)
+                    except NoSuchDataset:  # deleted while this node was away
+                        self._copies.drop(record.id)
+                        break
+                    except HotpotError as failure:
+                        log.info("copies of %s are not trusted yet: %s", record.name, failure)
 
     def _ask_home(self, record: Record, part: int, doubtful: dict[int, int]) -> None:
         # What this node has heard of homes may be old, or of one that did not come to be.

@@ -12,11 +12,11 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
-from guest_agents import lite
 from guest_agents.hotpot.blocks import Copy
+from guest_agents.hotpot.busy import Busy, let_go_of
 from guest_agents.hotpot.changes import Change, decode, encode
 from guest_agents.hotpot.errors import (
     BadArgument,
@@ -92,17 +92,19 @@ class Owner:
         return home
 
     def drop(self, home: Home) -> None:
-        """It is not this node's any more: forget it, and all that was going on in it."""
+        """It is not this node's any more: forget it, and all that was going on in it; who is at a commit notices."""
         with self._lock:
-            self._homes.pop(home.key, None)
+            if self._homes.get(home.key) is home:
+                del self._homes[home.key]
             gone = [key for key, entry in self._entries.items() if entry.home is home]
             entries = [self._entries.pop(key) for key in gone]
         home.ready = False
         for entry in entries:
-            self.log.drop(entry.place)
-        with suppress(lite.LiteError):
-            home.memory.free()
-        home.media.remove()
+            entry.over = True
+            entry.last = partial(self.log.drop, entry.place)
+            if entry.busy.acquire(blocking=False):
+                let_go_of(entry)
+        home.remove()
 
     def freeze(self, home: Home) -> None:
         """No commit begins in it any more; it is leaving."""
@@ -179,7 +181,7 @@ class Owner:
 
     def decide(self, entry: Entry, writer: int = 0) -> Message:
         """Commit what is prepared; `writer` knows what he has written. Retry, InDoubt, Isolated: it will be done."""
-        with _Busy(entry):
+        with Busy(entry):
             if entry.state == State.ENDED:
                 return {"versions": [[change.page, change.expected + 1] for change in entry.changes if change.pieces],
                         "copies": entry.replicas}  # fmt: skip
@@ -210,7 +212,7 @@ class Owner:
 
         keep -- other owners may still ask
         """
-        with _Busy(entry):
+        with Busy(entry):
             if entry.state == State.PREPARED:
                 self._finish(entry)
             elif entry.state == State.ENDED:
@@ -245,11 +247,11 @@ class Owner:
                 if header.get("again") and not header.get("moved"):
                     self._must_be_untouched(home, xid, changes)
             entry = self._begin(header, payload, State.NOW if alone else State.DONE)
-            with _Busy(entry, mine=True):
+            with Busy(entry, mine=True):
                 return self._all_at_once(entry, source if not header.get("again") else 0)
         if entry.state == State.PREPARED:
             raise BadArgument(f"transaction {xid:x} was prepared")
-        with _Busy(entry):
+        with Busy(entry):
             return self._all_at_once(entry, 0)
 
     def _all_at_once(self, entry: Entry, writer: int) -> Message:
@@ -275,7 +277,7 @@ class Owner:
 
     def finish_now(self, entry: Entry) -> None:
         """Carry out what was interrupted, and end it if nobody else has a say."""
-        with _Busy(entry):
+        with Busy(entry):
             if entry.state == State.UNDO:
                 self._redo(entry, 0, entry.old, 0)
                 self._finish(entry)
@@ -375,14 +377,17 @@ class Owner:
         """It is over: nothing of it is kept."""
         entry.over = True
         with self._lock:
-            self._entries.pop((entry.xid, *entry.home.key), None)
+            mine = self._entries.get((entry.xid, *entry.home.key)) is entry
+            if mine:
+                del self._entries[entry.xid, *entry.home.key]
             entry.home.claims.pop(entry.xid, None)
-        self.log.drop(entry.place)
+        if mine:  # else the home was dropped meanwhile
+            self.log.drop(entry.place)
         self._unlock(entry.home, entry)
 
     def forget(self, entry: Entry) -> None:
         """Nobody will ask any more whether it was committed."""
-        with _Busy(entry):
+        with Busy(entry):
             self._finish(entry)
 
     def _lock_pages(self, home: Home, xid: int, pages: Sequence[int]) -> None:
@@ -434,9 +439,15 @@ class Owner:
             stale = [page for page, version in pages.items() if home.version(page) != version]
             if stale:
                 return {"stale": stale}
+        if self.replicas.register(home, {source}, pages, cleared=True):
+            return {"again": True}
+        with self._lock:
+            if source not in home.synced or any(page in home.locks for page in pages):
+                return {"again": True}
+            if any(home.version(page) != version for page, version in pages.items()):
+                return {"again": True}
             for page in pages:
                 home.copies[page].add(source)
-        self.replicas.register(home, {source}, pages, cleared=True)
         return {"stale": []}
 
     def _make_room(self, source: int, header: Message, _payload: memoryview) -> Message:
@@ -470,24 +481,3 @@ class Owner:
 
 def _everywhere(header: Message) -> dict[int, list[int]]:
     return dict(header["everywhere"])
-
-
-class _Busy:
-    """One thread at a time works on an entry; others are told to come again.
-
-    mine -- this thread is that one since it has begun the entry
-    """
-
-    def __init__(self, entry: Entry, *, mine: bool = False) -> None:
-        self._entry = entry
-        self._mine = mine
-
-    def __enter__(self) -> None:
-        if not self._mine and not self._entry.busy.acquire(blocking=False):
-            raise Retry("it is being carried out")
-        if self._entry.over:
-            self._entry.busy.release()
-            raise Retry("it has just ended")
-
-    def __exit__(self, *_: object) -> None:
-        self._entry.busy.release()

@@ -87,7 +87,8 @@ def move(
         raise
     with dispatcher.lock:
         listed.record = listed.record.moved(part, new.homes[part])
-        listed.synced[part] = set(reply["synced"])
+        listed.synced[part] = (listed.synced[part] | keeps) - {node}  # others may have been lost meanwhile
+        listed.solo |= set(reply["solo"])
         dispatcher.lost.discard(key)
         dispatcher.moving.discard(key)
         dispatcher.save()
@@ -152,7 +153,9 @@ class Promotion:
                 home.claims[claim["xid"]] = Claim(Origin(*claim["origin"]), claim["parts"])
                 home.locks |= dict.fromkeys(claim["pages"], claim["xid"])
         self._changed()
-        return {"synced": [node for node in header["synced"] if node != self._links.node.node_id], "lost": len(lost)}
+        elsewhere = {page for node, versions in have if node != self._links.node.node_id
+                     for page, version in versions.items() if version == best[page][0]}  # fmt: skip
+        return {"solo": sorted({page // record.chunk_pages for page in fresh.keys() - elsewhere}), "lost": len(lost)}
 
 
 def versions_at(links: Links, node: int, record: Record, part: int, media: str | None) -> dict[int, int]:
@@ -196,7 +199,8 @@ def reunite(links: Links, owner: Owner, home: Home) -> list[str]:
         return [f"part {part} of {home.record.name} has another home now; what was here was dropped"]
     home.record = record = Record.from_json(reply["record"])
     home.refused = False
-    home.synced, home.solo, home.media_of = set(reply["synced"]), set(reply["solo"]), dict(reply["media"])
+    home.synced, home.solo = set(reply["synced"]), set(reply["solo"]) & set(home.chunks)
+    home.media_of = dict(reply["media"])
     home.copies.clear()
     have: dict[int, dict[int, int]] = {}
     away = set()
@@ -217,9 +221,9 @@ def reunite(links: Links, owner: Owner, home: Home) -> list[str]:
         for page in have[node]:
             home.copies[page].add(node)
     home.short = {page for page in record.pages_of(part) if home.version(page)}
-    home.solo |= {page // record.chunk_pages for page in home.short if not home.copies[page]}
-    if away:
-        owner.replicas.exclude(home, away)
+    bare = {page // record.chunk_pages for page in home.short if not home.copies[page]}
+    if away or bare != home.solo:
+        owner.replicas.exclude(home, away, bare)
     attended(links, home, links.living() | {links.node.node_id})
     home.ready, home.sound = True, False
     return wrong

@@ -58,34 +58,37 @@ class Replicas:
 
         cleared -- they have no old copies, or these were compared
         """
-        new = nodes - home.synced
-        failed: set[int] = set()
-        if new and not cleared:
-            # What they may have of the part is from before they were excluded, which they need not have heard of.
-            about = {"dataset": home.record.id, "part": home.part, "epoch": home.record.epoch(home.part)}
-            calls: list[Call] = [(node, "clear", about, b"") for node in sorted(new)]
-            replies = self._links.call_all(calls, LEAF)
-            failed = {call[0] for call, reply in zip(calls, replies, strict=True) if isinstance(reply, HotpotError)}
-            new -= failed
-        left = nodes - failed
-        solo = set() if left else {page // home.record.chunk_pages for page in pages}
-        with self._telling:
+        with self._telling:  # another commit must not seed a node that is being cleared for this one
+            new = nodes - home.synced
+            failed: set[int] = set()
+            if new and not cleared:
+                # What they may have of the part is from before they were excluded, which they need not have heard of.
+                about = {"dataset": home.record.id, "part": home.part, "epoch": home.record.epoch(home.part)}
+                calls: list[Call] = [(node, "clear", about, b"") for node in sorted(new)]
+                replies = self._links.call_all(calls, LEAF)
+                failed = {call[0] for call, reply in zip(calls, replies, strict=True) if isinstance(reply, HotpotError)}
+                new -= failed
+            left = nodes - failed
+            solo = set() if left else {page // home.record.chunk_pages for page in pages}
             if new or not solo <= home.solo:
                 self._tell_dispatcher(home, add=new, solo=solo)  # not those it may have struck off since
                 home.synced |= new
                 home.solo |= solo
         return failed
 
-    def exclude(self, home: Home, nodes: set[int]) -> None:
+    def exclude(self, home: Home, nodes: set[int], bare: set[int] | None = None) -> None:
         """Let the dispatcher know that the copies of these nodes are to be trusted no more, and what that leaves
-        without a copy; it may have struck them off itself, and fear more. Isolated."""
+        without a copy; it may have struck them off itself, and fear more. Isolated.
+
+        bare -- the chunks that are left without, where they were counted
+        """
         with self._telling:
-            solo = (home.solo | home.bare_without(nodes)) & set(home.chunks)
+            solo = (home.solo | home.bare_without(nodes)) & set(home.chunks) if bare is None else bare
             left = sorted(home.synced - nodes)
             self._tell_dispatcher(home, remove=nodes, solo=solo, solo_is=sorted(solo), synced=left)
             home.solo = solo
-        for node in nodes:
-            home.forget(node)
+            for node in nodes:
+                home.forget(node)
 
     def _tell_dispatcher(self, home: Home, add: Iterable[int] = (), remove: Iterable[int] = (),
                          solo: Iterable[int] = (), **more: list[int]) -> None:  # fmt: skip
@@ -143,7 +146,7 @@ class Replicas:
                 self.exclude(home, failed)
                 lost |= failed
                 nodes -= failed
-            elif not again:
+            elif not again and nodes <= home.synced:  # none was excluded meanwhile
                 if len(nodes) + 1 < degree:
                     home.short |= set(fresh)
                 return len(nodes) + 1

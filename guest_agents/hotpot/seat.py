@@ -137,7 +137,7 @@ class Seat:
             self._install({**latest, "term": term, "seat": me})
         except HotpotError as failure:
             log.warning("the book of the new dispatcher does not reach enough nodes yet: %s", failure.message)
-        self._lease.manager = me
+            return False
         return True
 
     def _elected(self, term: int, *, would: bool) -> Message | None:

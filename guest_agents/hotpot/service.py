@@ -25,7 +25,15 @@ from guest_agents.hotpot.changes import Change
 from guest_agents.hotpot.coordinator import Coordinator, new_xid
 from guest_agents.hotpot.datanode import DataNode
 from guest_agents.hotpot.dispatcher import Dispatcher
-from guest_agents.hotpot.errors import FewerCopies, HotpotError, InDoubt, Isolated, NodeLost, NoSuchDataset, OldMedia
+from guest_agents.hotpot.errors import (
+    FewerCopies,
+    HotpotError,
+    InDoubt,
+    NodeLost,
+    NoSuchDataset,
+    OldMedia,
+    VersionMismatch,
+)
 from guest_agents.hotpot.eviction import Eviction, Limits
 from guest_agents.hotpot.keeper import Keeper
 from guest_agents.hotpot.lease import Lease, Timing
@@ -117,7 +125,7 @@ class Service:
                 "home_create": self._home_create, "home_drop": self._home_drop, "attend": self._attend}  # fmt: skip
         ours["stat"] = lambda _source, _header, _payload: self.stat()
         self.links.handlers = {PORT: ours, LEAF: leaf}
-        if node.node_id == manager:
+        if node.node_id in (manager, self.lease.manager):  # in its last life it may have taken that one's place
             self._dispatcher = self._new_dispatcher()
         self.keeper = Keeper(self.lease, self.owner, self.copies, self.coordinator, resolver, self.seat,
                              self._dispatcher, self._media, self._revalidate, self._suspect, self._about,
@@ -197,7 +205,8 @@ class Service:
                     "writing": [[xid, *held] for xid, held in self._writing.items()]}  # fmt: skip
 
     def start(self, *, keep: bool = True) -> Service:
-        """Serve other nodes, and let the dispatcher know. NodeLost when it does not answer for a minute.
+        """Serve other nodes, and let the dispatcher know. VersionMismatch; NodeLost, Isolated and others when it does
+        not answer for a minute.
 
         keep -- look after everything from then on, in a thread
         """
@@ -210,8 +219,12 @@ class Service:
             try:
                 self.keeper.register()
                 self.keeper.turn()
-            except (NodeLost, Isolated):  # its service may be about to start, or be another
+            except VersionMismatch:
+                raise
+            except HotpotError:  # its service may be about to start, or be another
                 self.seat.look()
+                if self.seat.due():
+                    self.seat.stand()
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_REGISTER_EVERY)

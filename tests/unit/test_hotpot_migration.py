@@ -10,7 +10,7 @@ from guest_agents.hotpot import migration
 from guest_agents.hotpot.blocks import PAGE
 from guest_agents.hotpot.errors import BadArgument, HotpotError, Retry
 from tests.unit.hotpot_crash import FATES, Case, run
-from tests.unit.hotpot_sim import Net
+from tests.unit.hotpot_sim import Net, simulated
 from tests.unit.test_hotpot_recovery import SET, net, opened, read, service, write
 
 __all__ = ["net"]
@@ -147,6 +147,23 @@ def test_a_part_does_not_go_where_nobody_is(net: Net) -> None:
     service(net, 4).migrate(SET, 0, 3)
     with pytest.raises(Retry):
         service(net, 4).migrate(SET, 0, 1)
+
+
+def test_the_dispatcher_knows_which_pages_only_a_new_home_has() -> None:
+    """They must not be taken for unwritten when that one is away, too."""
+    with simulated(2, "only copy") as net:
+        net.died = lambda _machine: None
+        net.machines[1].service.dispatcher("create", name="set", size=3 * PAGE, mode="mrmw", chunk=PAGE, owners=[2])
+        write(net, 2, b"kept", 1, replicas=2)
+        net.machines[1].power_off()
+        until_moved(net, 0, 1)
+        dispatcher = service(net, 1)._dispatcher
+        assert dispatcher is not None
+        assert dispatcher.listed[SET].solo == {1}
+        net.machines[1].power_on()
+        net.wait(2.0)
+        write(net, 1, b"both", 0, 1, replicas=2)
+        assert [read(net, node, 1) for node in (1, 2)] == [b"both"] * 2
 
 
 def matrix() -> list[Case]:

@@ -9,7 +9,8 @@ import pytest
 from guest_agents.hotpot.blocks import PAGE
 from guest_agents.hotpot.cache import Cache
 from guest_agents.hotpot.coordinator import new_xid
-from guest_agents.hotpot.errors import Corrupt, Isolated, NodeLost, PagesLost
+from guest_agents.hotpot.errors import Corrupt, HotpotError, Isolated, NodeLost, NotOwner, PagesLost
+from guest_agents.hotpot.home import Home
 from guest_agents.hotpot.service import Service, Transaction
 from tests.unit.hotpot_crash import load, store
 from tests.unit.hotpot_sim import TIMING, LossyFolder, Net, PowerOff, simulated
@@ -232,3 +233,34 @@ def test_a_commit_does_not_count_on_a_node_that_the_dispatcher_has_struck_off_me
     net.machines[1].power_on()
     net.wait(4.0)
     assert (read(net, 3, 0), read(net, 3, 2)) == (b"more", b"new.")
+
+
+def test_a_home_that_is_dropped_in_the_middle_of_a_commit_is_written_no_more(net: Net) -> None:
+    write(net, 4, b"kept", 0, replicas=2)
+    owner = service(net, 2).owner
+    dropped: list[Home] = []
+
+    def between(op: str) -> None:
+        if op == "replica" and not dropped:
+            dropped.append(owner.home(SET, 0))
+            owner.drop(dropped[0])
+            assert owner.log.used, "the commit that uses its record has not ended"
+
+    net.between = between
+    with pytest.raises(HotpotError):
+        write(net, 4, b"lost", 0, replicas=2)
+    assert dropped
+    assert not owner.log.used
+    with pytest.raises(NotOwner):
+        dropped[0].write({})
+
+
+def test_copies_of_a_dataset_that_was_deleted_meanwhile_go(net: Net) -> None:
+    write(net, 2, b"kept", 0, replicas=4)
+    service(net, 2).close_dataset(SET)
+    net.machines[3].power_off()
+    service(net, 1).dispatcher("delete", name="set")
+    assert "copies-1" in net.machines[3].disk
+    net.machines[3].power_on()
+    net.wait(0.5)
+    assert "copies-1" not in net.machines[3].disk

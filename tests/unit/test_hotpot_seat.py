@@ -72,6 +72,17 @@ def test_a_dispatcher_that_is_cut_off_changes_nothing_and_follows_the_next_one(n
     assert [about["name"] for about in service(net, 4).dispatcher("list")["datasets"]] == ["set"]
 
 
+def test_a_node_that_has_become_the_dispatcher_still_is_when_it_comes_back(net: Net) -> None:
+    net.machines[0].power_off()
+    net.wait(3.0)
+    assert seats(net) == [2, 2, 2]
+    net.machines[1].power_off()
+    net.machines[1].power_on()
+    net.wait(0.3)
+    assert [about["name"] for about in service(net, 4).dispatcher("list")["datasets"]] == ["set"]
+    assert seats(net) == [2, 2, 2]
+
+
 def test_half_of_the_nodes_make_none(net: Net) -> None:
     net.away = {1, 2}
     net.wait(5.0)
