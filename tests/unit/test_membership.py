@@ -330,8 +330,8 @@ def test_when_all_are_here() -> None:
 
 def test_time_begins_when_the_manager_can_be_heard() -> None:
     """A manager that is slow to start does not call those late whom it kept waiting."""
-    book = Manager("gm0", Timing(0.05, 0.1), lambda: ["gm0", "mb0"])
-    time.sleep(0.2)
+    book = Manager("gm0", Timing(0.2, 1.0), lambda: ["gm0", "mb0"])
+    time.sleep(1.2)
     assert not book.all_here()
     book.start()
     assert not book.all_here()
