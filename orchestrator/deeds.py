@@ -152,7 +152,7 @@ def pull_power(paths: RackPaths, name: str, survive: float, seed: int) -> dict[s
 
 
 def console(paths: RackPaths, name: str) -> str:
-    """What a blade's console has shown; FileNotFoundError's text is none."""
+    """What a blade's console has shown; nothing when there is no log of it."""
     with suppress(OSError):
         return paths.blade(name).console.read_bytes().decode(errors="replace")
     return ""
@@ -170,11 +170,18 @@ _INSISTING = {"vacant", "kept", "leave", "forget", "remove_files", "discard", "c
 
 
 def serve(reader: IO[str], writer: IO[str]) -> None:
-    """Do what the lines of `reader` ask for, several at once, until it ends. The first line says for which rack."""
-    first = json.loads(reader.readline())
-    cache, state, run = (Path(first[name]) for name in ("cache_dir", "state_dir", "run_dir"))
-    paths = RackPaths(Settings(cache, state, run, HERE_LIBVIRT), first["rack"])
-    home: str | None = first["home"]  # None where this host has the home's folders
+    """Do what the lines of `reader` ask for, several at once, until it ends. The first line says for which rack.
+
+    RacklessError when it does not: somebody has typed this.
+    """
+    try:
+        first = json.loads(reader.readline())
+        cache, state, run = (Path(first[name]) for name in ("cache_dir", "state_dir", "run_dir"))
+        paths = RackPaths(Settings(cache, state, run, HERE_LIBVIRT), first["rack"])
+        home: str | None = first["home"]  # None where this host has the home's folders
+    except (ValueError, KeyError, TypeError) as error:
+        raise RacklessError("on-host is for another host's rackless, which says first what rack it is about",
+                            hint="see docs/hosts.md") from error  # fmt: skip
     writing = threading.Lock()
 
     def answer(asked: dict[str, Any]) -> None:

@@ -160,9 +160,11 @@ def take_down(settings: Settings, rack: str, emit: Emit, keep_data: bool = False
     paths = RackPaths(settings, rack)
     guests.refuse(paths)
     known = hosts.noted(paths)
+    others = [name for name, host in known.items() if host.uri is not None]
     for name in without:
-        if name not in known or known[name].uri is None:
-            raise RacklessError(f"rack {rack} has no other host {name}", hint=did_you_mean(name, [*known]))
+        if name not in others:
+            hint = did_you_mean(name, others) if others else "all of it is on this machine"
+            raise RacklessError(f"rack {rack} has no other host {name}", hint=hint)
     left = {name: host for name, host in known.items() if name not in without}
     with hosts.reach(paths, left) as far:
         with step(journal.recording(paths, emit), rack, "down"):

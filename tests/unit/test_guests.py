@@ -163,3 +163,9 @@ def test_what_is_not_begun_when_nobody_asks_any_more_is_not_done(
 
     deeds.serve(Reader("".join(json.dumps(line) + "\n" for line in lines)), io.StringIO())
     assert len(done) == paths.settings.max_workers
+
+
+@pytest.mark.parametrize("typed", ["", "hello\n", "{}\n", "[]\n"])
+def test_who_types_on_host_is_told_what_it_is(typed: str) -> None:
+    with pytest.raises(RacklessError, match="on-host is for another host's rackless"):
+        deeds.serve(io.StringIO(typed), io.StringIO())
