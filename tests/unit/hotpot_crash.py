@@ -374,6 +374,16 @@ def run(case: Case) -> tuple[list[str], Run]:
             return ["a machine without power did something"], this
 
 
+def assert_clean(cases: list[Case]) -> None:
+    """Run them all; the test fails with the words that repeat each one that went wrong."""
+    failures = []
+    for case in cases:
+        wrong, _run = run(case)
+        if wrong:
+            failures.append(f"python -m tests.unit.hotpot_crash {case.words}\n    " + "\n    ".join(wrong[:4]))
+    assert not failures, f"{len(failures)} runs went wrong; each again by:\n" + "\n".join(failures)
+
+
 def main() -> None:
     """Run one case and tell of it."""
     mode, fate, step, count, seed, *more = sys.argv[1:]

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from tests.unit.hotpot_crash import Case, run
+from tests.unit.hotpot_crash import Case, assert_clean
 
 BOTH = [
     *(f"{when} {op}" for op in ("commit_now", "release", "replica", "seed", "synced", "update", "beat", "caching")
@@ -45,9 +45,4 @@ def more(count: int) -> list[Case]:
 @pytest.mark.long
 @pytest.mark.parametrize("part", range(8))
 def test_no_acknowledged_commit_is_lost_whoever_dies_at_whichever_step(part: int) -> None:
-    failures = []
-    for case in (matrix() + KNOWN + more(RUNS))[part::8]:
-        wrong, _run = run(case)
-        if wrong:
-            failures.append(f"python -m tests.unit.hotpot_crash {case.words}\n    " + "\n    ".join(wrong[:4]))
-    assert not failures, f"{len(failures)} runs went wrong; each again by:\n" + "\n".join(failures)
+    assert_clean((matrix() + KNOWN + more(RUNS))[part::8])

@@ -9,7 +9,7 @@ import pytest
 from guest_agents.hotpot import migration
 from guest_agents.hotpot.blocks import PAGE
 from guest_agents.hotpot.errors import BadArgument, HotpotError, Retry
-from tests.unit.hotpot_crash import FATES, Case, run
+from tests.unit.hotpot_crash import FATES, Case, assert_clean
 from tests.unit.hotpot_sim import Net, simulated
 from tests.unit.test_hotpot_recovery import SET, net, opened, read, service, write
 
@@ -175,9 +175,4 @@ def matrix() -> list[Case]:
 @pytest.mark.long
 @pytest.mark.parametrize("part", range(4))
 def test_no_acknowledged_commit_is_lost_whoever_dies_while_parts_move(part: int) -> None:
-    failures = []
-    for case in matrix()[part::4]:
-        wrong, _run = run(case)
-        if wrong:
-            failures.append(f"python -m tests.unit.hotpot_crash {case.words}\n    " + "\n    ".join(wrong[:4]))
-    assert not failures, f"{len(failures)} runs went wrong; each again by:\n" + "\n".join(failures)
+    assert_clean(matrix()[part::4])
