@@ -43,13 +43,13 @@ testbed: setup ## fresh machine -> a running default rack, a demo job on it, and
 
 test: test-unit test-long test-rack ## fresh machine -> every test: unit first, then on real blades
 
-test-unit: setup ## the tests that need no blade (under a minute)
+test-unit: setup ## the tests that need no blade (a minute and a half)
 	@$(PYTEST) tests/unit -m 'not long' -n 3 --dist loadfile $(ARGS)
 
-test-long: setup-tests ## those that need no blade either, but more time: storms, the command line, random operations, deaths (3 minutes)
+test-long: setup-tests ## those that need no blade either, but more time: storms, the command line, random operations, deaths (7 minutes)
 	@$(PYTEST) tests/unit -m long -n 4 --dist loadfile $(ARGS)
 
-test-rack: setup-tests ## the tests on real blades (minutes; root)
+test-rack: setup-tests ## the tests on real blades (half an hour or more; root)
 	@$(PYTEST) tests/rack -n 2 --dist loadfile $(ARGS)
 
 test-night: setup-tests ## the same for a night: 30 killed commands, 200 killed programs, long soak, whole crash matrices
