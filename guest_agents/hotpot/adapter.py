@@ -3,20 +3,17 @@ nothing is lost and must not wait for pages that move."""
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 
 from guest_agents.hotpot.atlas import Atlas
+from guest_agents.hotpot.beat import Beat
 from guest_agents.hotpot.errors import HotpotError
 from guest_agents.hotpot.eviction import Eviction
 from guest_agents.hotpot.lease import Lease
 from guest_agents.hotpot.messages import LEAF
 from guest_agents.hotpot.migration import Migration
 from guest_agents.hotpot.opened import Opened
-
-log = logging.getLogger("rackless.hotpot")
 
 
 class Adapter:
@@ -34,26 +31,8 @@ class Adapter:
         self._migration = migration
         self._eviction = eviction
         self._opened = opened
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Do it all the time, in a thread."""
-        self._thread = threading.Thread(target=self._run, name="hotpot adapter", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._lease.timing.beat):
-            try:
-                self.turn()
-            except Exception:
-                log.exception("Hotpot's adapter")
+        self.beat = Beat("hotpot adapter", lease.timing.beat, self.turn)
+        """What a service starts and closes; nothing happens before."""
 
     def turn(self) -> None:
         """Everything once."""

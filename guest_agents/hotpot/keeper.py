@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
 from guest_agents import lite
 from guest_agents.hotpot import promotion
+from guest_agents.hotpot.beat import Beat
 from guest_agents.hotpot.coordinator import Coordinator
 from guest_agents.hotpot.datanode import DataNode
 from guest_agents.hotpot.dispatcher import Dispatcher
@@ -62,31 +62,13 @@ class Keeper:
         self._about = about
         self._wake = wake
         self._woken = float("-inf")
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self.beat = Beat("hotpot keeper", lease.timing.beat, self.turn)
+        """What a service starts and closes; nothing happens before."""
         self._cut_off = False
         self.registered = False
         """The dispatcher knows this node."""
         self.said: list[str] = []
         """What a recovery has found that was lost, or mended."""
-
-    def start(self) -> None:
-        """Do it all the time, in a thread."""
-        self._thread = threading.Thread(target=self._run, name="hotpot keeper", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._lease.timing.beat):
-            try:
-                self.turn()
-            except Exception:
-                log.exception("Hotpot's keeper")
 
     def note(self, texts: list[str]) -> None:
         """Report what a recovery has found."""

@@ -229,15 +229,15 @@ class Service:
                     raise
                 time.sleep(_REGISTER_EVERY)
             else:
-                self.keeper.start()
-                self.adapter.start()
+                self.keeper.beat.start()
+                self.adapter.beat.start()
                 break
         return self
 
     def close(self) -> None:
         """Stop serving."""
-        self.adapter.close()
-        self.keeper.close()
+        self.adapter.beat.close()
+        self.keeper.beat.close()
         self.links.close()
 
     def dispatcher(self, op: str, **fields: Any) -> Message:
