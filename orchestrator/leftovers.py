@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from orchestrator import guests, lock
 from orchestrator.errors import RacklessError
-from orchestrator.hypervisor import daemon, remains
+from orchestrator.hypervisor import daemon, ends, remains
 from orchestrator.network import place
 from orchestrator.settings import RackPaths, Settings
 
@@ -129,8 +128,5 @@ def _remove(settings: Settings, item: Leftover) -> None:
 def _kill(pid: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + _STOP_SECONDS
-        while Path(f"/proc/{pid}").exists() and remains.command_of(pid):
-            if time.monotonic() > deadline:
-                raise RacklessError(f"process {pid} does not end")
-            time.sleep(0.01)
+    if not ends.wait(pid, _STOP_SECONDS):
+        raise RacklessError(f"process {pid} does not end")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from orchestrator.errors import RacklessError
+from orchestrator.hypervisor import ends
 from orchestrator.image.cache import locked
 from orchestrator.network import namespace
 from orchestrator.settings import PRIVATE_LIBVIRT, RackPaths
@@ -215,13 +216,10 @@ def stop(paths: RackPaths) -> None:
             continue
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + _STOP_SECONDS
-        while _is(pid, pid_file):  # not `running`: libvirtd removes its pid file long before it has ended
-            if time.monotonic() > deadline:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                break
-            time.sleep(0.01)
+        if not ends.wait(pid, _STOP_SECONDS):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            ends.wait(pid, _STOP_SECONDS)
     for folder in (daemon.run, daemon.etc.parent):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -245,16 +243,10 @@ def _is(pid: int, pid_file: Path) -> bool:
 
 def _wait_for_end(pid_file: Path) -> None:
     """Wait while a killed daemon is being taken apart: its command line is gone, but its pid file still locked."""
-    try:
-        process = Path(f"/proc/{int(pid_file.read_text())}")
-        deadline = time.monotonic() + _STOP_SECONDS
-        while not (process / "cmdline").read_bytes() and time.monotonic() < deadline:
-            threads = len(os.listdir(process / "task"))  # the first may be gone long before the last
-            if threads == 1 and (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return  # it has let go of everything, and only waits for its parent
-            time.sleep(0.01)
-    except (OSError, ValueError):
-        return
+    with suppress(OSError, ValueError):
+        pid = int(pid_file.read_text())
+        if not Path(f"/proc/{pid}/cmdline").read_bytes():
+            ends.wait(pid, _STOP_SECONDS)
 
 
 def _accounts(daemon: Daemon) -> dict[str, Path]:
