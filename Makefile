@@ -43,8 +43,8 @@ testbed: setup ## fresh machine -> a running default rack, a demo job on it, and
 
 test: test-unit test-long test-rack ## fresh machine -> every test: unit first, then on real blades
 
-test-unit: setup ## the tests that need no blade (a minute and a half)
-	@$(PYTEST) tests/unit -m 'not long' -n 3 --dist loadfile $(ARGS)
+test-unit: setup ## the tests that need no blade (a minute)
+	@$(PYTEST) tests/unit -m 'not long' -n 4 --dist loadfile $(ARGS)
 
 test-long: setup-tests ## those that need no blade either, but more time: storms, the command line, random operations, deaths (7 minutes)
 	@$(PYTEST) tests/unit -m long -n 4 --dist loadfile $(ARGS)

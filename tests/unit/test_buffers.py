@@ -357,6 +357,7 @@ def test_a_program_on_another_blade_reads_without_the_storage_blades_disk(two: A
     assert after["buffers"][0]["hits"] > before["buffers"][0]["hits"]
 
 
+@pytest.mark.long
 def test_whoever_asks_sees_every_write_that_was_finished_before(tmp_path: Path) -> None:
     """Writers and readers at once, each piece of data by another way: none reads what is older than it knows."""
     blade = Blade(tmp_path, memory=2)

@@ -72,6 +72,7 @@ def test_a_file_is_what_wireshark_reads_as_rocev2(tmp_path: Path) -> None:
     assert lines[0][0] == "1763866512.123456789"
 
 
+@pytest.mark.long
 @pytest.mark.netns
 @needs_root
 def test_packets_of_taps_are_captured_once_or_both_ways() -> None:

@@ -138,6 +138,7 @@ def test_nothing_outside_is_reached(service: Service, root: Path, path: str, op:
     assert stat.S_IMODE((root.parent / "outside").stat().st_mode) != 0o777
 
 
+@pytest.mark.long
 def test_races_lead_nowhere(root: Path) -> None:
     """Folders and symbolic links change places all the time, as fast as one program can, while others use them."""
     inside, outside = root / "inside", root.parent

@@ -119,6 +119,7 @@ def test_what_had_not_been_stored_is_sigbus(rack: Rack) -> None:
     eventually(lambda: nothing_is_held(rack))
 
 
+@pytest.mark.long
 def test_a_child_whose_memory_blade_has_died_is_not_given_zeros(rack: Rack, tmp_path: Path) -> None:
     own = Rack(tmp_path, ("gm0", "pb0", "mb0"))
     process, _ = start(own, 1)

@@ -195,6 +195,7 @@ def test_a_fabric_on_two_hosts_is_one_and_can_be_parted(pair: Pair) -> None:
                                                                     away.tap(FABRIC, 2)}  # fmt: skip
 
 
+@pytest.mark.long
 def test_hosts_are_refused_whose_way_is_too_narrow(pair: Pair) -> None:
     def check(rack: Rack) -> None:
         other = Far("far", rack.hosts["far"], None, pair.worker(rack))

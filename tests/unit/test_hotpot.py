@@ -248,6 +248,7 @@ for _ in range(int(sys.argv[1])):
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["mrmw", "mrsw"])
 def test_increments_of_many_are_all_there(blades: Rack, mode: str) -> None:
     blades["gm0"].run(f'session.create("counters", 12 * 4096, mode="{mode}", chunk=4096)')

@@ -80,6 +80,7 @@ def test_where_media_are_old_it_says_so_to_programs(gates: Gates, tmp_path: Path
         shell.do("d.close()")
 
 
+@pytest.mark.long
 def test_an_agent_that_restarts_has_its_datasets_again(rack: Rack, gates: Gates, tmp_path: Path) -> None:
     """Without anybody on that blade asking."""
     with shells(Place(tmp_path / "mb0.hotpot")) as [shell]:
@@ -95,6 +96,7 @@ def test_an_agent_that_restarts_has_its_datasets_again(rack: Rack, gates: Gates,
         shell.do("d.close()")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", ["Corrupt", "OldMedia"])
 def test_what_cannot_be_taken_over_is_tried_once(
     rack: Rack, gates: Gates, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
@@ -132,6 +134,7 @@ def power_cycle(rack: Rack, gates: Gates, tmp_path: Path, name: str) -> Gate:
     return gate
 
 
+@pytest.mark.long
 def test_after_a_power_failure_a_blade_with_pmem_has_its_datasets_again(
     rack: Rack, gates: Gates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +153,7 @@ def test_after_a_power_failure_a_blade_with_pmem_has_its_datasets_again(
         shell.do("d.close()")
 
 
+@pytest.mark.long
 def test_after_a_power_failure_of_the_manager_others_wake_hotpot_there(
     rack: Rack, gates: Gates, tmp_path: Path
 ) -> None:

@@ -31,6 +31,7 @@ def drain(rack: Rack, node: str, **fields: Any) -> dict[str, Any]:
         return client.call("lite.directory.drain", node=node, meant_for=life, **fields)
 
 
+@pytest.mark.long
 def test_what_others_use_moves_while_they_use_it(rack: Rack) -> None:
     free = rack["mb1"].free
     one, two = rack["mb0"].client(), rack["mb2"].client()

@@ -188,6 +188,7 @@ def test_a_lock_of_a_dead_node_that_nobody_waits_for_is_free(rack: Rack) -> None
     other.call("unlock", name="door")
 
 
+@pytest.mark.long
 def test_a_living_holder_keeps_its_lock_when_others_die(rack: Rack) -> None:
     holder = rack["mb1"].client()
     holder.call("lock_create", name="door", home="mb0")

@@ -156,6 +156,7 @@ def test_a_message_that_is_being_read_outlives_its_ring(pair: Pair) -> None:
     pair.clean_up(reader, caller)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(4))
 def test_opening_and_closing_under_load_breaks_nothing_and_loses_nothing_in_silence(pair: Pair, seed: int) -> None:
     """Every message is received, or its sender gets PORT_CLOSED for it or for one after it."""

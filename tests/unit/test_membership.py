@@ -165,6 +165,7 @@ def test_everyone_goes_on_living_when_the_manager_is_killed(
         again.kill()
 
 
+@pytest.mark.long
 def test_who_dies_with_the_manager_is_declared_dead_by_the_next(
     manager: Process, agents: Callable[..., Membership]
 ) -> None:
@@ -182,6 +183,7 @@ def test_who_dies_with_the_manager_is_declared_dead_by_the_next(
         again.kill()
 
 
+@pytest.mark.long
 def test_who_has_not_come_to_a_new_manager_yet_is_not_gone(
     manager: Process, agents: Callable[..., Membership]
 ) -> None:
@@ -200,6 +202,7 @@ def test_who_has_not_come_to_a_new_manager_yet_is_not_gone(
         again.kill()
 
 
+@pytest.mark.long
 def test_silence_is_death_within_a_bounded_time(manager: Process, agents: Callable[..., Membership]) -> None:
     stays = agents("mb0", 2, manager.address)
     assert stays.joined.wait(10)
@@ -328,6 +331,7 @@ def test_when_all_are_here() -> None:
     assert book.all_here()
 
 
+@pytest.mark.long
 def test_time_begins_when_the_manager_can_be_heard() -> None:
     """A manager that is slow to start does not call those late whom it kept waiting."""
     book = Manager("gm0", Timing(0.2, 1.0), lambda: ["gm0", "mb0"])

@@ -78,6 +78,7 @@ def test_blades_are_where_they_must_be_and_no_host_is_filled_too_much(case: Case
             assert placed[name] == there[name].host
 
 
+@pytest.mark.long
 @given(cases())
 def test_planning_again_moves_nothing_also_when_there_is_less_room(case: Case) -> None:
     made, rooms, there = case

@@ -179,6 +179,7 @@ def test_a_plan_says_what_is_lost() -> None:
     assert lost(changed_blade("mb1", pmem="64 MiB")) == ("its persistent memory",)
 
 
+@pytest.mark.long
 @given(racks(), racks(), st.data())
 def test_every_plan(before: Rack, after: Rack, data: st.DataObject) -> None:
     """From any state of one rack's blades to another rack: one plan is enough, and it explains itself."""
@@ -260,6 +261,7 @@ def test_capacity() -> None:
         check_capacity(changed_blade("pb0", cpus=4), 64 * GIB, 2)
 
 
+@pytest.mark.long
 @given(racks(), racks(), st.data())
 def test_a_plan_for_some_blades_touches_no_others(old: Rack, new: Rack, data: st.DataObject) -> None:
     there = carried_out(make_plan(old, IMAGE, {}))

@@ -141,6 +141,7 @@ def run(rack: BrokenRack, file: Path, capsys: pytest.CaptureFixture[str]) -> Cal
 @pytest.mark.netns
 @needs_root
 class TestModules:
+    @pytest.mark.long
     def test_faults(self, rack: BrokenRack, run: Callable[..., Any]) -> None:
         slow = {"blades": ["mb0", "mb1"], "faults": {"latency": "20 ms"}}
         dry = run("rackless_fault", check=True, **slow)

@@ -81,6 +81,7 @@ def test_what_cannot_be_edited_in_place_is_refused() -> None:
         rackedit.put("- 1", ("blades", "mb1"), {})
 
 
+@pytest.mark.long
 @given(racks(), st.booleans(), st.data())
 def test_any_edit_of_any_rack_can_be_taken_back(rack: Rack, flow: bool, data: Any) -> None:
     text = yaml.safe_dump(rack.model_dump(mode="json", exclude_none=True), sort_keys=False,

@@ -88,18 +88,21 @@ def test_a_low_mtu_is_only_a_warning() -> None:
     assert "4096" in warnings(rack)[0]
 
 
+@pytest.mark.long
 @given(racks())
 def test_a_rack_written_out_is_the_same_rack(rack: Rack) -> None:
     assert rackfile.validate(rack.model_dump(mode="json")) == rack
     assert parse(yaml.safe_dump(rack.model_dump(mode="json", exclude_none=True), sort_keys=False)) == rack
 
 
+@pytest.mark.long
 @given(nearly_racks() | ANYTHING)
 def test_data_is_a_rack_or_a_rack_file_error(data: object) -> None:
     _loads_or_explains(json.dumps(data))
     _loads_or_explains(yaml.safe_dump(data, allow_unicode=True))
 
 
+@pytest.mark.long
 @given(st.text() | st.text(alphabet="ab:{}[],&*!|>'\"%@`#-?<\t \n\\ux0F=~"))
 @example('"\\UFFFFFFFF"')
 @example('"\\ud800": "\\ud800\\udc00"')

@@ -206,6 +206,7 @@ class TestUp:
         assert topology.remove(rack.paths.settings, file, "mb0").moved == 3 << 20
         assert {"memory": "mb0"} in rack.drains
 
+    @pytest.mark.long
     def test_programs_that_cannot_keep_it(
         self, rack: BrokenRack, file: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
