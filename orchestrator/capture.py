@@ -6,7 +6,7 @@ knows RoCEv2 by its UDP port, 4791. The file is a pcap with nanoseconds (pcap-sa
 
 from __future__ import annotations
 
-import select
+import selectors
 import socket
 import struct
 import time
@@ -110,11 +110,13 @@ def record(
     file.write(header())
     file.flush()
     count = 0
-    with suppress(KeyboardInterrupt):
+    with selectors.DefaultSelector() as ready, suppress(KeyboardInterrupt):
+        for one in sockets:
+            ready.register(one, selectors.EVENT_READ, data=one)
         while not stop() and (deadline is None or time.monotonic() < deadline):
             wait = _LOOK_SECONDS if deadline is None else max(0.0, min(_LOOK_SECONDS, deadline - time.monotonic()))
-            ready, _, _ = select.select(sockets, [], [], wait)
-            packets = sorted((p for one in ready for p in _read(one)), key=lambda p: p.nanoseconds)
+            came = (packet for key, _ in ready.select(wait) for packet in _read(key.data))
+            packets = sorted(came, key=lambda packet: packet.nanoseconds)
             file.write(b"".join(packet.record() for packet in packets))
             file.flush()
             count += len(packets)

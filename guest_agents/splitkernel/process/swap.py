@@ -208,9 +208,11 @@ def _end(group: Path) -> None:
 def _line(file: int, seconds: float) -> str:
     """The next line, without its end; empty if there is none in time."""
     said = b""
+    poll = select.poll()  # an agent may have more files open than select can name
+    poll.register(file, select.POLLIN)
     deadline = time.monotonic() + seconds
     while not said.endswith(b"\n"):
-        ready, _, _ = select.select([file], [], [], max(0.0, deadline - time.monotonic()))
+        ready = poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
         got = os.read(file, 1) if ready else b""
         if not got:
             return ""
