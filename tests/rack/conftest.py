@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,17 @@ class Bench:
         path = self.folder / f"{name}.yml"
         path.write_text(yaml.safe_dump({**data, "name": name, **changes}, sort_keys=False))
         return path
+
+    @contextmanager
+    def up(self, prefix: str, source: str = "default", **changes: Any) -> Iterator[Rack]:
+        """A rack of its own name (`unique`), from such a file; it is up, and down afterwards."""
+        name = unique(prefix)
+        file = self.rack_file(name, source, **changes)
+        try:
+            self.rackless("up", str(file))
+            yield Rack(self, name, file)
+        finally:
+            self.rackless("down", name)
 
     def status(self, rack: str) -> dict[str, Any]:
         """Blades by name, from ``rackless status --json``."""
@@ -111,8 +123,5 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 @pytest.fixture(scope="session")
 def rack(bench: Bench) -> Iterator[Rack]:
     """The default rack, up; shared by the tests that do not harm it."""
-    name = unique("t")
-    file = bench.rack_file(name)
-    bench.rackless("up", str(file))
-    yield Rack(bench, name, file)
-    bench.rackless("down", name)
+    with bench.up("t") as made:
+        yield made

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rack.conftest import Bench, Rack, unique
+from tests.rack.conftest import Bench, Rack
 from tests.rack.test_vnode import power, programs, regions
 
 pytestmark = [pytest.mark.rack, pytest.mark.timeout(600)]
@@ -41,11 +41,8 @@ BEGIN {
 @pytest.fixture(scope="module")
 def rack(bench: Bench) -> Iterator[Rack]:
     """Two processor blades, and a manager that notices death soon."""
-    name = unique("c")
-    file = bench.rack_file(name, "pair", blades=BLADES, membership=TIMING)
-    bench.rackless("up", str(file))
-    yield Rack(bench, name, file)
-    bench.rackless("down", name)
+    with bench.up("c", "pair", blades=BLADES, membership=TIMING) as made:
+        yield made
 
 
 @dataclass

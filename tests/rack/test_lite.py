@@ -14,7 +14,7 @@ import pytest
 
 from orchestrator.hypervisor import daemon, domain
 from orchestrator.settings import RackPaths, Settings
-from tests.rack.conftest import Bench, Rack, unique
+from tests.rack.conftest import Bench, Rack
 from tests.rack.program import Program, end_all
 
 pytestmark = pytest.mark.rack
@@ -35,15 +35,11 @@ QUEUE_PAIRS = 4
 @pytest.fixture(scope="module")
 def lite(bench: Bench) -> Iterator[Rack]:
     """A rack that notices death soon."""
-    name = unique("l")
     timing = {"heartbeat": "0.5 s", "dead_after": f"{DEAD_AFTER:g} s"}
-    file = bench.rack_file(name, "pair", blades=BLADES, membership=timing)
-    bench.rackless("up", str(file))
-    rack = Rack(bench, name, file)
-    for blade in BLADES:
-        copy_programs(rack, blade)
-    yield rack
-    bench.rackless("down", name)
+    with bench.up("l", "pair", blades=BLADES, membership=timing) as rack:
+        for blade in BLADES:
+            copy_programs(rack, blade)
+        yield rack
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from guest_agents.lite.apps.graph import references
 from orchestrator import corpus
 from orchestrator.settings import Settings
 from tests.lite_reference import pagerank
-from tests.rack.conftest import PROJECT, Bench, Rack, unique
+from tests.rack.conftest import PROJECT, Bench, Rack
 
 pytestmark = [pytest.mark.rack, pytest.mark.timeout(900)]
 
@@ -33,11 +33,8 @@ LIBRARY = "/opt/rackless/guest_agents/native/liblite"
 @pytest.fixture(scope="module")
 def blades(bench: Bench) -> Iterator[Rack]:
     """Two processor and two memory blades."""
-    name = unique("l")
-    file = bench.rack_file(name, blades=BLADES, links={})
-    bench.rackless("up", str(file))
-    yield Rack(bench, name, file)
-    bench.rackless("down", name)
+    with bench.up("l", blades=BLADES, links={}) as rack:
+        yield rack
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.rack.conftest import Bench, Rack, unique
+from tests.rack.conftest import Bench, Rack
 from tests.rack.program import Program, end_all
 from tests.rack.programs.lite_faults import OPERATIONS
 from tests.rack.test_lite import BLADES, DEAD_AFTER, assert_books_are_empty, books, copy_programs, power, power_on
@@ -57,42 +57,40 @@ def until_all(program: Program, seconds: float) -> Report:
 @pytest.fixture(scope="module")
 def phases(bench: Bench) -> Iterator[dict[str, Report]]:
     """What each operation went through, by phase; and whatever the books still held at the end."""
-    name = unique("f")
     timing = {"heartbeat": "0.5 s", "dead_after": f"{DEAD_AFTER:g} s"}
-    rack = Rack(bench, name, bench.rack_file(name, "pair", blades=BLADES, membership=timing))
-    bench.rackless("up", str(rack.file))
-    for blade in BLADES:
-        copy_programs(rack, blade)
-    server = start(rack, "mb1", "serve")
-    program = start(rack, "pb0", "mb1", "mb0", "pb0")
-    found = {"before": until_all(program, 90)}
-    power(rack, "mb1", "destroy")
-    server.process.kill()
-    time.sleep(DEAD_AFTER + 10)
-    found["killed"] = ask(program)
-    power_on(rack, "mb1")
-    server = start(rack, "mb1", "serve")
-    ask(program)
-    found["back"] = until_all(program, 90)
-    power(rack, "mb1", "suspend")
-    time.sleep(DEAD_AFTER + 10)
-    found["paused"] = ask(program)
-    power(rack, "mb1", "resume")
-    time.sleep(5)
-    ask(program)
-    found["resumed"] = until_all(program, 90)
-    program.tell("stop")
-    found["end"] = dict(json.loads(program.hear()))
-    print(json.dumps({phase: {op: one["outcomes"] for op, one in report.items()} for phase, report in found.items()}))
-    program.end()
-    server.process.stdin.close()  # type: ignore[union-attr]
-    server.process.stdin = None
-    server.end()
-    assert_books_are_empty(rack)
-    print(books(rack))
-    yield found
-    end_all()
-    bench.rackless("down", name)
+    with bench.up("f", "pair", blades=BLADES, membership=timing) as rack:
+        for blade in BLADES:
+            copy_programs(rack, blade)
+        server = start(rack, "mb1", "serve")
+        program = start(rack, "pb0", "mb1", "mb0", "pb0")
+        found = {"before": until_all(program, 90)}
+        power(rack, "mb1", "destroy")
+        server.process.kill()
+        time.sleep(DEAD_AFTER + 10)
+        found["killed"] = ask(program)
+        power_on(rack, "mb1")
+        server = start(rack, "mb1", "serve")
+        ask(program)
+        found["back"] = until_all(program, 90)
+        power(rack, "mb1", "suspend")
+        time.sleep(DEAD_AFTER + 10)
+        found["paused"] = ask(program)
+        power(rack, "mb1", "resume")
+        time.sleep(5)
+        ask(program)
+        found["resumed"] = until_all(program, 90)
+        program.tell("stop")
+        found["end"] = dict(json.loads(program.hear()))
+        outcomes = {phase: {op: one["outcomes"] for op, one in report.items()} for phase, report in found.items()}
+        print(json.dumps(outcomes))
+        program.end()
+        server.process.stdin.close()  # type: ignore[union-attr]
+        server.process.stdin = None
+        server.end()
+        assert_books_are_empty(rack)
+        print(books(rack))
+        yield found
+        end_all()
 
 
 @pytest.mark.parametrize("operation", list(OPERATIONS))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.rack.conftest import PROJECT, Bench, Rack, unique
+from tests.rack.conftest import PROJECT, Bench, Rack
 from tests.rack.program import Program, end_all
 
 pytestmark = [pytest.mark.rack, pytest.mark.timeout(900)]
@@ -43,11 +43,8 @@ Fault = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def rack(bench: Bench) -> Iterator[Rack]:
-    name = unique("p")
-    file = bench.rack_file(name, "pair", blades=BLADES, membership=TIMING)
-    bench.rackless("up", str(file))
-    yield Rack(bench, name, file)
-    bench.rackless("down", name)
+    with bench.up("p", "pair", blades=BLADES, membership=TIMING) as made:
+        yield made
     assert json.loads(bench.rackless("gc", "--json").stdout) == []
 
 

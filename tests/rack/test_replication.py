@@ -19,7 +19,7 @@ import pytest
 from orchestrator.corpus import english
 from orchestrator.hypervisor import daemon, domain
 from orchestrator.settings import RackPaths, Settings
-from tests.rack.conftest import Bench, Rack, unique
+from tests.rack.conftest import Bench, Rack
 from tests.rack.test_main_job import COUNT_WORDS
 
 pytestmark = [pytest.mark.rack, pytest.mark.timeout(900)]
@@ -73,17 +73,13 @@ print(ended, paging)
 @pytest.fixture(scope="module")
 def three(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rack]:
     """A rack with three memory blades, which notices death soon."""
-    name = unique("m")
-    timing = {"heartbeat": "0.5 s", "dead_after": "6 s"}
-    file = bench.rack_file(name, "pair", blades=BLADES, membership=timing)
-    bench.rackless("up", str(file))
-    rack = Rack(bench, name, file)
     program = tmp_path_factory.mktemp("paging") / "paging_stress"
     subprocess.run(["cc", "-std=gnu17", "-O2", "-o", program, SOURCE, "-lpthread"], check=True)
-    rack("cp", str(program), f"pb0:{PROGRAM}")
-    rack.on("pb0", f"chmod +x {PROGRAM}")
-    yield rack
-    bench.rackless("down", name)
+    timing = {"heartbeat": "0.5 s", "dead_after": "6 s"}
+    with bench.up("m", "pair", blades=BLADES, membership=timing) as rack:
+        rack("cp", str(program), f"pb0:{PROGRAM}")
+        rack.on("pb0", f"chmod +x {PROGRAM}")
+        yield rack
 
 
 @pytest.fixture(autouse=True)

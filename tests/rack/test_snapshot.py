@@ -53,11 +53,8 @@ LOOK = "from guest_agents import pmem; d = pmem.open_device(); print(bytes(d.mem
 @pytest.fixture
 def small(bench: Bench) -> Iterator[Rack]:
     """A rack that notices death soon."""
-    name = unique("z")
-    file = bench.rack_file(name, blades=BLADES, links={}, membership=TIMING)
-    bench.rackless("up", str(file))
-    yield Rack(bench, name, file)
-    bench.rackless("down", name)
+    with bench.up("z", blades=BLADES, links={}, membership=TIMING) as made:
+        yield made
 
 
 def python(rack: Rack, blade: str, source: str) -> str:

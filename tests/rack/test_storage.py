@@ -10,7 +10,7 @@ from typing import IO
 
 import pytest
 
-from tests.rack.conftest import AGENT, Bench, Rack, unique
+from tests.rack.conftest import AGENT, Bench, Rack
 
 pytestmark = [pytest.mark.rack, pytest.mark.timeout(900)]
 
@@ -33,11 +33,8 @@ for number in range(int(sys.argv[1])):
 @pytest.fixture(scope="module")
 def small(bench: Bench) -> Iterator[Rack]:
     """A rack whose storage blade may be harmed."""
-    name = unique("s")
-    file = bench.rack_file(name, blades=BLADES, links={"sb0": {"latency": "0 us"}})
-    bench.rackless("up", str(file))
-    yield Rack(bench, name, file)
-    bench.rackless("down", name)
+    with bench.up("s", blades=BLADES, links={"sb0": {"latency": "0 us"}}) as made:
+        yield made
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from orchestrator import agents
 from orchestrator.hypervisor import daemon, domain
 from orchestrator.settings import RackPaths, Settings
-from tests.rack.conftest import Bench, Rack, unique
+from tests.rack.conftest import Bench, Rack
 
 pytestmark = [pytest.mark.rack, pytest.mark.timeout(600)]
 
@@ -46,14 +46,10 @@ print(digest)
 @pytest.fixture(scope="module")
 def rack(bench: Bench) -> Iterator[Rack]:
     """Two processor blades, and a manager that notices death soon."""
-    name = unique("v")
-    file = bench.rack_file(name, "pair", blades=BLADES, membership=TIMING)
-    bench.rackless("up", str(file))
-    made = Rack(bench, name, file)
-    made.bench.rackless("vnode", "create", "web", "--processors", "pb0,pb1", "--memory", "mb1", "--storage", "sb0",
-                        "--rack", name)  # fmt: skip
-    yield made
-    bench.rackless("down", name)
+    with bench.up("v", "pair", blades=BLADES, membership=TIMING) as made:
+        words = ("create", "web", "--processors", "pb0,pb1", "--memory", "mb1", "--storage", "sb0")
+        bench.rackless("vnode", *words, "--rack", made.name)
+        yield made
 
 
 def vnode(rack: Rack, *words: str, **more: Any) -> Any:
