@@ -268,6 +268,9 @@ class Cache:
             with self._changed:
                 for page, state in here.items():
                     state.committing = False
+                    # News that came when it was clean already; what has stores, or is acquired, waits for their end.
+                    if state.fresh is not None and not state.dirty and not state.transaction:
+                        self._settle(page, state, state.fresh)
                     self._wake(page)
                 self._changed.notify_all()
 
