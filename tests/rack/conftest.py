@@ -97,12 +97,24 @@ def unique(prefix: str) -> str:
     return f"{prefix}{secrets.token_hex(3)}"
 
 
-LONGEST = ("test_kill.py", "test_replication.py", "test_lite.py", "test_playbooks.py")
+SHARED = "the shared rack"
+LONGEST = ("test_playbooks", SHARED, "test_replication", "test_lite", "test_vnode", "test_errors", "test_lite_apps",
+           "test_storage", "test_lite_faults", "test_checkpoint", "test_kill", "test_hosts", "test_hotpot_crash",
+           "test_snapshot")  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: `make test-rack` has two workers, and both shall end at the same time."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    """One worker has all tests of the shared rack, so that there is one; others have a file at a time. The longest
+    first: `make test-rack` has two workers, and both shall end at the same time."""
+    order: dict[str, int] = {}
+    for item in items:
+        module = item.path.stem
+        shares = "rack" in getattr(item, "fixturenames", ()) and not hasattr(getattr(item, "module", None), "rack")
+        group = SHARED if shares else module
+        item.add_marker(pytest.mark.xdist_group(group))
+        order[item.nodeid] = LONGEST.index(group) if group in LONGEST else len(LONGEST)
+    items.sort(key=lambda item: order[item.nodeid])
 
 
 @pytest.fixture(scope="session")
