@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from guest_agents.hotpot import userfault
 from guest_agents.hotpot.blocks import PAGE, Copy
-from guest_agents.hotpot.errors import HotpotError, NotClean, Retry
+from guest_agents.hotpot.errors import HotpotError, NotClean, Retry, StoresLost
 from guest_agents.hotpot.records import Piece, Record, patched
 from guest_agents.hotpot.userfault import Fault
 
@@ -77,6 +77,8 @@ class Cache:
         self._fetch_pages = fetch
         self._pages: dict[int, Page] = {}
         self._programs: set[int] = set()
+        self._lost: set[int] = set()
+        """Pages that had to be dropped with stores that were not committed, which nobody has been told yet."""
         self._changed = threading.Condition()
 
     def close(self) -> None:
@@ -188,7 +190,9 @@ class Cache:
         with self._changed:
             state = self._pages.get(page)
             ahead = state is not None and state.version > copy.version and not (state.arriving or state.committing)
-            if ahead:
+            if state is not None and ahead:
+                if state.dirty and not state.transaction:
+                    self._lost.add(page)
                 self._forget(page)
         if not ahead:
             self.updated(page, copy)
@@ -233,11 +237,13 @@ class Cache:
             self._changed.notify_all()
 
     def free(self, pages: Iterable[int]) -> list[int]:
-        """Those of the pages that are here. NotClean: one of them is in a transaction."""
+        """Those of the pages that are here; stores to all of them are given up. NotClean: one is in a transaction."""
+        wanted = list(pages)
         with self._changed:
-            here = [page for page in pages if page in self._pages]
+            here = [page for page in wanted if page in self._pages]
             if any(self._pages[page].transaction for page in here):
                 raise NotClean("a page is in a transaction", hint="abort that instead")
+            self._lost.difference_update(wanted)
             return here
 
     @contextmanager
@@ -245,11 +251,14 @@ class Cache:
         """No program writes to these pages meanwhile; gives those that are here.
 
         Retry: another transaction of this node has one of them, or (in a transaction) somebody else committed one since
-        it was acquired.
+        it was acquired. StoresLost (in none).
 
         transaction -- 0 for a commit without one
         """
         with self._changed:
+            if not transaction and (lost := self._lost & pages.keys()):
+                self._lost -= lost
+                raise StoresLost(f"pages {sorted(lost)} of {self.record.name} had to be dropped")
             here = {page: self._pages[page] for page in pages
                     if page in self._pages and not self._pages[page].arriving}  # fmt: skip
             for state in here.values():
@@ -282,21 +291,22 @@ class Cache:
                 now, twin = self._bytes(page), state.twin
                 assert twin is not None
                 ours = _cut(now, pages[page])
+                others = patched(now, _cut(twin, pages[page]))
                 if state.version == version - 1:
-                    after = patched(self._latest(state) or twin, ours)
-                elif state.version == version and state.fresh is not None:
-                    after = state.fresh  # the owner has told us already
+                    after, state.version = patched(self._latest(state) or twin, ours), version
+                elif state.version >= version and state.fresh is not None:
+                    after = state.fresh  # it has come back from the owner, and what others committed after it, too
                 else:
+                    if others != twin:
+                        self._lost.add(page)
                     self._forget(page)
                     continue
-                state.version = version
-                others = patched(now, _cut(twin, pages[page]))
                 if others == twin:
                     self._settle(page, state, after)
                 else:  # there are more stores on this page, which stay uncommitted
                     changed = (new if mine == old else mine for mine, old, new in zip(others, twin, after, strict=True))
                     os.pwrite(self.file, patched(bytes(changed), _cut(after, pages[page])), page * PAGE)
-                    state.twin, state.fresh, state.seen = after, None, version
+                    state.twin, state.fresh, state.seen = after, None, state.version
 
     def doubtful(self, pages: Iterable[int]) -> None:
         """What became of these pages is not known: forget them."""

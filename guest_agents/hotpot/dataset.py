@@ -119,7 +119,8 @@ class Dataset:
         """Commit what was stored in ranges (offset, length) without a transaction (atomic commit, xact_id -1).
 
         All or nothing, over whatever others have committed there meanwhile; stores outside the ranges stay uncommitted.
-        Retry: nothing took place, the stores are still there. The rest as of Transaction.commit.
+        Retry: nothing took place, the stores are still there. StoresLost: nothing took place, and they had to be taken
+        back. The rest as of Transaction.commit.
         """
         self._ask("commit_areas", areas=areas, replicas=replicas)
 

@@ -158,6 +158,13 @@ class PagesLost(HotpotError):
     default_hint = "it was committed with one copy only (replicas=1), or more nodes were lost than it had copies"
 
 
+class StoresLost(HotpotError):
+    """Stores that were not committed have been taken back with their pages, as the home of these was lost or away."""
+
+    meaning = "stores that were not committed were taken back"
+    default_hint = "nothing was committed; read the ranges again, and store again"
+
+
 class NotJoined(HotpotError):
     """There is no Hotpot here: no service, or it has gone."""
 
