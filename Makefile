@@ -50,13 +50,13 @@ test-long: setup-tests ## those that need no blade either, but more time: storms
 	@$(PYTEST) tests/unit -m long -n 4 --dist loadfile $(ARGS)
 
 test-rack: setup-tests ## the tests on real blades (half an hour or more; root)
-	@$(PYTEST) tests/rack -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	@$(PYTEST) tests/rack -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-night: setup-tests ## the same for a night: 30 killed commands, 200 killed programs, long soak, whole crash matrices
 	@export RACKLESS_KILLS=30 RACKLESS_KILLED_PROGRAMS=200 RACKLESS_SOAK_SECONDS=600 RACKLESS_BLADE_CRASHES=220
 	export RACKLESS_CRASH_RUNS=5000
 	$(PYTEST) tests/unit -m long -n 4 --dist loadfile $(ARGS)
-	$(PYTEST) tests/rack -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(PYTEST) tests/rack -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 images: setup ## build the blades' images (cached by content)
 	@$(RACKLESS) image build

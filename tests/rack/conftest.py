@@ -97,29 +97,20 @@ def unique(prefix: str) -> str:
     return f"{prefix}{secrets.token_hex(3)}"
 
 
-SHARED = "the shared rack"
-LONGEST = ("test_playbooks", SHARED, "test_replication", "test_lite", "test_vnode", "test_errors", "test_lite_apps",
-           "test_storage", "test_lite_faults", "test_checkpoint", "test_kill", "test_hosts", "test_hotpot_crash",
-           "test_snapshot")  # fmt: skip
+LONGEST = ("playbooks", "replication", "lite", "vnode", "errors", "lite_apps", "storage", "lite_faults", "checkpoint",
+           "kill", "main_job", "paging", "hosts", "hotpot_crash", "hotpot_apps", "snapshot", "observe")  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker has all tests of the shared rack, so that there is one; others have a file at a time. The longest
-    first: `make test-rack` has two workers, and both shall end at the same time."""
-    order: dict[str, int] = {}
-    for item in items:
-        module = item.path.stem
-        shares = "rack" in getattr(item, "fixturenames", ()) and not hasattr(getattr(item, "module", None), "rack")
-        group = SHARED if shares else module
-        item.add_marker(pytest.mark.xdist_group(group))
-        order[item.nodeid] = LONGEST.index(group) if group in LONGEST else len(LONGEST)
-    items.sort(key=lambda item: order[item.nodeid])
+    """The longest files first: `make test-rack` has two workers, and both shall end at the same time."""
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """Folders for this session's racks; all racks in them are taken down at the end, whatever happened."""
+def bench(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Bench]:
+    """Folders for this session's racks; all racks in them are taken down at the end, whatever happened. Where a test
+    failed, out/rack-tests keeps what is left of blades' consoles and of the hypervisor's logs."""
     if os.geteuid() != 0:
         pytest.skip("racks need root")
     made = Bench(tmp_path_factory.mktemp("racks"), Path(f"/run/rackless-t{os.getpid()}"))
@@ -127,6 +118,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         yield made
     finally:
         racks = made.folder / "state/racks"
+        if request.session.testsfailed:
+            for file in [*racks.glob("*/blades/*/console.log"), *racks.glob("*/libvirt/log/qemu/*.log")]:
+                kept = PROJECT / "out/rack-tests" / file.relative_to(racks)
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, kept)
         for rack in sorted(racks.glob("*")) if racks.exists() else []:
             made.rackless("down", rack.name, check=False)
         shutil.rmtree(made.run, ignore_errors=True)

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.rack.conftest import Rack
+from tests.rack.conftest import Bench, Rack
 
 pytestmark = pytest.mark.rack
+
+
+@pytest.fixture(scope="module")
+def rack(bench: Bench) -> Iterator[Rack]:
+    """A blade whose persistent memory nobody uses: where Hotpot has been, its mode is refused."""
+    blades = {"gm0": {"kind": "manager", "memory": "256 MiB"},
+              "mb1": {"kind": "memory", "memory": "256 MiB", "pmem": "128 MiB"}}  # fmt: skip
+    with bench.up("d", "pair", blades=blades) as made:
+        yield made
 
 
 def pmem(rack: Rack, command: str, *words: str) -> dict[str, Any]:
