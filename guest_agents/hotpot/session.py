@@ -31,7 +31,6 @@ class Session:
         self._pid = os.getpid()
         self._joining = threading.Lock()
         self._node: lite.Node | None = None
-        watch.library()
         try:
             self._socket.connect(path)
         except OSError as failure:
@@ -69,7 +68,7 @@ class Session:
         return self.open(name)
 
     def open(self, name: str) -> Dataset:
-        """Map a dataset at its address. NoSuchDataset, NodeLost, AddressTaken, NoUserfaultfd."""
+        """Map a dataset at its address. NoSuchDataset, NodeLost, AddressTaken, NoUserfaultfd, NotJoined."""
         return Dataset(self, name)
 
     def delete(self, name: str) -> None:
@@ -125,6 +124,7 @@ class Session:
         This process keeps its userfaultfd open too: if the service dies, faults do not find zeros, but wait for the
         watch to answer them.
         """
+        watch.library()
         mapping.reserve()
         about, files = self._exchange({"op": "open", "name": name}, [])
         [file] = files

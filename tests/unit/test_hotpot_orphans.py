@@ -71,12 +71,20 @@ def test_a_fault_that_the_service_has_read_but_not_answered(
             userfault.let(faults, waiting.address, writable=False)
             assert fault_of(faults).protected
         os.close(faults)
-    out, errors = program.communicate(timeout=SECONDS)
+    out, errors = rest(program)
     if printed is None:
         assert (program.returncode, out) == (-signal.SIGBUS, "")
         assert f"SIGBUS at 8192 of dataset 'set': {WHY}" in errors
     else:
         assert printed in out + errors
+
+
+def rest(program: subprocess.Popen[str], told: str | None = None) -> tuple[str, str]:
+    """What a program says until it ends, which it must soon."""
+    try:
+        return program.communicate(told, timeout=SECONDS)
+    finally:
+        program.kill()
 
 
 def fault_of(faults: int) -> userfault.Fault:
@@ -188,13 +196,10 @@ all_at_once(1 << 30)
 def ends(program: subprocess.Popen[str], service: subprocess.Popen[bytes]) -> None:
     """The service is killed under a program that opens and closes; that ends, by an error or SIGBUS."""
     assert program.stdout is not None
-    try:
-        begins = program.stdout.readline()
-        assert begins == "begins\n", program.communicate(timeout=SECONDS)
-        service.kill()
-        errors = program.communicate(timeout=SECONDS)[1]
-    finally:
-        program.kill()
+    begins = program.stdout.readline()
+    assert begins == "begins\n", rest(program)
+    service.kill()
+    _out, errors = rest(program)
     if program.returncode == -signal.SIGBUS:
         assert WHY in errors
     else:
@@ -254,7 +259,7 @@ def test_a_c_program_keeps_what_it_has_and_gets_sigbus_for_the_rest(orphanage: M
     assert program.stdout.readline() == "begins\n"
     service.kill()
     service.wait()
-    out, errors = program.communicate("go on\n", timeout=SECONDS)
+    out, errors = rest(program, "go on\n")
     assert (program.returncode, out) == (0, "ends\n"), errors
     assert WHY in errors
 
