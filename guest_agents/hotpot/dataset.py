@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-from guest_agents.hotpot import mapping
+from guest_agents.hotpot import mapping, watch
 from guest_agents.hotpot.errors import NotMapped, Retry, ViewsInUse
 from guest_agents.hotpot.records import Area
 
@@ -88,7 +88,7 @@ class Dataset:
         """Opened by the session."""
         self.session = session
         self.name = name
-        about, memory, self._faults = session.attach(name)
+        about, memory, self._faults, self._watch = session.attach(name)
         self._number: int = about["id"]
         self.size: int = about["size"]
         """Bytes."""
@@ -146,6 +146,7 @@ class Dataset:
             self.memory = memoryview(in_use).cast("B")
             raise ViewsInUse(f"there are still views of {self.name!r}")
         faults, self._faults = self._faults, -1
+        watch.stop(self._watch)
         mapping.unmap(self.address, self.size)
         self.session.detach(self._number, faults)
 

@@ -118,22 +118,22 @@ class Programs:
     def _serve(self, connection: socket.socket) -> None:
         pid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
         program = _Program(pid)
-        try:
-            while True:
-                packet, files, _flags, _from = socket.recv_fds(connection, MAX_PACKET, 1)
-                if not packet:
-                    return
-                offered: list[int] = []
-                reply = guard(lambda packet=packet, files=files, offered=offered:  # type: ignore[misc]
-                              self._answer(program, packet, files, offered))  # fmt: skip
-                for file in files:  # nobody wanted them
-                    os.close(file)
-                socket.send_fds(connection, [json.dumps(reply).encode()], offered)
-        except OSError as failure:
-            log.info("program %d: %s", pid, failure)
-        finally:
-            connection.close()
-            self._gone(program)
+        with connection:  # closed when nobody answers the program's faults any more: then its own thread does
+            try:
+                while True:
+                    packet, files, _flags, _from = socket.recv_fds(connection, MAX_PACKET, 1)
+                    if not packet:
+                        return
+                    offered: list[int] = []
+                    reply = guard(lambda packet=packet, files=files, offered=offered:  # type: ignore[misc]
+                                  self._answer(program, packet, files, offered))  # fmt: skip
+                    for file in files:  # nobody wanted them
+                        os.close(file)
+                    socket.send_fds(connection, [json.dumps(reply).encode()], offered)
+            except OSError as failure:
+                log.info("program %d: %s", pid, failure)
+            finally:
+                self._gone(program)
 
     def _answer(self, program: _Program, packet: bytes, files: list[int], offered: list[int]) -> Message:
         try:

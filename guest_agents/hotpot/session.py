@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from guest_agents import lite
-from guest_agents.hotpot import mapping, userfault
+from guest_agents.hotpot import mapping, userfault, watch
 from guest_agents.hotpot.dataset import Dataset
 from guest_agents.hotpot.errors import BadArgument, NotJoined, from_reply
 from guest_agents.hotpot.records import CHUNK, SETTINGS
@@ -68,7 +68,7 @@ class Session:
         return self.open(name)
 
     def open(self, name: str) -> Dataset:
-        """Map a dataset at its address. NoSuchDataset, NodeLost, AddressTaken, NoUserfaultfd."""
+        """Map a dataset at its address. NoSuchDataset, NodeLost, AddressTaken, NoUserfaultfd, NotJoined."""
         return Dataset(self, name)
 
     def delete(self, name: str) -> None:
@@ -102,7 +102,7 @@ class Session:
         return self.ask("stat")
 
     def close(self) -> None:
-        """Leave: transactions are aborted. Datasets stay mapped, but nobody answers their faults: close them first."""
+        """Leave: transactions are aborted. Close datasets first: the service is not left before the last is closed."""
         with suppress(OSError):
             self._socket.close()
         if self._node is not None:
@@ -118,11 +118,13 @@ class Session:
 
     # For datasets
 
-    def attach(self, name: str) -> tuple[dict[str, Any], memoryview, int]:
-        """Open and map: what is known of it, its bytes, and the descriptor that keeps faults from being misunderstood.
+    def attach(self, name: str) -> tuple[dict[str, Any], memoryview, int, int]:
+        """Open and map: what is known of it, its bytes, its userfaultfd, and its watch.
 
-        This process keeps its userfaultfd open too: if the service dies, faults wait, instead of finding zeros.
+        This process keeps its userfaultfd open too: if the service dies, faults do not find zeros, but wait for the
+        watch to answer them.
         """
+        watch.library()
         mapping.reserve()
         about, files = self._exchange({"op": "open", "name": name}, [])
         [file] = files
@@ -135,6 +137,7 @@ class Session:
         try:
             faults = userfault.open_for(address, size)
             self._exchange({"op": "attach", "dataset": about["id"]}, [faults])
+            watcher = watch.start(self._socket.fileno(), faults, address, size, name)
         except BaseException:
             memory.release()
             mapping.unmap(address, size)
@@ -142,7 +145,7 @@ class Session:
                 os.close(faults)
             self.ask("close", dataset=about["id"])
             raise
-        return about, memory, faults
+        return about, memory, faults, watcher
 
     def detach(self, dataset: int, faults: int) -> None:
         """The dataset is not mapped any more."""

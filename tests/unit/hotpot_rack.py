@@ -51,6 +51,34 @@ class Place:
         return output(self.start(text, *words))
 
 
+_SERVICE = """
+import sys
+from pathlib import Path
+from guest_agents import lite
+from guest_agents.hotpot.programs import Programs
+from guest_agents.hotpot.service import Service
+folder = Path(sys.argv[2])
+service = Service(lite.connect(sys.argv[1]), folder / "media", 1).start()
+Programs(lambda: service, folder / "hotpot").start()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def mortal(lite_socket: Path, folder: Path) -> Iterator[tuple[Place, subprocess.Popen[bytes]]]:
+    """A service that can be killed, as it is a process; with the same folder it finds what it had before."""
+    service = subprocess.Popen([sys.executable, "-c", _SERVICE, str(lite_socket), str(folder)], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, cwd=PROJECT)  # fmt: skip
+    try:
+        assert service.stdout is not None
+        assert service.stdout.readline() == b"ready\n"
+        yield Place(folder / "hotpot"), service
+    finally:
+        service.kill()
+        service.wait()
+
+
 @dataclass
 class Blade(Place):
     """A blade with its service, and where the service's media are."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from guest_agents.hotpot.records import SETTINGS
 from guest_agents.lite import abi, wire
 from guest_agents.lite.core import Config, Core, Event
 from guest_agents.lite.errors import LiteError
@@ -22,6 +23,7 @@ from guest_agents.lite.wire import Flag, Op, Reply
 
 NATIVE = Path(__file__).parents[2] / "guest_agents" / "native"
 FAKE = Path(__file__).parent / "native" / "fake_verbs.c"
+LIBHOTPOT = ("libhotpot/hotpot.c", "libhotpot/watch.c", "liblite/json.c")
 SECONDS = 20.0
 ALL = 31
 """Every permission."""
@@ -41,14 +43,16 @@ def missing() -> str | None:
 
 
 def build(folder: Path) -> Path:
-    """The core with the stand-in verbs in one library, compiled unless it is there."""
+    """The core with the stand-in verbs in one library, compiled unless it is there; and libhotpot beside it."""
     library = folder / "lite_core.so"
     if library.exists():
         return library
-    sources = [*sorted((NATIVE / "lite").glob("*.c")), FAKE]
+    core = [*sorted((NATIVE / "lite").glob("*.c")), FAKE]
+    hotpot = [f"-DHP_PROTOCOL={SETTINGS['protocol']}", *(NATIVE / name for name in LIBHOTPOT)]
     flags = ["-std=gnu17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-fvisibility=hidden",
              "-fsanitize=undefined", "-fno-sanitize-recover=undefined"]  # fmt: skip
-    subprocess.run(["cc", *flags, "-o", library, *sources, "-lpthread"], check=True)
+    for made, sources in ((folder / "libhotpot.so", hotpot), (library, core)):
+        subprocess.run(["cc", *flags, "-o", made, *sources, "-lpthread"], check=True)
     return library
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ def whole(folder: Path, library: Path, *names: str) -> Iterator[lite_blades.Rack
     with (
         mock.patch.object(abi, "LIBRARY", library),
         mock.patch.object(lite_blades, "StandInCore", _core),
+        mock.patch.dict(os.environ, LD_LIBRARY_PATH=str(library.parent)),  # programs of Hotpot find libhotpot there
     ):
         rack = lite_blades.Rack(folder, list(names), memory=MEMORY)
         try:

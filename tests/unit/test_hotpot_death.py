@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from guest_agents.hotpot.lease import Timing
 from guest_agents.hotpot.programs import Programs
 from guest_agents.hotpot.service import Service
 from tests.unit import lite_pair
-from tests.unit.hotpot_rack import PROJECT, Blade, Place, shells
+from tests.unit.hotpot_rack import Blade, mortal, shells
 from tests.unit.lite_blades import Rack, eventually
 from tests.unit.lite_stack import whole
 
@@ -152,71 +150,31 @@ def test_a_home_whose_node_was_taken_for_dead_is_in_reach_again(rack: Rack, blad
         assert blocks.unseal(home.memory.read(blocks.STRIDE, at=blocks.STRIDE)) == home.read(1)
 
 
-_SERVICE = """
-import sys
-from pathlib import Path
-from dataclasses import replace
-from guest_agents import lite
-from guest_agents.hotpot import blocks
-from guest_agents.hotpot.programs import Programs
-from guest_agents.hotpot.service import Service
-folder = Path(sys.argv[2])
-service = Service(lite.connect(sys.argv[1]), folder / "media", 1).start()
-Programs(lambda: service, folder / "hotpot").start()
-print("ready", flush=True)
-sys.stdin.read()
-"""
-
-
 def test_a_service_that_was_killed_comes_back_with_what_it_had(tmp_path: Path, rack: Rack) -> None:
     """By SIGKILL, while programs commit; what they were told of is there, in its next life."""
     with lite.connect(str(rack["gm0"].tier.settings.socket)) as manager:
         dispatcher = Service(manager, tmp_path / "dispatcher", 1, timing=TIMING).start()
-        words = [sys.executable, "-c", _SERVICE, str(rack["mb0"].tier.settings.socket), str(tmp_path)]
         counted = 0
         for life in range(3):
-            service = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=PROJECT)
-            assert service.stdout is not None
-            assert service.stdout.readline() == b"ready\n"
-            made = "session.create('set', 8192, owners=[2])" if life == 0 else "session.open('set')"
-            program = Place(tmp_path / "hotpot").start(f"""
+            with mortal(rack["mb0"].tier.settings.socket, tmp_path) as (place, service):
+                made = "session.create('set', 8192, owners=[2])" if life == 0 else "session.open('set')"
+                program = place.start(f"""
 d = {made}
 print("begins", d.memory[:8].cast("Q")[0], flush=True)
 while True:
     d.run(lambda t: [v.__setitem__(0, v[0] + 1) for v in [t.acquire(0, 8).cast("Q"), t.acquire(4096, 8).cast("Q")]])
     print("done", d.memory[:8].cast("Q")[0], flush=True)
 """)
-            assert program.stdout is not None
-            begun = int(program.stdout.readline().split()[1])
-            assert begun in (counted, counted + 1), "all that was acknowledged, and perhaps what was under way"
-            for _ in range(5):
-                program.stdout.readline()
-            service.kill()
-            service.wait()
-            counted = max(int(line.split()[1]) for line in [f"done {begun + 5}\n", *program.communicate(timeout=60)[0]
-                          .splitlines()])  # fmt: skip
-        dispatcher.close()
-
-
-def test_programs_hear_that_the_service_was_killed(tmp_path: Path, rack: Rack) -> None:
-    """And what it had not fetched is not taken for zero."""
-    with lite.connect(str(rack["gm0"].tier.settings.socket)) as manager:
-        dispatcher = Service(manager, tmp_path / "dispatcher", 1).start()
-        words = [sys.executable, "-c", _SERVICE, str(rack["mb0"].tier.settings.socket), str(tmp_path)]
-        service = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=PROJECT)
-        assert service.stdout is not None
-        assert service.stdout.readline() == b"ready\n"
-        with shells(Place(tmp_path / "hotpot")) as [program]:
-            program.do("d = session.create('set', 8192)")
-            assert program.do("d.memory[0]") == 0
-            service.kill()
-            service.wait()
-            assert program.refused("d.commit((0, 1))").startswith("NotJoined")
-            assert program.do("d.memory[0]") == 0
-            with pytest.raises(subprocess.TimeoutExpired):
-                program.process.communicate('"d.memory[4096]"\n', timeout=1)
-            program.process.kill()
-            assert program.process.wait() == -signal.SIGKILL
+                assert program.stdout is not None
+                begun = int(program.stdout.readline().split()[1])
+                assert begun in (counted, counted + 1), "all that was acknowledged, and perhaps what was under way"
+                for _ in range(5):
+                    program.stdout.readline()
+                service.kill()
+                service.wait()
+                rest, errors = program.communicate(timeout=60)
+                assert program.returncode == -signal.SIGBUS or "NotJoined" in errors, errors
+                counted = max(int(line.split()[1]) for line in [f"done {begun + 5}", *rest.splitlines()])
         dispatcher.close()
 
 

@@ -19,8 +19,7 @@ pytestmark = [
     pytest.mark.skipif(lite_pair.missing() is not None, reason=str(lite_pair.missing())),
     pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler"),
 ]
-NATIVE = Path(__file__).parents[2] / "guest_agents" / "native"
-LIBRARY = NATIVE / "libhotpot"
+LIBRARY = lite_pair.NATIVE / "libhotpot"
 FLAGS = ["-std=gnu17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{LIBRARY}"]
 Rack = dict[str, Blade]
 
@@ -28,8 +27,8 @@ Rack = dict[str, Blade]
 def build(folder: Path, source: Path, protocol: int = SETTINGS["protocol"]) -> Path:
     """A program with the library in it."""
     program = folder / f"{source.stem}{protocol}"
-    subprocess.run(["cc", *FLAGS, f"-DHP_PROTOCOL={protocol}", "-o", program, source, LIBRARY / "hotpot.c",
-                    NATIVE / "liblite/json.c", "-lpthread"], check=True)  # fmt: skip
+    sources = [source, *(lite_pair.NATIVE / name for name in lite_pair.LIBHOTPOT)]
+    subprocess.run(["cc", *FLAGS, f"-DHP_PROTOCOL={protocol}", "-o", program, *sources, "-lpthread"], check=True)
     return program
 
 

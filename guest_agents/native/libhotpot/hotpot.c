@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 #include "../liblite/json.h"
+#include "watch.h"
 
 #define EXPORT __attribute__((visibility("default")))
 #define SOCKET "/run/rackless/hotpot.sock"
@@ -216,8 +217,8 @@ static void unmap(char *memory, uint64_t size)
     mmap(memory, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
 }
 
-/* Map the dataset that the reply in `packet` tells of, and give its faults to the service. */
-static int map(struct HP_dataset *d, int file)
+/* Map the dataset that the reply in `packet` tells of, and give its faults to the service, or to the watch without it. */
+static int map(const char *name, struct HP_dataset *d, int file)
 {
     uint64_t address;
     struct json request;
@@ -235,6 +236,8 @@ static int map(struct HP_dataset *d, int file)
         json_unsigned(&request, "dataset", d->number);
         failed = ask(&request, "", d->faults, NULL);
     }
+    if (!failed && !(d->watch = hotpot_watch(service, d->faults, d->memory, d->size, name)))
+        failed = fail(HP_ERR_SYSTEM, "nobody can watch the dataset: %s", strerror(errno));
     if (failed) {
         unmap(d->memory, d->size);
         if (d->faults >= 0)
@@ -252,7 +255,7 @@ EXPORT int HP_open(const char *name, struct HP_dataset *d)
     pthread_mutex_lock(&lock);
     int failed = ask(&request, "", -1, &file);
     if (!failed) {
-        failed = map(d, file);
+        failed = map(name, d, file);
         if (file >= 0)
             close(file);
         if (failed) {
@@ -271,6 +274,7 @@ EXPORT int HP_open(const char *name, struct HP_dataset *d)
 EXPORT int HP_close(struct HP_dataset *d)
 {
     struct json request;
+    hotpot_unwatch(d->watch);
     unmap(d->memory, d->size);
     close(d->faults);
     json_begin(&request, "close");

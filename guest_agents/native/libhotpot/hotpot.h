@@ -30,6 +30,7 @@ struct HP_dataset {
     uint64_t size;   /* bytes */
     uint64_t number; /* the rest is the library's */
     int faults;
+    struct watch *watch;
 };
 
 /* Bytes of a dataset. */
@@ -40,7 +41,7 @@ struct HP_range {
 typedef uint64_t HP_transaction;
 
 int HP_connect(void);    /* this process joins; must be called first */
-int HP_disconnect(void); /* aborts its transactions; close datasets first */
+int HP_disconnect(void); /* transactions are aborted; close datasets first, as they hold the connection */
 
 int HP_create(const char *name, uint64_t size, const char *mode); /* mode: "mrmw", "mrsw", or NULL for the first */
 int HP_open(const char *name, struct HP_dataset *dataset);
