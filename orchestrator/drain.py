@@ -2,8 +2,8 @@
 
 Memory moves while programs use it: that of LITE by its own means (guest_agents/lite/drain.py), that of programs of the
 splitkernel by the machinery of copies (native/replica.h): each gets a second place elsewhere, and then does without the
-blade. Memory of static programs does not move. Neither do files and Hotpot's chunks: a blade that owns chunks is not
-removed, even if there are copies; one that only has copies is.
+blade. Memory of static programs does not move. Files move to another storage blade (departure.py). Hotpot's chunks do
+not: a blade that owns chunks is not removed, even if there are copies; one that only has copies is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from orchestrator import agents, holdings, managers
+from orchestrator import agents, departure, holdings, managers
 from orchestrator.errors import RacklessError
 from orchestrator.plan import Observed
 from orchestrator.settings import RackPaths
@@ -34,6 +34,8 @@ def lost_with(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> li
     room = sum(_room(paths, other) for other in _running(blades, "memory") if other != spec) if used else 0
     if used > room:
         lost.append(f"memory of programs ({max(used >> 20, 1)} MiB, and others have room for {room >> 20} MiB)")
+    if spec.kind == "storage":
+        lost += departure.refusals(paths, _running(blades, "storage"), spec)
     held = _ask(paths, blades, spec, dry=True)
     if held["own"]:
         lost.append(f"memory of LITE that only its own programs use ({held['own']} LMRs)")
@@ -53,6 +55,8 @@ def drain(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> int:
         return 0
     try:
         moved = int(_ask(paths, blades, spec)["moved"]) + _programs(paths, blades, spec)
+        if spec.kind == "storage":
+            moved += departure.move(paths, _running(blades), spec)
         lost = lost_with(paths, blades, name)
         if lost or movable(paths, blades, name):
             raise RacklessError(f"{name} was drained, and is used again: {' and '.join(lost) or 'memory'}",
@@ -70,6 +74,8 @@ def cancel(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> None:
         return
     with suppress(RacklessError):  # one that cannot be told must not keep the others from it
         _ask(paths, blades, spec, cancel=True)
+    if spec.kind == "storage":
+        departure.cancel(paths, _running(blades), spec)
     for other in _running(blades, "processor"):
         with suppress(RacklessError):
             _tell(paths, other, name, cancel=True)
@@ -80,7 +86,8 @@ def movable(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> int:
     spec = blades[name].spec
     if spec is None or blades[name].state != "running":
         return 0
-    return int(_ask(paths, blades, spec, dry=True)["moved"]) + _of_programs(paths, spec)
+    files = departure.used(paths, spec) if spec.kind == "storage" else 0
+    return int(_ask(paths, blades, spec, dry=True)["moved"]) + _of_programs(paths, spec) + files
 
 
 def _programs(paths: RackPaths, blades: Mapping[str, Observed], spec: BladeSpec) -> int:
@@ -113,8 +120,9 @@ def _room(paths: RackPaths, spec: BladeSpec) -> int:
     return int(stats["bytes_total"]) - int(stats["bytes_of_others"]) - int(stats["bytes_allocated"])
 
 
-def _running(blades: Mapping[str, Observed], kind: str) -> list[BladeSpec]:
-    return [seen.spec for seen in blades.values() if seen.state == "running" and seen.spec and seen.spec.kind == kind]
+def _running(blades: Mapping[str, Observed], kind: str | None = None) -> list[BladeSpec]:
+    running = [seen.spec for seen in blades.values() if seen.state == "running" and seen.spec]
+    return [spec for spec in running if kind in (None, spec.kind)]
 
 
 def _ask(paths: RackPaths, blades: Mapping[str, Observed], spec: BladeSpec, **fields: bool) -> dict[str, Any]:

@@ -18,14 +18,15 @@ def lost_with(paths: RackPaths, blades: Mapping[str, Observed], name: str, keeps
     """In words, what nobody has any more once blade `name` is gone, each such as "memory of programs (12 MiB)".
 
     With `keeps_files` it is made anew with its disk and its persistent memory, as by a power cycle; with `drained`
-    its memory does not count, which moves before (see drain.py). Of a blade that does not run, memory and programs are
-    gone already. RacklessError when a blade that runs cannot be asked.
+    its memory and files do not count, which move before (see drain.py). Of a blade that does not run, memory and
+    programs are gone already. RacklessError when a blade that runs cannot be asked.
     """
     seen = blades[name]
     spec = seen.spec
     if spec is None:
         return []
-    lost = [] if keeps_files else _files(paths, blades, spec)
+    moves = drained and spec.kind == "storage" and seen.state == "running" and not spec.pmem
+    lost = [] if keeps_files or moves else _files(paths, blades, spec)
     if seen.state == "running" and spec.kind == "memory" and not drained:
         lost += _memory(paths, spec)
     elif seen.state == "running":
