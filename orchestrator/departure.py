@@ -45,7 +45,7 @@ def move(paths: RackPaths, running: Sequence[BladeSpec], spec: BladeSpec) -> int
     RacklessError when that does not work: the files are where they were.
     """
     blades = {other.name: other for other in running}
-    managers.ask(paths, blades, "storage.leave", blade=spec.name)
+    managers.ask(paths, blades, "storage.leave", storage=spec.name)
     content = _content(paths, spec)
     if not content["names"]:
         return 0
@@ -56,14 +56,14 @@ def move(paths: RackPaths, running: Sequence[BladeSpec], spec: BladeSpec) -> int
     target = blades[max(fit, key=lambda name: int(others[name]["free"]))]
     while not _ask(paths, target, "storage.fetch", source=spec.name, seconds=_FETCH_SECONDS)["ready"]:
         pass
-    managers.ask(paths, blades, "storage.move", blade=spec.name, to=target.name)
+    managers.ask(paths, blades, "storage.move", storage=spec.name, to=target.name)
     return int(content["bytes"])
 
 
 def cancel(paths: RackPaths, running: Sequence[BladeSpec], spec: BladeSpec) -> None:
     """Have the blade used again, and drop what others have copied. Who does not answer is left out."""
     with suppress(RacklessError):
-        managers.ask(paths, {other.name: other for other in running}, "storage.leave", blade=spec.name, cancel=True)
+        managers.ask(paths, {other.name: other for other in running}, "storage.leave", storage=spec.name, cancel=True)
     for other in running:
         if other.kind == "storage" and other != spec:
             with suppress(RacklessError):

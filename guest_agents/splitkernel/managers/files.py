@@ -48,17 +48,17 @@ class FileMoves:
         return {"storage.leave": self.leave, "storage.move": self.move}
 
     def leave(self, request: Message) -> Message:
-        """storage.leave: `blade` is about to be removed, and gets no new vNodes; it does again with `cancel`."""
-        (self.leaving.discard if request.get("cancel") else self.leaving.add)(str(request["blade"]))
+        """storage.leave: the blade `storage` is about to be removed, and gets no new vNodes; with `cancel` it does."""
+        (self.leaving.discard if request.get("cancel") else self.leaving.add)(str(request["storage"]))
         return {}
 
     def move(self, request: Message) -> Message:
-        """storage.move: the files of `blade`, most of which `to` has copied, are there from now on.
+        """storage.move: the files of the blade `storage`, most of which `to` has copied, are there from now on.
 
         ControlError when it does not work: then they are where they were.
         """
         lives = self._lives("storage")
-        move = Move(str(request["blade"]), str(request["to"]), secrets.token_hex(8))
+        move = Move(str(request["storage"]), str(request["to"]), secrets.token_hex(8))
         for blade in (move.source, move.target):
             if blade not in lives:
                 raise ControlError(f"{blade} is no storage blade that lives", "see `rackless status`")
