@@ -2,14 +2,14 @@
 
 Memory moves while programs use it: that of LITE by its own means (guest_agents/lite/drain.py), that of programs of the
 splitkernel by the machinery of copies (native/replica.h): each gets a second place elsewhere, and then does without the
-blade. Memory of static programs does not move. Files move to another storage blade (departure.py). Hotpot's chunks do
-not: a blade that owns chunks is not removed, even if there are copies; one that only has copies is.
+blade. Memory of static programs does not move. Files move to another storage blade (departure.py), and Hotpot's chunks
+get other owners (guest_agents/hotpot/migration.py), who then have copies made in place of this blade's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -34,6 +34,8 @@ def lost_with(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> li
     room = sum(_room(paths, other) for other in _running(blades, "memory") if other != spec) if used else 0
     if used > room:
         lost.append(f"memory of programs ({max(used >> 20, 1)} MiB, and others have room for {room >> 20} MiB)")
+    if not spec.pmem and (owned := holdings.chunks(paths, spec)) and not _heirs(paths, blades, spec):
+        lost += [f"{what}: there is no other blade with Hotpot" for what in owned]
     if spec.kind == "storage":
         lost += departure.refusals(paths, _running(blades, "storage"), spec)
     held = _ask(paths, blades, spec, dry=True)
@@ -54,7 +56,8 @@ def drain(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> int:
     if spec is None or blades[name].state != "running":
         return 0
     try:
-        moved = int(_ask(paths, blades, spec)["moved"]) + _programs(paths, blades, spec)
+        moved = _chunks(paths, blades, spec)  # before LITE, whose LMRs they are in
+        moved += int(_ask(paths, blades, spec)["moved"]) + _programs(paths, blades, spec)
         if spec.kind == "storage":
             moved += departure.move(paths, _running(blades), spec)
         lost = lost_with(paths, blades, name)
@@ -87,7 +90,8 @@ def movable(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> int:
     if spec is None or blades[name].state != "running":
         return 0
     files = departure.used(paths, spec) if spec.kind == "storage" else 0
-    return int(_ask(paths, blades, spec, dry=True)["moved"]) + _of_programs(paths, spec) + files
+    chunks = int(sum(_depart(paths, spec)["datasets"].values()))
+    return int(_ask(paths, blades, spec, dry=True)["moved"]) + _of_programs(paths, spec) + chunks + files
 
 
 def _programs(paths: RackPaths, blades: Mapping[str, Observed], spec: BladeSpec) -> int:
@@ -104,6 +108,39 @@ def _programs(paths: RackPaths, blades: Mapping[str, Observed], spec: BladeSpec)
                                 hint="wait for them to end, or --force")  # fmt: skip
         time.sleep(_POLL_SECONDS)
     return used
+
+
+def _chunks(paths: RackPaths, blades: Mapping[str, Observed], spec: BladeSpec) -> int:
+    """Have chunks of Hotpot's datasets owned by others; their bytes. RacklessError when they do not go."""
+    last = begun = _depart(paths, spec)
+    heirs = _heirs(paths, blades, spec) if begun["datasets"] else []
+    since = time.monotonic()
+    while (now := _depart(paths, spec, heirs))["datasets"]:
+        if now != last:
+            last, since = now, time.monotonic()
+        if time.monotonic() - since > paths.settings.control_seconds:
+            raise RacklessError(f"chunks of Hotpot datasets ({', '.join(now['datasets'])}) do not leave {spec.name}",
+                                hint=f"have others room? see `rackless logs {spec.name}`; or --force")  # fmt: skip
+        time.sleep(_POLL_SECONDS)
+    return int(sum(begun["datasets"].values()))
+
+
+def _heirs(paths: RackPaths, blades: Mapping[str, Observed], spec: BladeSpec) -> list[int]:
+    """Nodes that can own Hotpot's chunks, memory blades alone if there are any."""
+    nodes: dict[str, list[int]] = {}
+    for other in _running(blades):
+        if other != spec:
+            told = agents.call(paths, other.name, other.mgmt_address, "hotpot.stat", paths.settings.control_seconds)
+            nodes.setdefault(other.kind, []).extend([told["node_id"]] if "node_id" in told else [])
+    return nodes.get("memory") or sorted(node for some in nodes.values() for node in some)
+
+
+def _depart(paths: RackPaths, spec: BladeSpec, nodes: Sequence[int] = ()) -> dict[str, Any]:
+    """Begin to move Hotpot's chunks to nodes; what is on the blade. Of one with persistent memory nothing moves."""
+    if spec.pmem:
+        return {"datasets": {}}
+    return agents.call(paths, spec.name, spec.mgmt_address, "hotpot.depart", paths.settings.control_seconds,
+                       nodes=list(nodes))  # fmt: skip
 
 
 def _tell(paths: RackPaths, processor: BladeSpec, name: str, **fields: bool) -> None:

@@ -12,8 +12,11 @@ Source: section 4.3 of the Hotpot paper; thresholds as in its public code. Its u
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 
 from guest_agents.hotpot import promotion
 from guest_agents.hotpot.blocks import LOST
@@ -45,6 +48,7 @@ class Migration:
         self._owner = owner
         self._copies = copies
         self._window = time.monotonic()
+        self._departures = itertools.count()
 
     def handlers(self) -> dict[str, Handler]:
         """What others may ask, on LEAF."""
@@ -69,6 +73,12 @@ class Migration:
         if home.leave is not None or not home.ready:
             raise Retry(f"part {home.part} of {home.record.name} is moving, or being recovered")
         home.leave = Leave(node)
+
+    def depart(self, nodes: Sequence[int]) -> None:
+        """Move all parts that are here to these nodes, in turn; to be repeated, as one may not have come to be."""
+        for home in self._owner.homes() if nodes else ():
+            with suppress(BadArgument, Retry):
+                self.begin(home, nodes[next(self._departures) % len(nodes)])
 
     def turn(self) -> None:
         """Decide when a window ends; go on with what moves."""
