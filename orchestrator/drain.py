@@ -22,6 +22,8 @@ from orchestrator.spec import BladeSpec
 _SLOWEST = 1 << 20
 """Bytes per second that programs copy at least, without KVM and while they work."""
 _POLL_SECONDS = 0.2
+_HOTPOT = "hotpot."
+"""How the names of its LMRs begin (guest_agents/hotpot/home.py): they go when their chunks do."""
 
 
 def lost_with(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> list[str]:
@@ -90,8 +92,8 @@ def movable(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> int:
     if spec is None or blades[name].state != "running":
         return 0
     files = departure.used(paths, spec) if spec.kind == "storage" else 0
-    chunks = int(sum(_depart(paths, spec)["datasets"].values()))
-    return int(_ask(paths, blades, spec, dry=True)["moved"]) + _of_programs(paths, spec) + chunks + files
+    held = int(sum(_depart(paths, spec)["datasets"].values()))
+    return int(_ask(paths, blades, spec, dry=True)["moved"]) + _of_programs(paths, spec) + held + files
 
 
 def _programs(paths: RackPaths, blades: Mapping[str, Observed], spec: BladeSpec) -> int:
@@ -172,4 +174,5 @@ def _ask(paths: RackPaths, blades: Mapping[str, Observed], spec: BladeSpec, **fi
         raise RacklessError(f"{first.name} is no member of its own rack", hint=f"see `rackless logs {first.name}`")
     if not any(m["name"] == spec.name and m["state"] == "alive" for m in members):
         return {"moved": 0, "own": 0, "locks": []}  # dead to all others: they have done without it for long
-    return managers.ask(paths, running, "lite.directory.drain", node=spec.name, meant_for=life, **fields)
+    but = "" if spec.pmem else _HOTPOT
+    return managers.ask(paths, running, "lite.directory.drain", node=spec.name, meant_for=life, but=but, **fields)

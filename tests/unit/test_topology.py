@@ -183,7 +183,7 @@ class TestUp:
         assert (told.moved, rack.ups) == (6 << 20, [])
         assert all(asked["dry"] for asked in rack.drains), rack.drains
         done = topology.remove(settings, file, "mb0")
-        assert {"node": "mb0", "meant_for": [1, 1]} in rack.drains
+        assert {"node": "mb0", "meant_for": [1, 1], "but": "hotpot."} in rack.drains
         assert rack.drains[-1] != {"memory": "mb0", "cancel": True}
         assert done.lines() == ["mb0: 6 MiB moved to other blades", "mb0: removed (not in the rack file)"]
         assert [only for _, only in rack.ups] == [{"mb0"}]
