@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from guest_agents.control import ControlError
 from guest_agents.splitkernel.managers import files as moves
+from guest_agents.splitkernel.managers.vnode import Move
 from guest_agents.splitkernel.storage import arrival, wire
 from guest_agents.splitkernel.storage.arrival import Arrival
-from tests.unit.split_blades import Rack, eventually
+from orchestrator import agents, departure
+from orchestrator.errors import RacklessError
+from orchestrator.settings import RackPaths, Settings
+from orchestrator.spec import BladeSpec
+from tests.unit.split_blades import KINDS, Rack, eventually
+from tests.unit.stand_in import blade_specs
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(os.geteuid() != 0, reason="owners and identities are set by root")]
 
@@ -139,7 +148,17 @@ def _published(rack: Rack, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.E
 Kill = Callable[[Rack], None]
 
 
-@pytest.mark.parametrize("kill", [lambda r: r.restart("gm0"), lambda r: r.restart("sb2"),
+def _kill_manager(rack: Rack) -> None:
+    def silence(*_words: Any) -> None:  # its threads go on in this process, and say nothing to anybody
+        raise ControlError("dead")
+
+    books = rack["gm0"].line.books
+    assert books is not None
+    books.files._change = silence  # type: ignore[assignment]
+    rack.restart("gm0")
+
+
+@pytest.mark.parametrize("kill", [_kill_manager, lambda r: r.restart("sb2"),
                                   lambda r: r.restart("sb0", "sb2")])  # fmt: skip
 def test_when_a_blade_restarts_before_the_change_nothing_has_moved(
     rack: Rack, monkeypatch: pytest.MonkeyPatch, kill: Kill
@@ -154,3 +173,88 @@ def test_when_a_blade_restarts_before_the_change_nothing_has_moved(
     assert names(rack, "sb2") == []
     assert names(rack, "sb0") == ["db", "plain"]
     assert storage(rack) == {"default": "sb0", "web": "sb1", "db": "sb0"}
+
+
+def test_what_was_said_not_to_have_moved_never_has(rack: Rack) -> None:
+    """A manager died in the middle of telling, and only pb0 heard; pb0 is away while the next one answers."""
+    stale = rack["pb0"].line.holder.ledger
+    told = stale.moved(Move("sb0", "sb2", "t"), ["sb0", "sb1", "sb2"])
+    life = rack["sb0"].line.life()
+    assert life is not None
+    assert rack["sb0"].line.holder.ask("managers.moved", 10.0, token="t") == {
+        "pending": False, "moved": False, "leaving": False}  # fmt: skip
+    late = replace(told, version=stale.version + 1)
+    assert rack["gm0"].line.books is not None
+    rack["gm0"].line.books._take(life, "sb0", {"ledger": late.to_json(), "sequence": 10**9, "programs": []})
+    assert storage(rack)["db"] == "sb0"
+
+
+# As the host asks for it
+
+
+@pytest.fixture
+def host(rack: Rack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[RackPaths, list[BladeSpec]]:
+    """The host's side: requests go to these agents. Disks are said to be small, and almost empty."""
+
+    def call(_paths: object, blade: str, _address: str, op: str, _timeout: float, **fields: Any) -> dict[str, Any]:
+        try:
+            return rack[blade].call(op, **fields)
+        except ControlError as error:
+            raise RacklessError(f"{blade}: {error.error}", hint=error.hint) from None
+
+    monkeypatch.setattr(agents, "call", call)
+    disk = SimpleNamespace(f_frsize=4096, f_blocks=9000, f_bfree=8000, f_bavail=8000, f_files=900, f_ffree=800,
+                           f_favail=800)  # fmt: skip
+    monkeypatch.setattr(os, "statvfs", lambda _path: disk)
+    paths = RackPaths(Settings(tmp_path / "cache", tmp_path / "state", tmp_path / "run"), "r")
+    like = blade_specs("r", ["gm0"])["gm0"]
+    return paths, [replace(like, name=name, kind=cast("Any", KINDS[name[:2]])) for name in NAMES]
+
+
+def test_the_host_moves_them_where_there_is_room(rack: Rack, host: tuple[RackPaths, list[BladeSpec]]) -> None:
+    paths, blades = host
+    spec, others = blades[3], blades[3:]
+    (rack.folder / "sb1/plain").write_text("another")  # so that one is no place for them
+    assert departure.refusals(paths, others, spec) == []
+    assert departure.used(paths, spec) > 0
+    assert departure.move(paths, blades, spec) > 0
+    assert storage(rack) == {"default": "sb2", "web": "sb1", "db": "sb2"}
+    assert departure.refusals(paths, others, spec) == []
+    assert departure.move(paths, blades, spec) == departure.used(paths, spec) == 0, "again: there is nothing left"
+    departure.cancel(paths, blades, spec)
+    settled(rack, "sb0", "sb2")
+    assert names(rack, "sb0") == []
+
+
+def test_the_host_refuses_before_anything_is_touched(rack: Rack, host: tuple[RackPaths, list[BladeSpec]]) -> None:
+    paths, blades = host
+    spec = blades[3]
+    (rack.folder / "sb1/plain").write_text("another")
+    refused = departure.refusals(paths, blades[3:5], spec)
+    assert len(refused) == 1
+    assert "sb1 has plain already" in refused[0]
+    assert "there is no other storage blade" in departure.refusals(paths, [spec], spec)[0]
+    full = {"names": ["a"], "bytes": 5 << 20, "files": 9}
+    assert departure._obstacle(full, {"names": [], "free": 5 << 20, "free_files": 99}) == "has room for 5 MiB"
+    assert departure._obstacle(full, {"names": [], "free": 7 << 20, "free_files": 8}) == "has room for 7 MiB"
+    assert departure._obstacle(full, {"names": [], "free": 7 << 20, "free_files": 9}) is None
+    assert not held(rack, "sb0")
+
+
+def test_a_host_that_gives_up_leaves_them_where_they_were(
+    rack: Rack, host: tuple[RackPaths, list[BladeSpec]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, blades = host
+    spec = blades[3]
+
+    def fail(*_words: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Arrival, "fetch", fail)
+    with pytest.raises(RacklessError, match="No space left"):
+        departure.move(paths, blades, spec)
+    departure.cancel(paths, blades, spec)
+    settled(rack, "sb0", "sb1", "sb2")
+    assert names(rack, "sb0") == ["db", "plain"]
+    assert (names(rack, "sb1"), names(rack, "sb2")) == (["web"], [])
+    rack.host("vnode.create", name="new", storage=["sb0"])

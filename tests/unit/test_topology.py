@@ -200,6 +200,31 @@ class TestUp:
         assert "mb0" in file.read_text()
         assert rack.ups == []
 
+    def test_chunks_of_hotpot_get_another_owner_first(self, rack: BrokenRack, file: Path) -> None:
+        settings = rack.paths.settings
+        rack.replies["mb0 hotpot.stat"] = told = {"node_id": 3, "datasets": {"notes": {"owned_chunks": 2}}}
+        held = rack.replies["mb0 hotpot.depart"] = {"datasets": {"notes": 2 << 20}, "moved": 0}
+        rack.replies["mb1 hotpot.stat"] = {"node_id": 4, "datasets": {}}
+        assert topology.remove(settings, file, "mb0", dry=True).moved == 2 << 20
+
+        def leave(request: dict[str, Any]) -> None:
+            if request["nodes"] == [4]:
+                told.update(datasets={})
+                held.update(datasets={})
+
+        rack.departing = leave
+        assert topology.remove(settings, file, "mb0").moved == 2 << 20
+        assert [only for _, only in rack.ups] == [{"mb0"}]
+
+    @pytest.mark.long
+    def test_chunks_that_do_not_go_keep_their_blade(self, rack: BrokenRack, file: Path) -> None:
+        rack.replies["mb0 hotpot.stat"] = {"node_id": 3, "datasets": {"notes": {"owned_chunks": 2}}}
+        rack.replies["mb0 hotpot.depart"] = {"datasets": {"notes": 2 << 20}, "moved": 0}
+        rack.replies["mb1 hotpot.stat"] = {"node_id": 4, "datasets": {}}
+        with pytest.raises(RacklessError, match=r"chunks of Hotpot datasets \(notes\) do not leave mb0"):
+            topology.remove(replace(rack.paths.settings, control_seconds=0.3), file, "mb0")
+        assert rack.ups == []
+
     def test_programs_take_their_memory_elsewhere_first(self, rack: BrokenRack, file: Path) -> None:
         held = rack.replies["mb0 memory.stats"] = {**IDLE, "bytes_allocated": 3 << 20}
         rack.drained = lambda: held.update(bytes_allocated=0) if {"memory": "mb0"} in rack.drains else None

@@ -40,6 +40,8 @@ class FileMoves:
         self._change = change
         self._ledger = ledger
         self._pending: set[str] = set()
+        self._over: set[str] = set()
+        """Tokens of moves that did not come to be, and never will."""
         self.leaving: set[str] = set()
         """Storage blades that get no new vNodes."""
 
@@ -78,9 +80,15 @@ class FileMoves:
     def moved(self, request: Message) -> Message:
         """managers.moved: what has become of the move `token`: whether it is `pending`, else whether files `moved`,
         and whether the blade that asks is still `leaving`."""
-        if request["token"] in self._pending:
+        token = request["token"]
+        if token in self._pending:
             return {"pending": True}
+        if token not in self._over and not self._has(token):
+            self._change(lambda old: old)  # what an earlier manager told somebody who is away now is too old then
+            self._over.add(token)
         own = Life(*request["life"])
         names = {name for name, life in self._lives("storage").items() if life == own}
-        return {"pending": False, "moved": any(move.token == request["token"] for move in self._ledger().moves),
-                "leaving": bool(names & self.leaving)}  # fmt: skip
+        return {"pending": False, "moved": self._has(token), "leaving": bool(names & self.leaving)}
+
+    def _has(self, token: str) -> bool:
+        return any(move.token == token for move in self._ledger().moves)
