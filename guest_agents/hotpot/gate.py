@@ -139,8 +139,9 @@ class Gate:
         return {} if self._service is None else self._service.stat()
 
     def _depart(self, request: Message) -> Message:
-        """hotpot.depart: move what this blade owns to `nodes`, which may be none; see Service.depart."""
-        return {"datasets": {}, "moved": 0} if self._service is None else self._service.depart(request["nodes"])
+        """hotpot.depart: move what this blade owns to `nodes`, which may be none; see Migration.depart."""
+        service = self._service
+        return {"datasets": {}, "moved": 0} if service is None else service.migration.depart(request["nodes"])
 
     def _audit(self, request: Message) -> Message:
         """For tests of crashes: what is here of a dataset."""

@@ -15,11 +15,12 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 
 from guest_agents.hotpot import promotion
-from guest_agents.hotpot.blocks import LOST
+from guest_agents.hotpot.blocks import LOST, PAGE
 from guest_agents.hotpot.datanode import DataNode
 from guest_agents.hotpot.dispatcher import Dispatcher
 from guest_agents.hotpot.errors import BadArgument, HotpotError, NotOwner, Retry
@@ -74,11 +75,18 @@ class Migration:
             raise Retry(f"part {home.part} of {home.record.name} is moving, or being recovered")
         home.leave = Leave(node)
 
-    def depart(self, nodes: Sequence[int]) -> None:
-        """Move all parts that are here to these nodes, in turn; to be repeated, as one may not have come to be."""
-        for home in self._owner.homes() if nodes else ():
-            with suppress(BadArgument, Retry):
-                self.begin(home, nodes[next(self._departures) % len(nodes)])
+    def depart(self, nodes: Sequence[int]) -> Message:
+        """Begin to move all parts that are here to these nodes, in turn; to be repeated, as one may not come to be.
+
+        What is here still, in bytes of `datasets` by name, and how many pages have ever `moved` from here.
+        """
+        here: dict[str, int] = defaultdict(int)
+        for home in self._owner.homes():
+            here[home.record.name] += home.record.slots(home.part) * PAGE
+            if nodes:
+                with suppress(BadArgument, Retry):
+                    self.begin(home, nodes[next(self._departures) % len(nodes)])
+        return {"datasets": here, "moved": self._owner.counts["pages_moved"]}
 
     def turn(self) -> None:
         """Decide when a window ends; go on with what moves."""

@@ -108,7 +108,7 @@ class Service:
         self._saving = threading.Lock()
         self._writing: dict[int, tuple[int, list[int]]] = {}
         self.counts = {"commits": 0, "retries": 0, "aborts": 0}
-        migration = self._migration = Migration(self.lease, self.owner, self.copies)
+        self.migration = migration = Migration(self.lease, self.owner, self.copies)
         self.eviction = Eviction(self.links, self.atlas, media, self.copies, self._all_opened, self.owner.counts,
                                  limits or Limits())  # fmt: skip
         self.adapter = Adapter(self.lease, self.atlas, migration, self.eviction, self._all_opened)
@@ -284,15 +284,6 @@ class Service:
         part = record.part(start // PAGE)
         about = {"dataset": dataset, "part": part, "node": node}
         self.links.call(record.homes[part], "leave", about, port=LEAF)
-
-    def depart(self, nodes: Sequence[int]) -> Message:
-        """Begin to move all parts of which this node is the home to these nodes; what is here still, in bytes of
-        `datasets` by name, and how many pages have ever moved from here."""
-        self._migration.depart(nodes)
-        here: dict[str, int] = {}
-        for home in self.owner.homes():
-            here[home.record.name] = here.get(home.record.name, 0) + home.record.slots(home.part) * PAGE
-        return {"datasets": here, "moved": self.owner.counts["pages_moved"]}
 
     def _find(self, dataset: int) -> Opened:
         with self._opening:

@@ -182,13 +182,13 @@ def test_a_node_that_shall_go_leaves_all_parts_and_copies_are_made_elsewhere(net
     write(net, 4, b"two.", 0, 2, replicas=2)
     write(net, 4, b"one.", 1)
     for _ in range(100):
-        left = service(net, 2).depart([1, 4])["datasets"]
+        left = service(net, 2).migration.depart([1, 4])["datasets"]
         if not left:
             break
         assert left.keys() == {"set"}
         net.wait(0.1)
     assert 2 not in homes(net)
-    assert service(net, 2).depart([1, 4])["datasets"] == {}
+    assert service(net, 2).migration.depart([1, 4])["datasets"] == {}
     machine = net.machines[1]
     machine.power_off()
     machine.lose_media()
@@ -200,6 +200,6 @@ def test_a_node_that_shall_go_leaves_all_parts_and_copies_are_made_elsewhere(net
 
 
 def test_without_another_node_nothing_departs(net: Net) -> None:
-    assert service(net, 2).depart([])["datasets"].keys() == {"set"}
-    assert service(net, 2).depart([9])["datasets"].keys() == {"set"}
+    assert service(net, 2).migration.depart([])["datasets"].keys() == {"set"}
+    assert service(net, 2).migration.depart([9])["datasets"].keys() == {"set"}
     assert service(net, 2).owner.home(SET, 0).leave is None
