@@ -69,6 +69,7 @@ def old(tmp_path: Path) -> Path:
     kept = root / wire.ATTIC / "pb0/0123"  # removed by a program that has it open
     kept.parent.mkdir(parents=True)
     kept.write_text("open")
+    (root / wire.ATTIC / "pb1").mkdir()
     return root
 
 
@@ -115,6 +116,7 @@ def test_everything_comes_as_it_was(old: Path, new: Path) -> None:
     arrival.forget(made.stage)
     assert told(new) == before
     assert not list((new / wire.ATTIC).glob(".*"))
+    assert (new / wire.ATTIC / "pb1").is_dir(), "pb1 will not make it again"
 
 
 def test_what_changes_meanwhile_comes_too(old: Path, new: Path) -> None:
