@@ -27,13 +27,12 @@ def used(paths: RackPaths, spec: BladeSpec) -> int:
     return int(_content(paths, spec)["bytes"])
 
 
-def refusals(paths: RackPaths, storage: Sequence[BladeSpec], spec: BladeSpec) -> list[str]:
-    """In words, the files of `spec` if no other blade of `storage` can take them; nothing if one can."""
+def refusals(paths: RackPaths, running: Sequence[BladeSpec], spec: BladeSpec) -> list[str]:
+    """In words, the files of `spec` if no other storage blade can take them; nothing if one can."""
     content = _content(paths, spec)
-    if not content["names"]:
-        return []
-    whys = {other.name: _obstacle(content, _content(paths, other)) for other in storage if other != spec}
-    if None in whys.values():
+    others = [other for other in running if other.kind == "storage" and other != spec]
+    whys = {other.name: _obstacle(content, _content(paths, other)) for other in others}
+    if None in whys.values() or not _serves(paths, running, spec, content):
         return []
     why = "; ".join(f"{name} {why}" for name, why in whys.items()) or "there is no other storage blade to have them"
     return [f"its files ({format_size(content['bytes'])}: {why})"]
@@ -47,7 +46,7 @@ def move(paths: RackPaths, running: Sequence[BladeSpec], spec: BladeSpec) -> int
     blades = {other.name: other for other in running}
     managers.ask(paths, blades, "storage.leave", storage=spec.name)
     content = _content(paths, spec)
-    if not content["names"]:
+    if not _serves(paths, running, spec, content):
         return 0
     others = {other.name: _content(paths, other) for other in running if other.kind == "storage" and other != spec}
     fit = [name for name, room in others.items() if _obstacle(content, room) is None]
@@ -68,6 +67,12 @@ def cancel(paths: RackPaths, running: Sequence[BladeSpec], spec: BladeSpec) -> N
         if other.kind == "storage" and other != spec:
             with suppress(RacklessError):
                 _ask(paths, other, "storage.fetch", source=spec.name, cancel=True)
+
+
+def _serves(paths: RackPaths, running: Sequence[BladeSpec], spec: BladeSpec, content: dict[str, Any]) -> bool:
+    """Whether there is something to move: files, or a vNode that has none yet."""
+    vnodes = managers.ask(paths, {other.name: other for other in running}, "vnode.list")["vnodes"]
+    return bool(content["names"]) or any(vnode["storage"] == spec.name for vnode in vnodes)
 
 
 def _obstacle(content: dict[str, Any], there: dict[str, Any]) -> str | None:

@@ -39,7 +39,7 @@ def lost_with(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> li
     if not spec.pmem and (owned := holdings.chunks(paths, spec)) and not _heirs(paths, blades, spec):
         lost += [f"{what}: there is no other blade with Hotpot" for what in owned]
     if spec.kind == "storage":
-        lost += departure.refusals(paths, _running(blades, "storage"), spec)
+        lost += departure.refusals(paths, _running(blades), spec)
     held = _ask(paths, blades, spec, dry=True)
     if held["own"]:
         lost.append(f"memory of LITE that only its own programs use ({held['own']} LMRs)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -213,27 +214,36 @@ def host(rack: Rack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[R
 
 def test_the_host_moves_them_where_there_is_room(rack: Rack, host: tuple[RackPaths, list[BladeSpec]]) -> None:
     paths, blades = host
-    spec, others = blades[3], blades[3:]
+    spec = blades[3]
     (rack.folder / "sb1/plain").write_text("another")  # so that one is no place for them
-    assert departure.refusals(paths, others, spec) == []
+    assert departure.refusals(paths, blades, spec) == []
     assert departure.used(paths, spec) > 0
     assert departure.move(paths, blades, spec) > 0
     assert storage(rack) == {"default": "sb2", "web": "sb1", "db": "sb2"}
-    assert departure.refusals(paths, others, spec) == []
+    assert departure.refusals(paths, blades, spec) == []
     assert departure.move(paths, blades, spec) == departure.used(paths, spec) == 0, "again: there is nothing left"
     departure.cancel(paths, blades, spec)
     settled(rack, "sb0", "sb2")
     assert names(rack, "sb0") == []
 
 
+def test_a_vnode_without_files_moves_too(rack: Rack, host: tuple[RackPaths, list[BladeSpec]]) -> None:
+    paths, blades = host
+    shutil.rmtree(rack.folder / "sb1/web")
+    assert "there is no other storage blade" in departure.refusals(paths, [*blades[:3], blades[4]], blades[4])[0]
+    assert departure.move(paths, blades, blades[4]) == 0
+    assert storage(rack)["web"] != "sb1"
+    assert departure.refusals(paths, [*blades[:3], blades[4]], blades[4]) == [], "nothing is left for which to keep it"
+
+
 def test_the_host_refuses_before_anything_is_touched(rack: Rack, host: tuple[RackPaths, list[BladeSpec]]) -> None:
     paths, blades = host
     spec = blades[3]
     (rack.folder / "sb1/plain").write_text("another")
-    refused = departure.refusals(paths, blades[3:5], spec)
+    refused = departure.refusals(paths, blades[:5], spec)
     assert len(refused) == 1
     assert "sb1 has plain already" in refused[0]
-    assert "there is no other storage blade" in departure.refusals(paths, [spec], spec)[0]
+    assert "there is no other storage blade" in departure.refusals(paths, blades[:4], spec)[0]
     full = {"names": ["a"], "bytes": 5 << 20, "files": 9}
     assert departure._obstacle(full, {"names": [], "free": 5 << 20, "free_files": 99}) == "has room for 5 MiB"
     assert departure._obstacle(full, {"names": [], "free": 7 << 20, "free_files": 8}) == "has room for 7 MiB"

@@ -110,6 +110,7 @@ class Arrival:
             begun = time.monotonic()
             yield from self._look()
             self.looks, self.seconds = self.looks + 1, time.monotonic() - begun
+            yield  # there may have been nothing to look at
 
     def _look(self) -> Iterator[None]:
         """Look at all files, and copy those that are new or have changed; in steps of a request or a few."""

@@ -19,6 +19,8 @@ from guest_agents.splitkernel.storage import wire
 NAME = ".held"
 """The file, in the folder of what is removed, which programs do not see; in it is the token of the move."""
 
+STILL_SECONDS = 10.0
+
 
 class Hold:
     """Lets requests pass, or not.
@@ -48,13 +50,19 @@ class Hold:
                 self._change.notify_all()
 
     def hold(self, token: str) -> None:
-        """Answer no request any more; returns when the last one is answered. OSError(EBUSY) if it is held already."""
+        """Answer no request any more; returns when the last one is answered.
+
+        OSError(EBUSY) if it is held already, or when requests do not come to an end: then it is not held.
+        """
         with self._change:
             if self.token not in (None, token):
                 raise OSError(errno.EBUSY, "another move is not over yet")
             write(self._file, token)
             self.token = token
-            self._change.wait_for(lambda: not self._inside)
+            still = self._change.wait_for(lambda: not self._inside, STILL_SECONDS)
+        if not still:
+            self.release()
+            raise OSError(errno.EBUSY, "requests do not come to an end")
 
     def release(self) -> None:
         """Answer requests again."""

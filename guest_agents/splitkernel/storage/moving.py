@@ -11,7 +11,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +25,7 @@ IDLE_SECONDS = 120.0
 """What nobody goes on fetching for so long is dropped: whoever asked for it is gone."""
 _ASK_SECONDS = 10.0
 _POLL_SECONDS = 0.25
+_AGAIN_SECONDS = 10.0
 
 log = logging.getLogger("rackless.storage")
 Ask = Callable[..., Message]
@@ -138,9 +138,14 @@ class Moving:
     def _settle(self, decide: Callable[[], bool]) -> None:
         def run() -> None:
             while True:
-                with suppress(LiteError):
+                try:
                     if decide():
                         return
+                except LiteError:  # the manager is away
+                    pass
+                except OSError:
+                    log.exception("a move of files is not settled yet")
+                    time.sleep(_AGAIN_SECONDS)
                 time.sleep(_POLL_SECONDS)
 
         threading.Thread(target=run, name="move", daemon=True).start()
