@@ -2,18 +2,18 @@
 
 Memory moves while programs use it: that of LITE by its own means (guest_agents/lite/drain.py), that of programs of the
 splitkernel by the machinery of copies (native/replica.h): each gets a second place elsewhere, and then does without the
-blade. Memory of static programs does not move. Neither do files and Hotpot's chunks: a blade that owns chunks is not
-removed, even if there are copies; one that only has copies is.
+blade. Memory of static programs does not move. Files move to another storage blade (departure.py), and Hotpot's chunks
+get other owners (guest_agents/hotpot/migration.py), who then have copies made in place of this blade's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from orchestrator import agents, holdings, managers
+from orchestrator import agents, departure, holdings, managers
 from orchestrator.errors import RacklessError
 from orchestrator.plan import Observed
 from orchestrator.settings import RackPaths
@@ -22,6 +22,8 @@ from orchestrator.spec import BladeSpec
 _SLOWEST = 1 << 20
 """Bytes per second that programs copy at least, without KVM and while they work."""
 _POLL_SECONDS = 0.2
+_HOTPOT = "hotpot."
+"""How the names of its LMRs begin (guest_agents/hotpot/home.py): they go when their chunks do."""
 
 
 def lost_with(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> list[str]:
@@ -34,6 +36,10 @@ def lost_with(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> li
     room = sum(_room(paths, other) for other in _running(blades, "memory") if other != spec) if used else 0
     if used > room:
         lost.append(f"memory of programs ({max(used >> 20, 1)} MiB, and others have room for {room >> 20} MiB)")
+    if not spec.pmem and (owned := holdings.chunks(paths, spec)) and not _heirs(paths, blades, spec):
+        lost += [f"{what}: there is no other blade with Hotpot" for what in owned]
+    if spec.kind == "storage":
+        lost += departure.refusals(paths, _running(blades), spec)
     held = _ask(paths, blades, spec, dry=True)
     if held["own"]:
         lost.append(f"memory of LITE that only its own programs use ({held['own']} LMRs)")
@@ -52,7 +58,10 @@ def drain(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> int:
     if spec is None or blades[name].state != "running":
         return 0
     try:
-        moved = int(_ask(paths, blades, spec)["moved"]) + _programs(paths, blades, spec)
+        moved = _chunks(paths, blades, spec)  # before LITE, whose LMRs they are in
+        moved += int(_ask(paths, blades, spec)["moved"]) + _programs(paths, blades, spec)
+        if spec.kind == "storage":
+            moved += departure.move(paths, _running(blades), spec)
         lost = lost_with(paths, blades, name)
         if lost or movable(paths, blades, name):
             raise RacklessError(f"{name} was drained, and is used again: {' and '.join(lost) or 'memory'}",
@@ -70,6 +79,8 @@ def cancel(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> None:
         return
     with suppress(RacklessError):  # one that cannot be told must not keep the others from it
         _ask(paths, blades, spec, cancel=True)
+    if spec.kind == "storage":
+        departure.cancel(paths, _running(blades), spec)
     for other in _running(blades, "processor"):
         with suppress(RacklessError):
             _tell(paths, other, name, cancel=True)
@@ -80,7 +91,9 @@ def movable(paths: RackPaths, blades: Mapping[str, Observed], name: str) -> int:
     spec = blades[name].spec
     if spec is None or blades[name].state != "running":
         return 0
-    return int(_ask(paths, blades, spec, dry=True)["moved"]) + _of_programs(paths, spec)
+    files = departure.used(paths, spec) if spec.kind == "storage" else 0
+    held = int(sum(_depart(paths, spec)["datasets"].values()))
+    return int(_ask(paths, blades, spec, dry=True)["moved"]) + _of_programs(paths, spec) + held + files
 
 
 def _programs(paths: RackPaths, blades: Mapping[str, Observed], spec: BladeSpec) -> int:
@@ -99,6 +112,39 @@ def _programs(paths: RackPaths, blades: Mapping[str, Observed], spec: BladeSpec)
     return used
 
 
+def _chunks(paths: RackPaths, blades: Mapping[str, Observed], spec: BladeSpec) -> int:
+    """Have chunks of Hotpot's datasets owned by others; their bytes. RacklessError when they do not go."""
+    last = begun = _depart(paths, spec)
+    heirs = _heirs(paths, blades, spec) if begun["datasets"] else []
+    since = time.monotonic()
+    while (now := _depart(paths, spec, heirs))["datasets"]:
+        if now != last:
+            last, since = now, time.monotonic()
+        if time.monotonic() - since > paths.settings.control_seconds:
+            raise RacklessError(f"chunks of Hotpot datasets ({', '.join(now['datasets'])}) do not leave {spec.name}",
+                                hint=f"have others room? see `rackless logs {spec.name}`; or --force")  # fmt: skip
+        time.sleep(_POLL_SECONDS)
+    return int(sum(begun["datasets"].values()))
+
+
+def _heirs(paths: RackPaths, blades: Mapping[str, Observed], spec: BladeSpec) -> list[int]:
+    """Nodes that can own Hotpot's chunks, memory blades alone if there are any."""
+    nodes: dict[str, list[int]] = {}
+    for other in _running(blades):
+        if other != spec:
+            told = agents.call(paths, other.name, other.mgmt_address, "hotpot.stat", paths.settings.control_seconds)
+            nodes.setdefault(other.kind, []).extend([told["node_id"]] if "node_id" in told else [])
+    return nodes.get("memory") or sorted(node for some in nodes.values() for node in some)
+
+
+def _depart(paths: RackPaths, spec: BladeSpec, nodes: Sequence[int] = ()) -> dict[str, Any]:
+    """Begin to move Hotpot's chunks to nodes; what is on the blade. Of one with persistent memory nothing moves."""
+    if spec.pmem:
+        return {"datasets": {}}
+    return agents.call(paths, spec.name, spec.mgmt_address, "hotpot.depart", paths.settings.control_seconds,
+                       nodes=list(nodes))  # fmt: skip
+
+
 def _tell(paths: RackPaths, processor: BladeSpec, name: str, **fields: bool) -> None:
     agents.call(paths, processor.name, processor.mgmt_address, "process.drain", paths.settings.control_seconds,
                 memory=name, **fields)  # fmt: skip
@@ -113,8 +159,9 @@ def _room(paths: RackPaths, spec: BladeSpec) -> int:
     return int(stats["bytes_total"]) - int(stats["bytes_of_others"]) - int(stats["bytes_allocated"])
 
 
-def _running(blades: Mapping[str, Observed], kind: str) -> list[BladeSpec]:
-    return [seen.spec for seen in blades.values() if seen.state == "running" and seen.spec and seen.spec.kind == kind]
+def _running(blades: Mapping[str, Observed], kind: str | None = None) -> list[BladeSpec]:
+    running = [seen.spec for seen in blades.values() if seen.state == "running" and seen.spec]
+    return [spec for spec in running if kind in (None, spec.kind)]
 
 
 def _ask(paths: RackPaths, blades: Mapping[str, Observed], spec: BladeSpec, **fields: bool) -> dict[str, Any]:
@@ -127,4 +174,5 @@ def _ask(paths: RackPaths, blades: Mapping[str, Observed], spec: BladeSpec, **fi
         raise RacklessError(f"{first.name} is no member of its own rack", hint=f"see `rackless logs {first.name}`")
     if not any(m["name"] == spec.name and m["state"] == "alive" for m in members):
         return {"moved": 0, "own": 0, "locks": []}  # dead to all others: they have done without it for long
-    return managers.ask(paths, running, "lite.directory.drain", node=spec.name, meant_for=life, **fields)
+    but = "" if spec.pmem else _HOTPOT
+    return managers.ask(paths, running, "lite.directory.drain", node=spec.name, meant_for=life, but=but, **fields)

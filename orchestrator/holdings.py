@@ -18,20 +18,21 @@ def lost_with(paths: RackPaths, blades: Mapping[str, Observed], name: str, keeps
     """In words, what nobody has any more once blade `name` is gone, each such as "memory of programs (12 MiB)".
 
     With `keeps_files` it is made anew with its disk and its persistent memory, as by a power cycle; with `drained`
-    its memory does not count, which moves before (see drain.py). Of a blade that does not run, memory and programs are
-    gone already. RacklessError when a blade that runs cannot be asked.
+    its memory, files and chunks do not count, which move before (see drain.py). Of a blade that does not run, memory
+    and programs are gone already. RacklessError when a blade that runs cannot be asked.
     """
     seen = blades[name]
     spec = seen.spec
     if spec is None:
         return []
-    lost = [] if keeps_files else _files(paths, blades, spec)
+    moves = drained and spec.kind == "storage" and seen.state == "running" and not spec.pmem
+    lost = [] if keeps_files or moves else _files(paths, blades, spec)
     if seen.state == "running" and spec.kind == "memory" and not drained:
         lost += _memory(paths, spec)
     elif seen.state == "running":
         lost += _programs(paths, spec)
-    if seen.state == "running" and not spec.pmem:  # in persistent memory they are, and that is kept or named above
-        lost += _chunks(paths, spec)
+    if seen.state == "running" and not spec.pmem and not drained:  # else they are in what is kept, or named above
+        lost += chunks(paths, spec)
     if not keeps_files:
         lost += _places(paths, blades, spec)
     return lost
@@ -61,7 +62,8 @@ def _programs(paths: RackPaths, spec: BladeSpec) -> list[str]:
     return [f"programs that run on it ({stats['programs']})"] if stats["programs"] else []
 
 
-def _chunks(paths: RackPaths, spec: BladeSpec) -> list[str]:
+def chunks(paths: RackPaths, spec: BladeSpec) -> list[str]:
+    """In words, what a running blade owns of Hotpot's datasets. RacklessError when it does not answer."""
     told = agents.call(paths, spec.name, spec.mgmt_address, "hotpot.stat", paths.settings.control_seconds)
     owned = [dataset for dataset, has in told.get("datasets", {}).items() if has["owned_chunks"]]
     return [f"chunks of Hotpot datasets that it owns ({', '.join(owned)})"] if owned else []

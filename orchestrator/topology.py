@@ -116,7 +116,7 @@ def remove(settings: Settings, file: Path, name: str, force: bool = False, dry: 
            missing_ok: bool = False) -> Change:  # fmt: skip
     """Remove a blade, with its link; undone by `undo`.
 
-    It is drained first: memory moves to other blades. Refused when something else would be lost with it (see
+    It is drained first: memory and files move to other blades. Refused when something else would be lost with it (see
     drain.py), unless by `force`, which drains nothing. Never removed is the manager that keeps the books. With
     `missing_ok` it may be gone already.
     """

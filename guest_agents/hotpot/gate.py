@@ -48,8 +48,8 @@ class Gate:
 
     def handlers(self) -> dict[str, Handler]:
         """For the agent's control server."""
-        return {"hotpot.start": self._start, "hotpot.stat": self._stat, "hotpot.audit": self._audit,
-                "hotpot.trap": self._trap}  # fmt: skip
+        return {"hotpot.start": self._start, "hotpot.stat": self._stat, "hotpot.depart": self._depart,
+                "hotpot.audit": self._audit, "hotpot.trap": self._trap}  # fmt: skip
 
     def start(self) -> None:
         """Let programs connect; take over what an earlier life has left."""
@@ -137,6 +137,11 @@ class Gate:
     def _stat(self, _request: Message) -> Message:
         """For `rackless hotpot stat`; a blade where Hotpot has not started has nothing to tell."""
         return {} if self._service is None else self._service.stat()
+
+    def _depart(self, request: Message) -> Message:
+        """hotpot.depart: move what this blade owns to `nodes`, which may be none; see Migration.depart."""
+        service = self._service
+        return {"datasets": {}, "moved": 0} if service is None else service.migration.depart(request["nodes"])
 
     def _audit(self, request: Message) -> Message:
         """For tests of crashes: what is here of a dataset."""

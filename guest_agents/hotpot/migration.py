@@ -12,11 +12,15 @@ Source: section 4.3 of the Hotpot paper; thresholds as in its public code. Its u
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
 
 from guest_agents.hotpot import promotion
-from guest_agents.hotpot.blocks import LOST
+from guest_agents.hotpot.blocks import LOST, PAGE
 from guest_agents.hotpot.datanode import DataNode
 from guest_agents.hotpot.dispatcher import Dispatcher
 from guest_agents.hotpot.errors import BadArgument, HotpotError, NotOwner, Retry
@@ -45,6 +49,7 @@ class Migration:
         self._owner = owner
         self._copies = copies
         self._window = time.monotonic()
+        self._departures = itertools.count()
 
     def handlers(self) -> dict[str, Handler]:
         """What others may ask, on LEAF."""
@@ -69,6 +74,19 @@ class Migration:
         if home.leave is not None or not home.ready:
             raise Retry(f"part {home.part} of {home.record.name} is moving, or being recovered")
         home.leave = Leave(node)
+
+    def depart(self, nodes: Sequence[int]) -> Message:
+        """Begin to move all parts that are here to these nodes, in turn; to be repeated, as one may not come to be.
+
+        What is here still, in bytes of `datasets` by name, and how many pages have ever `moved` from here.
+        """
+        here: dict[str, int] = defaultdict(int)
+        for home in self._owner.homes():
+            here[home.record.name] += home.record.slots(home.part) * PAGE
+            if nodes:
+                with suppress(BadArgument, Retry):
+                    self.begin(home, nodes[next(self._departures) % len(nodes)])
+        return {"datasets": here, "moved": self._owner.counts["pages_moved"]}
 
     def turn(self) -> None:
         """Decide when a window ends; go on with what moves."""

@@ -108,7 +108,7 @@ class Service:
         self._saving = threading.Lock()
         self._writing: dict[int, tuple[int, list[int]]] = {}
         self.counts = {"commits": 0, "retries": 0, "aborts": 0}
-        migration = Migration(self.lease, self.owner, self.copies)
+        self.migration = migration = Migration(self.lease, self.owner, self.copies)
         self.eviction = Eviction(self.links, self.atlas, media, self.copies, self._all_opened, self.owner.counts,
                                  limits or Limits())  # fmt: skip
         self.adapter = Adapter(self.lease, self.atlas, migration, self.eviction, self._all_opened)

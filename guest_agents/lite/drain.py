@@ -20,11 +20,12 @@ def drain(directory: Directory, request: Message, settle: float = 0.5) -> Messag
     """lite.directory.drain: move what lies on `node` and others use, and put no more there where it need not be.
 
     Answers `moved` (bytes), `own` (LMRs of its own programs alone) and `locks` (names, with users elsewhere). With
-    `dry` nothing moves; with `cancel` the node is one as others are again. NO_MEMORY when there is no room elsewhere:
-    then some has moved, and the node is as before otherwise.
+    `dry` nothing moves; with `cancel` the node is one as others are again. LMRs whose names begin with `but` are left
+    to who has made them. NO_MEMORY when there is no room elsewhere: then some has moved, and the node is as before
+    otherwise.
     """
     life = directory.life_of(request["node"])
-    dry = bool(request.get("dry"))
+    dry, but = bool(request.get("dry")), str(request.get("but") or "")
     if request.get("cancel"):
         directory.leaving.discard(life)
         return {}
@@ -36,7 +37,7 @@ def drain(directory: Directory, request: Message, settle: float = 0.5) -> Messag
         for entry in directory.entries():
             with entry.lock:
                 here = [index for index, piece in enumerate(entry.record.blocks) if piece.life == life]
-                if entry.freed or not here:
+                if entry.freed or not here or (but and (entry.record.name or "").startswith(but)):
                     continue
                 if entry.mappers() == {life} and not entry.record.keep:
                     own += 1

@@ -83,7 +83,7 @@ def remove(
     name: BladeArgument, force: ForceOption = False, dry: DryOption = False, rack: RackOption = None,
     as_json: JsonOption = False,
 ) -> None:  # fmt: skip
-    """Remove a blade from the rack file, and from the rack, when its memory has moved to other blades.
+    """Remove a blade from the rack file, and from the rack, when its memory and files have moved to other blades.
 
     Refused if memory, files or programs would be lost all the same.
     """

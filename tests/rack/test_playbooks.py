@@ -160,6 +160,34 @@ def test_a_blade_is_drained_of_lmrs_that_are_used(rack: Rack, play: Play) -> Non
         end_all()
 
 
+def test_chunks_of_hotpot_get_another_owner(rack: Rack, play: Play) -> None:
+    """Hotpot is started on all blades, and stays: the LMRs of its own are no reason to keep a blade."""
+    assert play("add_blade", kind="memory", name="mb2")
+    user = Program(rack, "pb0", """
+        from guest_agents import hotpot
+        ids = {other.name: other.node_id for other in node.nodes()}
+        with hotpot.connect() as session, session.create("notes", 1 << 20, owners=[ids["mb2"]]) as notes:
+            with notes.transaction(replicas=2) as t:
+                t.acquire(4096, 5)[:] = b"hello"
+            say("ready")
+            input()
+            with notes.transaction(replicas=2) as t:
+                t.acquire(8192, 5)[:] = b"again"
+            say(bytes(notes.memory[4096:4101]).decode(), bytes(notes.memory[8192:8197]).decode())
+    """)
+    try:
+        assert user.hear() == "ready"
+        dry = rack.bench.rackless("blade", "remove", "mb2", "--dry-run", "--rack", str(rack.file))
+        assert "4 MiB moved" in dry.stdout, "a chunk"
+        assert play("remove_blade", name="mb2")
+        assert "mb2" not in states(rack)
+        user.tell()
+        assert user.hear() == "hello again"
+        user.end()
+    finally:
+        end_all()
+
+
 def test_memory_by_balloon(rack: Rack, play: Play) -> None:
     def total() -> int:
         return int(rack.on("mb1", "awk '/MemTotal/ {print $2}' /proc/meminfo")) >> 10

@@ -48,6 +48,8 @@ class BrokenRack:
     """What LITE's directory and processor blades were asked to move."""
     drained: Callable[[], None] = lambda: None
     """Called when it has moved all; its answer is from before."""
+    departing: Callable[[dict[str, Any]], None] = lambda _request: None
+    """Called with what a blade is asked about Hotpot's chunks; its answer is from after."""
     replies: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By "BLADE OPERATION", what an agent answers; an exception is raised there."""
     limits: dict[str, float | None] = field(default_factory=dict)
@@ -127,6 +129,8 @@ class BrokenRack:
 
         def answer(request: dict[str, Any]) -> dict[str, Any]:
             op = request["op"]
+            if op == "hotpot.depart":
+                self.departing(request)
             reply = self.replies.get(f"{spec.name} {op}", {})
             if isinstance(reply, Exception):
                 raise reply
@@ -146,7 +150,7 @@ class BrokenRack:
 
         ops = ("agent.update", "agent.status", "memory.stats", "process.stats", "vnode.list", "program.list",
                "member.list", "lite.directory.drain", "hotpot.stat", "agent.resize",
-               "process.drain", "agent.wake")
+               "process.drain", "agent.wake", "hotpot.depart")
         words = f"-n {namespace.name_of(self.name)} addr add {spec.mgmt_address}/32 dev lo"
         subprocess.run(["ip", *words.split()], check=True)
         server = namespace.inside(self.name, lambda: control.Server(
@@ -174,6 +178,7 @@ def broken_rack(patch: pytest.MonkeyPatch) -> Iterator[BrokenRack]:
                    for name, spec in specs.items()]  # fmt: skip
         rack.replies["gm0 member.list"] = {"members": members}
         rack.replies["gm0 lite.directory.drain"] = {"moved": 0, "own": 0, "locks": []}
+        rack.replies |= {f"{name} hotpot.depart": {"datasets": {}, "moved": 0} for name in specs}
         ensure_network(paths.name)
         for spec in specs.values():
             make_domain(conn, spec)

@@ -34,6 +34,8 @@ from guest_agents.splitkernel.process.desk import Desk, Stock  # noqa: E402
 from guest_agents.splitkernel.process.memory import Lender  # noqa: E402
 from guest_agents.splitkernel.storage import monitor as storage  # noqa: E402
 from guest_agents.splitkernel.storage.files import Files  # noqa: E402
+from guest_agents.splitkernel.storage.hold import Hold  # noqa: E402
+from guest_agents.splitkernel.storage.moving import Moving  # noqa: E402
 from guest_agents.verbs.node import Node  # noqa: E402
 
 SECRET = b"s" * 32
@@ -129,8 +131,10 @@ class Blade:
     def _storage(self) -> dict[str, Handler]:
         root = self.rack.folder / self.name
         root.mkdir(exist_ok=True)
-        self.files = Files(root)
-        return {"storage.stats": lambda _: storage.stats(self.files)}
+        self.files, self.hold = Files(root), Hold(root)
+        moving = Moving(root, self.hold, self.line.holder.ask, lambda blade: Direct(self.rack[blade].files))
+        moving.start()
+        return {"storage.stats": lambda _: storage.stats(self.files), **moving.handlers()}
 
     def _root(self, vnode: VNode) -> Path | None:
         root = self.rack.folder / str(vnode.storage) / vnode.name
@@ -142,6 +146,20 @@ class Blade:
 
     def _peers(self, kind: str) -> dict[str, str]:
         return {member["name"]: member["management"] for member in self.membership.of_kind(kind)}
+
+
+class Direct:
+    """A caller of a file service in this process."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+
+    def call(
+        self, opcode: int, first: bytes, second: bytes | memoryview = b"", into: Callable[..., Any] | None = None
+    ) -> Any:
+        out = memoryview(bytearray((1 << 20) + (8 << 10)))
+        head, data = self._files.handle(opcode, memoryview(first), memoryview(second), out)
+        return into(out[:head], out[head : head + data]) if into else None
 
 
 class Visitor:

@@ -80,12 +80,12 @@ holder._adopt(Ledger(1, 2, {"web": VNode("web", 1, None, ("pb0",), (), "sb0", "r
 config = AgentConfig("pb0", Node(stand_in_pyverbs.device("10.77.0.2")), secret,
                      lambda kind: {"sb0": "127.0.0.1"} if kind == "storage" else {}, Budget(0), holder,
                      vnode=Path("/run/vnode"))
-with patch.object(monitor, "Client", lambda *arguments: Wire(files)):
-    told = monitor.handlers(config)
-    desk = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    desk.connect(str(monitor.SOCKET))
-    desk.send(b"job - web")
-    roots = [config.vnode, Path(desk.recv(4096).decode().split()[3])]
+patch.object(monitor, "Client", lambda *arguments: Wire(files)).start()
+told = monitor.handlers(config)
+desk = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+desk.connect(str(monitor.SOCKET))
+desk.send(b"job - web")
+roots = [config.vnode, Path(desk.recv(4096).decode().split()[3])]
 assert roots[1].name == "web", roots
 while " /run/vnode fuse" not in Path("/proc/mounts").read_text():
     pass

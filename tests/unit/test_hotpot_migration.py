@@ -176,3 +176,30 @@ def matrix() -> list[Case]:
 @pytest.mark.parametrize("part", range(4))
 def test_no_acknowledged_commit_is_lost_whoever_dies_while_parts_move(part: int) -> None:
     assert_clean(matrix()[part::4])
+
+
+def test_a_node_that_shall_go_leaves_all_parts_and_copies_are_made_elsewhere(net: Net) -> None:
+    write(net, 4, b"two.", 0, 2, replicas=2)
+    write(net, 4, b"one.", 1)
+    for _ in range(100):
+        left = service(net, 2).migration.depart([1, 4])["datasets"]
+        if not left:
+            break
+        assert left.keys() == {"set"}
+        net.wait(0.1)
+    assert 2 not in homes(net)
+    assert service(net, 2).migration.depart([1, 4])["datasets"] == {}
+    machine = net.machines[1]
+    machine.power_off()
+    machine.lose_media()
+    net.wait(4.0)  # it is dead, and what has too few copies without it gets others
+    assert [read(net, 3, page) for page in (0, 1, 2)] == [b"two.", b"one.", b"two."]
+    home = service(net, homes(net)[0]).owner.home(SET, 0)
+    assert not home.short
+    assert all(home.copies[page] for page in home.record.pages_of(0))
+
+
+def test_without_another_node_nothing_departs(net: Net) -> None:
+    assert service(net, 2).migration.depart([])["datasets"].keys() == {"set"}
+    assert service(net, 2).migration.depart([9])["datasets"].keys() == {"set"}
+    assert service(net, 2).owner.home(SET, 0).leave is None

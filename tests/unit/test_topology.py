@@ -183,7 +183,7 @@ class TestUp:
         assert (told.moved, rack.ups) == (6 << 20, [])
         assert all(asked["dry"] for asked in rack.drains), rack.drains
         done = topology.remove(settings, file, "mb0")
-        assert {"node": "mb0", "meant_for": [1, 1]} in rack.drains
+        assert {"node": "mb0", "meant_for": [1, 1], "but": "hotpot."} in rack.drains
         assert rack.drains[-1] != {"memory": "mb0", "cancel": True}
         assert done.lines() == ["mb0: 6 MiB moved to other blades", "mb0: removed (not in the rack file)"]
         assert [only for _, only in rack.ups] == [{"mb0"}]
@@ -198,6 +198,31 @@ class TestUp:
             topology.remove(rack.paths.settings, file, "mb0")
         assert [asked["cancel"] for asked in rack.drains if "cancel" in asked] == [True, True]
         assert "mb0" in file.read_text()
+        assert rack.ups == []
+
+    def test_chunks_of_hotpot_get_another_owner_first(self, rack: BrokenRack, file: Path) -> None:
+        settings = rack.paths.settings
+        rack.replies["mb0 hotpot.stat"] = told = {"node_id": 3, "datasets": {"notes": {"owned_chunks": 2}}}
+        held = rack.replies["mb0 hotpot.depart"] = {"datasets": {"notes": 2 << 20}, "moved": 0}
+        rack.replies["mb1 hotpot.stat"] = {"node_id": 4, "datasets": {}}
+        assert topology.remove(settings, file, "mb0", dry=True).moved == 2 << 20
+
+        def leave(request: dict[str, Any]) -> None:
+            if request["nodes"] == [4]:
+                told.update(datasets={})
+                held.update(datasets={})
+
+        rack.departing = leave
+        assert topology.remove(settings, file, "mb0").moved == 2 << 20
+        assert [only for _, only in rack.ups] == [{"mb0"}]
+
+    @pytest.mark.long
+    def test_chunks_that_do_not_go_keep_their_blade(self, rack: BrokenRack, file: Path) -> None:
+        rack.replies["mb0 hotpot.stat"] = {"node_id": 3, "datasets": {"notes": {"owned_chunks": 2}}}
+        rack.replies["mb0 hotpot.depart"] = {"datasets": {"notes": 2 << 20}, "moved": 0}
+        rack.replies["mb1 hotpot.stat"] = {"node_id": 4, "datasets": {}}
+        with pytest.raises(RacklessError, match=r"chunks of Hotpot datasets \(notes\) do not leave mb0"):
+            topology.remove(replace(rack.paths.settings, control_seconds=0.3), file, "mb0")
         assert rack.ups == []
 
     def test_programs_take_their_memory_elsewhere_first(self, rack: BrokenRack, file: Path) -> None:

@@ -20,6 +20,7 @@ from guest_agents.lite.errors import LiteError, NodeDead, NodeUnreachable
 from guest_agents.lite.links import Links
 from guest_agents.membership import Books, Life, Manager, Member
 from guest_agents.splitkernel.managers import storage
+from guest_agents.splitkernel.managers.files import FileMoves
 from guest_agents.splitkernel.managers.memory import PLACEMENTS, MemoryManager
 from guest_agents.splitkernel.managers.process import RUNNING, ProcessManager
 from guest_agents.splitkernel.managers.vnode import DEFAULT, Ledger, VNode, check_name
@@ -50,6 +51,7 @@ class GlobalManagers(Books):
         self._tally = Tally()
         self.process = ProcessManager()
         self.memory = MemoryManager()
+        self.files = FileMoves(self._lives, links.call, self._change, lambda: self._ledger)
 
     def handlers(self) -> dict[str, Handler]:
         """What the host asks of the managers."""
@@ -57,7 +59,7 @@ class GlobalManagers(Books):
             op: self._when_ready(action)
             for op, action in {
                 "vnode.create": self.create, "vnode.delete": self.delete, "vnode.list": self.list,
-                "program.place": self.place, "program.list": self.programs,
+                "program.place": self.place, "program.list": self.programs, **self.files.handlers(),
             }.items()
         })  # fmt: skip
         return {**counted, "managers.stats": self.stats}
@@ -67,6 +69,7 @@ class GlobalManagers(Books):
         return self._tally.counting({
             "managers.hear": self._hear, "managers.load": self._load, "managers.region": self._region,
             "managers.programs": self._when_ready(self.programs),
+            "managers.moved": self._when_ready(self.files.moved),
         })  # fmt: skip
 
     def start(self) -> None:
@@ -84,6 +87,7 @@ class GlobalManagers(Books):
         """Its programs are lost."""
         self._links.end(member.life.node, member.life.incarnation)
         self.memory.forget(member.name)
+        self.files.leaving.discard(member.name)
         lost = self.process.died(member.life)
         if lost:
             log.warning("%s has died with %d programs", member.name, len(lost))
@@ -104,13 +108,16 @@ class GlobalManagers(Books):
             raise ControlError(f"the rack has no {missing} blade that lives", "see `rackless status`")
         if len(request.get("storage") or ()) > 1:
             raise ControlError("a vNode has its files on one storage blade", "name one")
+        staying = [blade for blade in chosen["storage"] if blade not in self.files.leaving]
+        if request.get("storage") and not staying:
+            raise ControlError(f"{chosen['storage'][0]} is being removed", "name another storage blade")
 
         def add(old: Ledger) -> Ledger:
             name = str(request["name"])
             check_name(name, old.vnodes)
             taken = {vnode.address for vnode in old.vnodes.values()}
             address = next((address for address in self._addresses() if address not in taken), None)
-            blade = storage.choose(chosen["storage"], old.vnodes.values())
+            blade = storage.choose(staying, old.vnodes.values())
             made = VNode(name, old.next_id, address, chosen["processor"], chosen["memory"], blade, placement)
             return replace(old, next_id=old.next_id + 1, vnodes={**old.vnodes, name: made})
 
@@ -243,14 +250,17 @@ class GlobalManagers(Books):
 
     def _default(self) -> VNode:
         living = {kind: tuple(sorted(self._living(kind))) for kind in ("processor", "memory", "storage")}
-        return VNode(DEFAULT, 0, None, living["processor"], living["memory"], next(iter(living["storage"]), None),
+        return VNode(DEFAULT, 0, None, living["processor"], living["memory"], self._ledger.home(living["storage"]),
                      "round-robin")  # fmt: skip
 
     def _vnode(self, name: str) -> VNode:
         return self._default() if name == DEFAULT else self._ledger.find(name)
 
     def _living(self, kind: str) -> set[str]:
-        return {member.name for member in self._manager.alive().values() if member.kind == kind}
+        return set(self._lives(kind))
+
+    def _lives(self, kind: str) -> dict[str, Life]:
+        return {member.name: member.life for member in self._manager.alive().values() if member.kind == kind}
 
     def _chosen(self, names: Sequence[str], kind: str) -> tuple[str, ...]:
         """The blades of those names, which live and are of that kind; all there are without names."""

@@ -24,7 +24,7 @@ from guest_agents.verbs.lost import Caller, LostError
 SERVICE = "buffers"
 SHARE = 4
 """One of so many parts of a blade's memory may be buffers. They give way to programs and LITE."""
-MAYBE, NOT_SENT = errno.ECOMM, errno.EHOSTDOWN
+MAYBE, NOT_SENT = errno.ECOMM, wire.NOT_NOW
 """Answers when the storage blade gives none: it may have carried the request out, or has not had it."""
 COUNTED = ("hits", "misses", "bytes_hit", "bytes_missed", "bytes_written")
 

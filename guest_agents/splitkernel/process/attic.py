@@ -14,7 +14,7 @@ from contextlib import suppress
 from guest_agents.splitkernel.storage import wire
 from guest_agents.splitkernel.storage.wire import Op
 
-NAME = ".vnode-removed"
+NAME = wire.ATTIC
 """In the root of what is mounted; refused as a name there, and in no listing."""
 
 

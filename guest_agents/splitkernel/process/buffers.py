@@ -20,8 +20,9 @@ from guest_agents.splitkernel.storage.wire import Op
 from guest_agents.verbs.lost import Caller, LostError
 
 REST_SECONDS = 5.0
-_LOST = {errno.ECOMM: True, errno.EHOSTDOWN: False}
-"""What a memory blade says when the storage blade is silent (memory/buffers.py): whether that had the request."""
+_LOST = {errno.ECOMM: True, wire.NOT_NOW: False}
+"""What a memory blade says when the storage blade is silent (memory/buffers.py): whether that had the request. A
+storage blade whose files are moving says the second itself."""
 log = logging.getLogger("rackless.vnode")
 
 
@@ -52,7 +53,7 @@ class Buffered:
         """As Caller.call. A READ's second part is the version that is known; its reply begins with the version that
         the storage blade has now, if it was asked."""
         if opcode not in (Op.READ, Op.WRITE):
-            return self._storage.call(opcode, first, second, into)
+            return self._directly(opcode, first, second, into)
         op, request = Op(opcode), wire.decode(first)
         home = self._home(request.path) if request.identity else None
         if home is not None and self._resting.get(home[1], 0.0) <= time.monotonic():
@@ -71,7 +72,19 @@ class Buffered:
                     raise LostError(f"{storage} does not answer {memory}", _LOST[answer.errno]) from answer
                 raise
         self.tally.add(storage_name(op))
-        return self._storage.call(op, first, second if op is Op.WRITE else b"", into)
+        return self._directly(op, first, second if op is Op.WRITE else b"", into)
+
+    def _directly(
+        self, opcode: int, first: bytes, second: bytes | memoryview, into: Callable[..., Any] | None
+    ) -> Any:
+        try:
+            return self._storage.call(opcode, first, second, into)
+        except LostError:
+            raise
+        except OSError as answer:
+            if answer.errno == wire.NOT_NOW:
+                raise LostError("the files are moving to another storage blade", sent=False) from answer
+            raise
 
     def _caller(self, memory: str) -> Caller:
         with self._lock:

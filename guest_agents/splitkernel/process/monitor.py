@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from guest_agents.splitkernel.process import figures
 from guest_agents.splitkernel.process.belonging import Belonging
 from guest_agents.splitkernel.process.buffers import Buffered
 from guest_agents.splitkernel.process.desk import Desk, Stock
+from guest_agents.splitkernel.process.following import Following
 from guest_agents.splitkernel.process.memory import Lender
 from guest_agents.splitkernel.process.patience import Patient
 from guest_agents.splitkernel.process.roots import Roots
@@ -33,10 +35,14 @@ log = logging.getLogger("rackless.process")
 
 
 class Mounted:
-    """The files of a storage blade, and the way their data takes."""
+    """The files of a storage blade, and the way their data takes.
 
-    def __init__(self, data: Buffered, client: str) -> None:
+    blade -- the storage blade that has them now
+    """
+
+    def __init__(self, data: Buffered, client: str, blade: Callable[[], str | None]) -> None:
         self.data = data
+        self.blade = blade
         self.vnode = Vnode(Patient(data), client)
 
     def counts(self) -> tuple[Counter[str], Counter[str]]:
@@ -57,11 +63,11 @@ def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control
                     config.node.device)  # fmt: skip
     config.watch("memory", lender.members)
 
-    def mounted(client: str, blade: str | None = None) -> Mounted:
-        """The files of a storage blade, without `blade` of the first there is; no two mounts are of one `client`."""
+    def mounted(client: str, blade: Callable[[], str | None]) -> Mounted:
+        """The files of a storage blade, wherever they are now; no two mounts are of one `client`."""
 
         def home(path: str) -> tuple[str, str] | None:
-            storage = blade or min(config.peers("storage"), default=None)
+            storage = blade()
             living = [name for name in config.peers("memory") if lender.stays(name)]
             memory = buffers(config.holder.ledger.vnodes, storage, path, living) if storage is not None else None
             return (storage, memory) if storage is not None and memory is not None else None
@@ -69,16 +75,19 @@ def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control
         def caller(memory: str) -> Client:
             return Client(config.node, BUFFERS, lambda: _agent(config, port, "memory", memory), BUFFER_SECONDS)
 
-        storage = Client(config.node, "storage", lambda: _agent(config, port, "storage", blade))
-        return Mounted(Buffered(storage, home, caller), client)
+        storage = Following(blade, lambda name: Client(config.node, "storage",
+                                                       lambda: _agent(config, port, "storage", name)))  # fmt: skip
+        return Mounted(Buffered(storage, home, caller), client, blade)
 
-    first = mounted(config.name)
+    first = mounted(config.name, lambda: config.holder.ledger.home(config.peers("storage")))
     threading.Thread(target=_serve, args=(first.vnode, config.vnode), name="vnode", daemon=True).start()
 
     def serve_blade(blade: str, where: Path) -> None:
         # Not under the name that /vnode has, which may be of the same blade: each empties the attic of its own name.
-        mounts[blade] = mounted(f"{config.name}.vnodes", blade)
-        _serve(mounts[blade].vnode, where)
+        ledger = config.holder.ledger
+        made = mounts[where.name] = mounted(f"{config.name}.{where.name}",
+                                            lambda: config.holder.ledger.followed(blade, ledger))  # fmt: skip
+        _serve(made.vnode, where)
 
     def call(blade: str, op: str, **fields: Any) -> control.Message:
         address = config.peers("processor").get(blade)
@@ -89,14 +98,17 @@ def handlers(config: AgentConfig, port: int = control.PORT) -> dict[str, control
     def storage() -> dict[str, Any]:
         """By storage blade: requests of the kernel, what was asked for them by opcode, bytes."""
         counts: dict[str, tuple[Counter[str], Counter[str]]] = {}
-        default = [(name, first) for name in sorted(config.peers("storage"))[:1]]
-        for blade, files in [*default, *mounts.items()]:
+        for files in [first, *mounts.values()]:
+            blade = files.blade()
+            if blade is None:
+                continue
             sums, by_opcode = counts.setdefault(blade, (Counter(), Counter()))
             for total, more in zip((sums, by_opcode), files.counts(), strict=True):
                 total.update(more)
         return {blade: {**sums, "by_opcode": dict(by_opcode)} for blade, (sums, by_opcode) in counts.items()}
 
-    belonging = Belonging(config.name, config.holder, Roots(serve_blade).of, call)
+    roots = Roots(serve_blade, left=lambda blade: config.holder.ledger.left(blade))
+    belonging = Belonging(config.name, config.holder, roots.of, call)
     swap = Swap()
     desk = Desk(SOCKET, Stock(JOBS, config.excache, lender, belonging, storage, swap=swap))
     desk.start()
@@ -130,10 +142,9 @@ def _agent(config: AgentConfig, port: int, kind: str, blade: str | None) -> cont
     blades = config.peers(kind)
     if not blades:
         raise control.ControlError(f"the rack has no {kind} blade", "add one to have files under /vnode")
-    name = blade or min(blades)
-    if name not in blades:
-        raise control.ControlError(f"{kind} blade {name} is not there", "is it up?")
-    return control.ControlClient((blades[name], port), config.secret, CONNECT_SECONDS)
+    if blade not in blades:
+        raise control.ControlError(f"{kind} blade {blade} is not there", "is it up?")
+    return control.ControlClient((blades[blade], port), config.secret, CONNECT_SECONDS)
 
 
 def _serve(vnode: Vnode, where: Path) -> None:

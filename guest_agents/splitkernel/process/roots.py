@@ -24,10 +24,15 @@ class Roots:
     """Mounts the storage blades that vNodes use, each when it is first needed.
 
     serve -- mounts all files of a storage blade at a folder and answers until it is unmounted
+    left -- (blade): how often the files of a storage blade of that name have moved away: what is mounted went with
+            them, and a new blade of that name is another
     """
 
-    def __init__(self, serve: Callable[[str, Path], None], where: Path = WHERE) -> None:
+    def __init__(
+        self, serve: Callable[[str, Path], None], where: Path = WHERE, left: Callable[[str], int] = lambda _blade: 0
+    ) -> None:
         self._serve = serve
+        self._left = left
         self._where = where
         self._mounted: set[str] = set()
         self._lock = threading.Lock()
@@ -38,11 +43,12 @@ class Roots:
         """The folder with the files of `vnode`, None if it has no storage blade. ControlError if it cannot be had."""
         if vnode.storage is None:
             return None
-        folder = self._where / vnode.storage
+        left = self._left(vnode.storage)
+        folder = self._where / (f"{vnode.storage}.{left}" if left else vnode.storage)
         with self._lock:
-            if vnode.storage not in self._mounted:
+            if folder.name not in self._mounted:
                 self._mount(vnode.storage, folder)
-                self._mounted.add(vnode.storage)
+                self._mounted.add(folder.name)
         root = folder / vnode.name
         try:
             root.mkdir(exist_ok=True)

@@ -13,12 +13,15 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 _SYS_OPENAT2 = 437
 _NO_XDEV, _NO_MAGICLINKS, _NO_SYMLINKS, _BENEATH = 0x01, 0x02, 0x04, 0x08
 _RESOLVE = _NO_XDEV | _NO_MAGICLINKS | _NO_SYMLINKS | _BENEATH
 _HOW = struct.Struct("<QQQ")
 _AT_EMPTY_PATH = 0x1000
+_IDENTITY = "trusted.rackless.identity"
+"""An extended attribute, which only root sees; files whose identity is their handle have none."""
 _HANDLE_HEAD, _HANDLE_BYTES = 8, 128  # struct file_handle: u32 length, i32 type, MAX_HANDLE_SZ bytes
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -58,11 +61,20 @@ def parent(root: int, path: str) -> Iterator[tuple[int, str]]:
         yield fd, name
 
 
+def keep_identity(path: Path, identity: int) -> None:
+    """Give a file that came from another storage blade the identity that it had there: who has it open goes on."""
+    os.setxattr(path, _IDENTITY, struct.pack("<Q", identity), follow_symlinks=False)
+
+
 def identity_of(fd: int, ino: int) -> int:
-    """A number that this file has and no other ever had: its handle, of inode and generation. Not 0.
+    """A number that this file has and no other ever had: the one that it came with, or else its handle, of inode and
+    generation. Not 0.
 
     ino -- its inode number, which has to do where the file system knows no handles
     """
+    kept = ctypes.create_string_buffer(8)
+    if _libc.getxattr(b"/proc/self/fd/%d" % fd, _IDENTITY.encode(), kept, 8) == len(kept.raw):
+        return int.from_bytes(kept.raw, "little")
     handle = ctypes.create_string_buffer(_HANDLE_HEAD + _HANDLE_BYTES)
     struct.pack_into("<I", handle, 0, _HANDLE_BYTES)
     mount = ctypes.c_int()

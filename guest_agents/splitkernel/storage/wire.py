@@ -60,6 +60,10 @@ RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 MAX_PATH = 4095
 """Longest path below the root, bytes: the kernel takes no longer one either."""
 MAX_REPLY = 1 << 20
+ATTIC = ".vnode-removed"
+"""A folder in the root that programs do not see: files that are removed while open, and what is on its way."""
+NOT_NOW = errno.EHOSTDOWN
+"""The answer to a request that was not carried out, because the files are moving: ask again."""
 _REQUEST = struct.Struct("<QQQQII")
 _ATTRIBUTES = struct.Struct("<3Q3q7Q")
 _ENTRY = struct.Struct("<QII")
