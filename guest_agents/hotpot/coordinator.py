@@ -141,6 +141,17 @@ class Coordinator:
     # A single part
 
     def _single(self, attempt: Attempt) -> Outcome:
+        try:
+            return self._alone(attempt)
+        except InDoubt:
+            if attempt.record.mode == "mrsw":
+                # Its owner may still do it: until that is known nobody else may write these pages. He would be refused
+                # when he has written others, whose new home (a copy) could not take it back.
+                attempt.asked, attempt.tried = set(attempt.groups), set(attempt.groups)
+                self._leave(attempt)
+            raise
+
+    def _alone(self, attempt: Attempt) -> Outcome:
         [(part, (header, payload))] = attempt.groups.items()
         deadline = time.monotonic() + self._lease.timing.patience
         again: Message = {}

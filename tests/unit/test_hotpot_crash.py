@@ -20,7 +20,8 @@ OWN = {
     "mrsw": [f"{when} {op}" for op in ("acquire", "let_go") for when in ("send", "serve", "served", "sent")],
 }
 FATES = ("reboot", "lost", "gone", "partition")
-KNOWN = [Case("mrsw", "lost", "serve caching", 4, 1481)]
+KNOWN = [Case("mrsw", "lost", "serve caching", 4, 1481),
+         Case("mrsw", "partition", "persist mirror", 3, 30174, scarce=True, standby=True)]
 """Runs that once went wrong."""
 RUNS = int(os.environ.get("RACKLESS_CRASH_RUNS", "0"))
 """More runs than those of the matrix, for a night."""

@@ -9,7 +9,7 @@ import pytest
 from guest_agents.hotpot.blocks import PAGE
 from guest_agents.hotpot.cache import Cache
 from guest_agents.hotpot.coordinator import new_xid
-from guest_agents.hotpot.errors import Corrupt, HotpotError, Isolated, NodeLost, NotOwner, PagesLost
+from guest_agents.hotpot.errors import Corrupt, HotpotError, InDoubt, Isolated, NodeLost, NotOwner, PagesLost, Retry
 from guest_agents.hotpot.home import Home
 from guest_agents.hotpot.service import Service, Transaction
 from tests.unit.hotpot_crash import load, store
@@ -264,3 +264,31 @@ def test_copies_of_a_dataset_that_was_deleted_meanwhile_go(net: Net) -> None:
     net.machines[3].power_on()
     net.wait(0.5)
     assert "copies-1" not in net.machines[3].disk
+
+
+def test_nobody_else_writes_pages_of_an_mrsw_commit_of_which_it_is_not_known_whether_it_took_place(net: Net) -> None:
+    service(net, 1).dispatcher("create", name="one", size=PAGE, mode="mrsw", chunk=PAGE, owners=[2])
+    caches = {node: service(net, node).open("one") for node in (3, 4)}
+    number = caches[4].record.id
+    for cache in caches.values():
+        cache.ensure([0])
+    store(caches[4], 0, b"once")
+    service(net, 4).commit_areas(number, [(0, 4)], 1)  # so no other node can become the home
+
+    def cut(op: str) -> None:
+        if op == "replica":
+            net.away = {2}
+
+    mine, other = Transaction(new_xid(), number), Transaction(new_xid(), number)
+    service(net, 4).acquire(mine, [(0, 4)])
+    store(caches[4], 0, b"mine")
+    net.between = cut
+    with pytest.raises(InDoubt):
+        service(net, 4).commit(mine, 2)
+    with pytest.raises(Retry):
+        service(net, 3).acquire(other, [(0, 4)])
+    net.between, net.away = lambda _op: None, set()
+    net.wait(2.0)
+    service(net, 3).acquire(other, [(0, 4)])
+    assert load(caches[3], 0, 4) == b"mine"
+    assert not service(net, 4).coordinator.unfinished
