@@ -132,7 +132,8 @@ class Dispatcher:
             if self._unsaved:
                 self.save()
 
-    def _if_in_office(self, handler: Handler) -> Handler:
+    def if_in_office(self, handler: Handler) -> Handler:
+        """A handler that answers only while this node is the dispatcher."""
         def answer(source: int, header: Message, payload: memoryview) -> Message:
             self.in_office()
             return handler(source, header, payload)
@@ -143,7 +144,7 @@ class Dispatcher:
         """What nodes may ask, on PORT."""
         mine = {"create": self._create, "delete": self._delete, "list": self._list, "open": self._open_asked,
                 "close": self._close}  # fmt: skip
-        return {op: self._if_in_office(handler) for op, handler in mine.items()}
+        return {op: self.if_in_office(handler) for op, handler in mine.items()}
 
     def leaf_handlers(self, hold: Hold) -> dict[str, Handler]:
         """What nodes may ask, on LEAF: somebody's `create` may be waiting for it. `hold` is told what a node that
@@ -156,7 +157,7 @@ class Dispatcher:
 
         mine = {"register": register, "beat": self._beat, "find": self._find_asked, "confirm": self._confirm,
                 "synced": self._synced}  # fmt: skip
-        return {op: self._if_in_office(handler) for op, handler in mine.items()}
+        return {op: self.if_in_office(handler) for op, handler in mine.items()}
 
     # Nodes
 

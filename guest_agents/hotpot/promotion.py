@@ -79,7 +79,7 @@ def move(
         media = dispatcher.media_of(synced)
     try:
         about = {"record": new.to_json(), "part": part, "synced": synced, "media": media, "solo": sorted(listed.solo),
-                 "claims": _claims(dispatcher, number, part), **(planned or {})}  # fmt: skip
+                 "claims": _claims(dispatcher, number, part), "term": dispatcher.term, **(planned or {})}  # fmt: skip
         reply = dispatcher.links.call(new.homes[part], "promote", about, port=PORT)
     except HotpotError:
         with dispatcher.lock:
@@ -125,8 +125,11 @@ class Promotion:
         return {"promote": self._promote}
 
     def _promote(self, _source: int, header: Message, _payload: memoryview) -> Message:
-        """Make a home of the copies there are. NodeLost: one cannot be read now; NoSpace."""
+        """Make a home of the copies there are. NodeLost: one cannot be read now; NoSpace; NotOwner: there is a later
+        dispatcher, or this node is the home already, and may have pages of which there are no copies."""
         record, part = Record.from_json(header["record"]), header["part"]
+        if header["term"] < self._owner.lease.term:
+            raise NotOwner(f"the dispatcher of term {header['term']} is not obeyed any more")
         media = dict(header["media"])
         nodes = sorted(header["synced"], key=lambda node: node != self._links.node.node_id)
         have = [(node, versions_at(self._links, node, record, part, media.get(node))) for node in nodes]
@@ -143,6 +146,8 @@ class Promotion:
             if len(fresh) != header["pages"]:
                 raise NodeLost(f"there are copies of {len(fresh)} pages, not of {header['pages']}")
         for old in [home for home in self._owner.homes() if home.key == (record.id, part)]:
+            if old.ready and old.record.epoch(part) >= record.epoch(part):  # this took long, and was asked again
+                raise NotOwner(f"node {self._links.node.node_id} is the home of part {part} of {record.name} already")
             self._owner.drop(old)
         home = self._owner.open(record, part, new=True)
         home.write({**fresh, **{page: Copy(blocks.LOST, bytes(PAGE)) for page in lost}})
