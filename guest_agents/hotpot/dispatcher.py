@@ -195,7 +195,8 @@ class Dispatcher:
                     listed.doubt(part)
 
     def _beat(self, source: int, header: Message, _payload: memoryview) -> Message:
-        """A node is alive; what it should know of its homes and of its copies."""
+        """A node is alive; what it should know of its homes and of its copies. Those on nodes that were silent for
+        long do not count, so that others are made."""
         with self.lock:
             if header["term"] > self.term:
                 self.refused = True
@@ -209,7 +210,8 @@ class Dispatcher:
             for number, listed in self.listed.items():
                 for part, home in enumerate(listed.record.homes):
                     if home == source:
-                        mine.append([number, part, listed.record.epoch(part), sorted(listed.synced[part])])
+                        there = [node for node in listed.synced[part] if not self.silent(node, self.timing.promote)]
+                        mine.append([number, part, listed.record.epoch(part), sorted(there)])
                     if source in listed.synced[part]:
                         trusted.append([number, part])
             return {"life": self.life, "term": self.term, "homes": mine, "trusted": trusted}

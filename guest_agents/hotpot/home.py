@@ -67,7 +67,7 @@ class Home:
     short: set[int] = field(default_factory=set)
     """Pages that may have fewer copies than their degree."""
     missed: set[int] = field(default_factory=set)
-    """Nodes that did not get news of pages which they may have cached."""
+    """Nodes that may have cached pages, and did not get news of them, or have not heard of this home."""
     wrong: list[int] = field(default_factory=list)
     """Pages that did not have their checksum when the home was opened."""
     refused: bool = False

@@ -199,7 +199,7 @@ class Keeper:
             if home.leave is not None and home.leave.frozen:
                 continue
             if home.ready and home.missed:
-                promotion.attended(self._links, home, home.missed & self._links.living())
+                promotion.attended(self._links, home, set(home.missed))
             if not home.ready or not home.short:
                 continue
             lacking = home.lacking(_LOOKED)[:_REPAIRED]

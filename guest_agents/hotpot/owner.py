@@ -113,9 +113,9 @@ class Owner:
             home.leave.frozen = time.monotonic()
 
     def busy(self, home: Home) -> bool:
-        """Whether commits to it have not ended, or some may come, or not everybody has heard of one."""
+        """Whether commits to it have not ended, or some may come."""
         with self._lock:
-            return bool(home.locks or home.claims or home.missed
+            return bool(home.locks or home.claims
                         or any(entry.home is home for entry in self._entries.values()))  # fmt: skip
 
     # What has been logged and not ended

@@ -18,7 +18,7 @@ from guest_agents.hotpot.datanode import DataNode
 from guest_agents.hotpot.dispatcher import Dispatcher, Listed
 from guest_agents.hotpot.errors import HotpotError, NodeLost, NotOwner, Retry
 from guest_agents.hotpot.home import Claim, Home, Origin
-from guest_agents.hotpot.messages import LEAF, PORT, Handler, Links, Message
+from guest_agents.hotpot.messages import LEAF, PORT, Handler, Links, Message, has_no_service
 from guest_agents.hotpot.owner import Owner
 from guest_agents.hotpot.records import Record
 
@@ -152,6 +152,7 @@ class Promotion:
         home = self._owner.open(record, part, new=True)
         home.write({**fresh, **{page: Copy(blocks.LOST, bytes(PAGE)) for page in lost}})
         home.sound = "pages" in header
+        home.missed = set(header.get("missed", ()))
         home.xids = set(header["xids"]) if home.sound else {copy.xid for copy in fresh.values()}
         for claim in header["claims"]:
             if claim["xid"] not in home.xids:
@@ -229,17 +230,22 @@ def reunite(links: Links, owner: Owner, home: Home) -> list[str]:
     bare = {page // record.chunk_pages for page in home.short if not home.copies[page]}
     if away or bare != home.solo:
         owner.replicas.exclude(home, away, bare)
-    attended(links, home, links.living() | {links.node.node_id})
+    attended(links, home, {member.node_id for member in links.node.nodes()})
     home.ready, home.sound = True, False
     return wrong
 
 
 def attended(links: Links, home: Home, nodes: set[int]) -> None:
-    """Ask nodes what they may have cached of a home, and let them look at it again."""
-    about = {"record": home.record.to_json(), "part": home.part, "sound": home.sound}
-    calls = [(node, "attend", about, b"") for node in sorted(nodes)]
+    """Ask nodes what they may have cached of a home, and let them look at it again; those that do not answer are asked
+    again as soon as they live (keeper.py)."""
+    about = {"record": home.record.to_json(), "part": home.part}
+    calls = [(node, "attend", {**about, "sound": home.sound and node not in home.missed}, b"")
+             for node in sorted(nodes & links.living())]  # fmt: skip
+    home.missed |= nodes
     for call, answer in zip(calls, links.call_all(calls, LEAF), strict=True):
-        if not isinstance(answer, HotpotError):
+        if has_no_service(answer):
+            home.missed.discard(call[0])
+        elif not isinstance(answer, HotpotError):
             home.missed.discard(call[0])
             for chunk in answer["chunks"]:
                 home.caching[chunk].add(call[0])
