@@ -195,8 +195,8 @@ class Dispatcher:
                     listed.doubt(part)
 
     def _beat(self, source: int, header: Message, _payload: memoryview) -> Message:
-        """A node is alive; what it should know of its homes and of its copies. Those on nodes that were silent for
-        long do not count, so that others are made."""
+        """A node is alive; what it should know of its homes and of its copies. Those on nodes that are dead and were
+        silent for long do not count, so that others are made."""
         with self.lock:
             if header["term"] > self.term:
                 self.refused = True
@@ -206,12 +206,13 @@ class Dispatcher:
             if source not in self.voters:
                 self.voters.add(source)
                 self.save()
+            quiet = {node for node in self._media if self.silent(node, self.timing.promote)}
+            gone = quiet - self.links.living() if quiet else quiet
             mine, trusted = [], []
             for number, listed in self.listed.items():
                 for part, home in enumerate(listed.record.homes):
                     if home == source:
-                        there = [node for node in listed.synced[part] if not self.silent(node, self.timing.promote)]
-                        mine.append([number, part, listed.record.epoch(part), sorted(there)])
+                        mine.append([number, part, listed.record.epoch(part), sorted(listed.synced[part] - gone)])
                     if source in listed.synced[part]:
                         trusted.append([number, part])
             return {"life": self.life, "term": self.term, "homes": mine, "trusted": trusted}

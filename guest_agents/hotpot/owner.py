@@ -140,6 +140,11 @@ class Owner:
                 del self._refused[next(iter(self._refused))]
             return True
 
+    def refused(self, home: Home) -> list[int]:
+        """Transactions of which that was promised."""
+        with self._lock:
+            return [xid for xid, *key in self._refused if tuple(key) == home.key]
+
     def reload(self, home: Home, place: int, xid: int, state: State, body: bytes) -> None:
         """An entry of an earlier life: its pages are locked again."""
         header, payload = unpack(body)

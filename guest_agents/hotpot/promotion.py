@@ -153,6 +153,8 @@ class Promotion:
         home.write({**fresh, **{page: Copy(blocks.LOST, bytes(PAGE)) for page in lost}})
         home.sound = "pages" in header
         home.missed = set(header.get("missed", ()))
+        for xid in header.get("refused", ()):
+            self._owner.refuse(xid, home)
         home.xids = set(header["xids"]) if home.sound else {copy.xid for copy in fresh.values()}
         for claim in header["claims"]:
             if claim["xid"] not in home.xids:

@@ -136,11 +136,9 @@ class Replicas:
                 self._counts["copies_sent"] += len(fresh)
                 stale = set(reply.get("stale", ()))
                 again = again or bool(stale)
-                for page in fresh:
-                    if page in stale:
-                        home.copies[page].discard(node)
-                    else:
-                        home.copies[page].add(node)
+                for page in stale:
+                    home.copies[page].discard(node)
+                self._has(home, node, fresh.keys() - stale)
             if failed:
                 log.warning("nodes %s do not take copies of %s", sorted(failed), home.record.name)
                 self.exclude(home, failed)
@@ -151,6 +149,13 @@ class Replicas:
                     home.short |= set(fresh)
                 return len(nodes) + 1
         raise HotpotError(f"copies of {home.record.name} do not come to an end")
+
+    def _has(self, home: Home, node: int, pages: Iterable[int]) -> None:
+        """A node has taken copies of pages; they do not count if it was excluded meanwhile."""
+        with self._telling:
+            if node in home.synced:
+                for page in pages:
+                    home.copies[page].add(node)
 
     def _seed(self, home: Home, nodes: set[int], fresh: dict[int, Copy]) -> set[int]:
         """Nodes that have no copy of some of these pages get them as they were before; those that did not."""
@@ -210,8 +215,7 @@ class Replicas:
         if self.register(home, {node}, pages) or self.send(home, "seed", {node: {p: home.read(p) for p in pages}}):
             self.exclude(home, {node})
             raise NodeLost(f"node {node} takes no copies of {home.record.name}")
-        for page in pages:
-            home.copies[page].add(node)
+        self._has(home, node, pages)
 
     def withdraw(self, home: Home, node: int, pages: Sequence[int]) -> list[int]:
         """Take copies away from a node, those of which there are enough without, when others have been made; nobody
@@ -255,5 +259,4 @@ class Replicas:
         for node, sent in by_node.items():
             if node not in failed:
                 self._counts["copies_repaired"] += len(sent)
-                for page in sent:
-                    home.copies[page].add(node)
+                self._has(home, node, sent)

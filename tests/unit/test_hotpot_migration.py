@@ -8,7 +8,7 @@ import pytest
 
 from guest_agents.hotpot import migration
 from guest_agents.hotpot.blocks import PAGE
-from guest_agents.hotpot.errors import BadArgument, HotpotError, Retry
+from guest_agents.hotpot.errors import BadArgument, HotpotError, NoSuchTransaction, NotOwner, Retry
 from tests.unit.hotpot_crash import FATES, Case, assert_clean
 from tests.unit.hotpot_sim import Net, simulated
 from tests.unit.test_hotpot_recovery import SET, net, opened, read, service, write
@@ -183,6 +183,29 @@ def test_a_node_that_does_not_hear_of_a_new_home_hears_of_it_later(net: Net) -> 
     assert service(net, 4).lease.valid  # so it has no reason of its own to look again
     net.wait(0.5)
     assert read(net, 4, 0) == b"then"
+
+
+def test_a_home_does_not_carry_out_what_an_earlier_one_has_promised_not_to(net: Net) -> None:
+    """Other owners have undone it then."""
+    xid = 77
+    about = {"xid": xid, "dataset": SET, "part": 0}
+    asked = []
+
+    def late(op: str) -> None:
+        if op == "promote":
+            with pytest.raises(NotOwner):  # the next one would not know of this promise
+                service(net, 3).links.call(2, "status", {**about, "xid": 78})
+            asked.append(op)
+
+    assert service(net, 3).links.call(2, "status", about) == {"state": "unknown"}
+    opened(net, 3)
+    net.between = late
+    service(net, 3).migrate(SET, 0, 4)
+    until_moved(net, 0, 4)
+    assert asked
+    commit = {**about, "pages": [], "parts": [0, 1], "everywhere": [], "replicas": 1, "origin": [3, ""]}
+    with pytest.raises(NoSuchTransaction):
+        service(net, 3).links.call(4, "commit_now", commit)
 
 
 def test_a_part_does_not_go_where_nobody_is(net: Net) -> None:
