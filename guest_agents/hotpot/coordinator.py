@@ -347,6 +347,8 @@ class Coordinator:
                 if self._given_up(attempt):
                     self._release(attempt)
                     continue
+                if not attempt.prepared:
+                    attempt.done.clear()  # owners may have undone it since, if they could not reach this node
                 failures = self._complete(attempt) if attempt.prepared else self._write(attempt)
                 if self._given_up(attempt):
                     self._give_up(attempt)

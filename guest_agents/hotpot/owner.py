@@ -249,8 +249,8 @@ class Owner:
                 done = self._done_already(home, xid, changes)
                 if done is not None:
                     return done
-                if header.get("again") and not header.get("moved"):
-                    self._must_be_untouched(home, xid, changes)
+                if header.get("again"):
+                    self._must_be_untouched(home, xid, changes, moved=header.get("moved", False))
             entry = self._begin(header, payload, State.NOW if alone else State.DONE)
             with Busy(entry, mine=True):
                 return self._all_at_once(entry, source if not header.get("again") else 0)
@@ -274,10 +274,12 @@ class Owner:
         least = min(len(home.copies[page]) + 1 for page in copies)
         return {"versions": [[page, copy.version] for page, copy in copies.items()], "copies": least}
 
-    def _must_be_untouched(self, home: Home, xid: int, changes: list[Change]) -> None:
+    def _must_be_untouched(self, home: Home, xid: int, changes: list[Change], *, moved: bool) -> None:
         """NoSuchTransaction: others have changed the pages since it was sent for the first time, or it cannot be said;
-        it may have been carried out before them, or given up."""
-        if any(change.expected != home.version(change.page) for change in changes):
+        it may have been carried out before them, or given up. Where it is known that it was not, as this is a new home
+        (`moved`), it may not care what others have done."""
+        whatever = {-1} if moved else set()
+        if any(change.expected not in {home.version(change.page)} | whatever for change in changes):
             raise NoSuchTransaction(f"it is not known what became of transaction {xid:x}")
 
     def finish_now(self, entry: Entry) -> None:
