@@ -60,6 +60,8 @@ class Home:
     """By chunk: nodes that may have pages of it in their caches."""
     synced: set[int] = field(default_factory=set)
     """Nodes of which the dispatcher knows that their copies may be trusted: all that are in `copies`."""
+    unsure: set[int] = field(default_factory=set)
+    """Nodes whose copies are not to be trusted, of which the dispatcher could not be told yet: it comes first."""
     media_of: dict[int, str] = field(default_factory=dict)
     """Their media's numbers: a node that has come back with others has lost its copies, and takes none unasked."""
     solo: set[int] = field(default_factory=set)

@@ -59,6 +59,8 @@ class Replicas:
         cleared -- they have no old copies, or these were compared
         """
         with self._telling:  # another commit must not seed a node that is being cleared for this one
+            if home.unsure:
+                self.exclude(home, set(home.unsure))
             new = nodes - home.synced
             failed: set[int] = set()
             if new and not cleared:
@@ -83,10 +85,12 @@ class Replicas:
         bare -- the chunks that are left without, where they were counted
         """
         with self._telling:
+            home.unsure |= nodes
             solo = (home.solo | home.bare_without(nodes)) & set(home.chunks) if bare is None else bare
             left = sorted(home.synced - nodes)
             self._tell_dispatcher(home, remove=nodes, solo=solo, solo_is=sorted(solo), synced=left)
             home.solo = solo
+            home.unsure -= nodes
             for node in nodes:
                 home.forget(node)
 

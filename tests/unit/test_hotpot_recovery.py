@@ -13,7 +13,7 @@ from guest_agents.hotpot.errors import Corrupt, HotpotError, InDoubt, Isolated, 
 from guest_agents.hotpot.home import Home
 from guest_agents.hotpot.service import Service, Transaction
 from tests.unit.hotpot_crash import load, store
-from tests.unit.hotpot_sim import TIMING, LossyFolder, Net, PowerOff, simulated
+from tests.unit.hotpot_sim import TIMING, LossyFolder, Machine, Net, PowerOff, simulated
 
 SET = 1
 
@@ -292,3 +292,21 @@ def test_nobody_else_writes_pages_of_an_mrsw_commit_of_which_it_is_not_known_whe
     service(net, 3).acquire(other, [(0, 4)])
     assert load(caches[3], 0, 4) == b"mine"
     assert not service(net, 4).coordinator.unfinished
+
+
+def test_a_copy_of_which_the_home_has_not_heard_is_not_used_when_it_is_old(net: Net) -> None:
+    write(net, 3, b"once", 0)
+    owner = service(net, 2).owner
+
+    def cut(_machine: Machine, event: str) -> bool:
+        net.away = {2} if event == "served seed" else net.away
+        return False
+
+    net.trap = cut
+    with pytest.raises(Isolated):  # nor can it tell the dispatcher not to trust that one
+        owner.replicas.give(owner.home(SET, 0), 4, [0])
+    net.trap, net.away = None, set()
+    assert service(net, 4).copies.held(SET) == {0}
+    write(net, 3, b"then", 0)
+    net.wait(0.5)
+    assert read(net, 4, 0) == b"then"
