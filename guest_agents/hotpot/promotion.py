@@ -97,14 +97,17 @@ def move(
 
 
 def _claims(dispatcher: Dispatcher, number: int, part: int) -> list[Message]:
-    """Commits that may still change pages of a part, as those who commit and their other owners say. NodeLost."""
-    about = {"dataset": number, "part": part}
-    calls = [(node, op, about, b"") for node in dispatcher.able() for op in ("claims", "owner_claims")]
+    """Commits that may still change pages of a part, as those who commit and their other owners say; also those who
+    have not called lately, if they answer. NodeLost."""
+    about, able = {"dataset": number, "part": part}, dispatcher.able()
+    asked = able | dispatcher.nodes() & dispatcher.links.living()
+    calls = [(node, op, about, b"") for node in sorted(asked) for op in ("claims", "owner_claims")]
     claims: dict[int, Message] = {}
-    for reply in dispatcher.links.call_all(calls, LEAF):
-        if isinstance(reply, HotpotError):
+    for call, reply in zip(calls, dispatcher.links.call_all(calls, LEAF), strict=True):
+        if not isinstance(reply, HotpotError):
+            claims |= {claim["xid"]: claim for claim in reply["claims"]}
+        elif call[0] in able:
             raise reply
-        claims |= {claim["xid"]: claim for claim in reply["claims"]}
     return list(claims.values())
 
 

@@ -73,7 +73,9 @@ class Replicas:
             left = nodes - failed
             solo = set() if left else {page // home.record.chunk_pages for page in pages}
             if new or not solo <= home.solo:
+                home.unsure |= new
                 self._tell_dispatcher(home, add=new, solo=solo)  # not those it may have struck off since
+                home.unsure -= new
                 home.synced |= new
                 home.solo |= solo
         return failed
@@ -258,9 +260,9 @@ class Replicas:
         for node in self.register(home, set(by_node), pages):
             del by_node[node]
         failed = self.send(home, "seed", by_node)
-        if failed:  # whether they have them is not known
-            self.exclude(home, failed)
         for node, sent in by_node.items():
             if node not in failed:
                 self._counts["copies_repaired"] += len(sent)
                 self._has(home, node, sent)
+        if failed:  # whether they have them is not known
+            self.exclude(home, failed)
