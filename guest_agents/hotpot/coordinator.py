@@ -30,6 +30,7 @@ from guest_agents.hotpot.errors import (
     InDoubt,
     Isolated,
     NodeLost,
+    NoSuchDataset,
     NoSuchTransaction,
     NotOwner,
     Retry,
@@ -342,7 +343,14 @@ class Coordinator:
         with self._lock:
             late = list(self._late.values())
         for attempt in late:
-            self._look_again(attempt)
+            try:
+                self._atlas.refresh(attempt.record.id)
+            except NoSuchDataset:
+                attempt.asked.clear()
+                self._give_up(attempt)
+                continue
+            except HotpotError:
+                pass
             with suppress(HotpotError):
                 if self._given_up(attempt):
                     self._release(attempt)

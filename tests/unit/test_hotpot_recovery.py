@@ -266,6 +266,25 @@ def test_copies_of_a_dataset_that_was_deleted_meanwhile_go(net: Net) -> None:
     assert "copies-1" not in net.machines[3].disk
 
 
+def test_a_commit_in_doubt_ends_with_its_dataset(net: Net) -> None:
+    cache = opened(net, 4)
+    cache.ensure([0, 1])
+
+    def cut(op: str) -> None:
+        if op == "commit":
+            net.away = {2, 3}
+
+    net.between = cut
+    with pytest.raises(InDoubt):
+        write(net, 4, b"mine", 0, 1)
+    service(net, 4).close_dataset(SET)
+    service(net, 1).dispatcher("delete", name="set")
+    net.between, net.away = lambda _op: None, set()
+    net.wait(1.0)
+    assert not service(net, 4).coordinator.unfinished
+    assert not any(log.used for node in (2, 3, 4) for log in (service(net, node)._log, service(net, node)._intents))
+
+
 def test_nobody_else_writes_pages_of_an_mrsw_commit_of_which_it_is_not_known_whether_it_took_place(net: Net) -> None:
     service(net, 1).dispatcher("create", name="one", size=PAGE, mode="mrsw", chunk=PAGE, owners=[2])
     caches = {node: service(net, node).open("one") for node in (3, 4)}
