@@ -272,7 +272,7 @@ def test_a_commit_in_doubt_ends_with_its_dataset(net: Net) -> None:
 
     def cut(op: str) -> None:
         if op == "commit":
-            net.away = {2, 3}
+            net.away = {4}
 
     net.between = cut
     with pytest.raises(InDoubt):
