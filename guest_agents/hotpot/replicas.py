@@ -96,6 +96,12 @@ class Replicas:
             for node in nodes:
                 home.forget(node)
 
+    def cover(self, home: Home, chunk: int) -> None:
+        """All pages of a chunk have copies again: it needs not wait for this node if that is lost. Nobody changes them
+        meanwhile. Isolated."""
+        with self._telling:
+            self.exclude(home, set(), home.solo - {chunk})
+
     def _tell_dispatcher(self, home: Home, add: Iterable[int] = (), remove: Iterable[int] = (),
                          solo: Iterable[int] = (), **more: list[int]) -> None:  # fmt: skip
         about = {"dataset": home.record.id, "part": home.part, "epoch": home.record.epoch(home.part),

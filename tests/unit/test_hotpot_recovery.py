@@ -329,3 +329,13 @@ def test_a_copy_of_which_the_home_has_not_heard_is_not_used_when_it_is_old(net: 
     write(net, 3, b"then", 0)
     net.wait(0.5)
     assert read(net, 4, 0) == b"then"
+
+
+def test_pages_that_have_copies_by_now_do_not_wait_for_their_home(net: Net) -> None:
+    """They were committed with one copy at first."""
+    write(net, 4, b"once", 0, 2)
+    write(net, 4, b"then", 0, 2, replicas=2)
+    net.wait(0.5)
+    net.machines[1].power_off()
+    net.wait(3.0)
+    assert [read(net, 3, page) for page in (0, 2)] == [b"then"] * 2
