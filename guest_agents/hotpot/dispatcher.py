@@ -134,6 +134,7 @@ class Dispatcher:
 
     def if_in_office(self, handler: Handler) -> Handler:
         """A handler that answers only while this node is the dispatcher."""
+
         def answer(source: int, header: Message, payload: memoryview) -> Message:
             self.in_office()
             return handler(source, header, payload)
