@@ -30,6 +30,7 @@ from guest_agents.hotpot.errors import (
     InDoubt,
     Isolated,
     NodeLost,
+    NoSuchDataset,
     NoSuchTransaction,
     NotOwner,
     Retry,
@@ -141,6 +142,17 @@ class Coordinator:
     # A single part
 
     def _single(self, attempt: Attempt) -> Outcome:
+        try:
+            return self._alone(attempt)
+        except InDoubt:
+            if attempt.record.mode == "mrsw":
+                # Its owner may still do it: until that is known nobody else may write these pages. He would be refused
+                # when he has written others, whose new home (a copy) could not take it back.
+                attempt.asked, attempt.tried = set(attempt.groups), set(attempt.groups)
+                self._leave(attempt)
+            raise
+
+    def _alone(self, attempt: Attempt) -> Outcome:
         [(part, (header, payload))] = attempt.groups.items()
         deadline = time.monotonic() + self._lease.timing.patience
         again: Message = {}
@@ -331,11 +343,20 @@ class Coordinator:
         with self._lock:
             late = list(self._late.values())
         for attempt in late:
-            self._look_again(attempt)
+            try:
+                self._atlas.refresh(attempt.record.id)
+            except NoSuchDataset:
+                attempt.asked.clear()
+                self._give_up(attempt)
+                continue
+            except HotpotError:
+                pass
             with suppress(HotpotError):
                 if self._given_up(attempt):
                     self._release(attempt)
                     continue
+                if not attempt.prepared:
+                    attempt.done.clear()  # owners may have undone it since, if they could not reach this node
                 failures = self._complete(attempt) if attempt.prepared else self._write(attempt)
                 if self._given_up(attempt):
                     self._give_up(attempt)

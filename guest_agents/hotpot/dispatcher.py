@@ -132,7 +132,9 @@ class Dispatcher:
             if self._unsaved:
                 self.save()
 
-    def _if_in_office(self, handler: Handler) -> Handler:
+    def if_in_office(self, handler: Handler) -> Handler:
+        """A handler that answers only while this node is the dispatcher."""
+
         def answer(source: int, header: Message, payload: memoryview) -> Message:
             self.in_office()
             return handler(source, header, payload)
@@ -143,7 +145,7 @@ class Dispatcher:
         """What nodes may ask, on PORT."""
         mine = {"create": self._create, "delete": self._delete, "list": self._list, "open": self._open_asked,
                 "close": self._close}  # fmt: skip
-        return {op: self._if_in_office(handler) for op, handler in mine.items()}
+        return {op: self.if_in_office(handler) for op, handler in mine.items()}
 
     def leaf_handlers(self, hold: Hold) -> dict[str, Handler]:
         """What nodes may ask, on LEAF: somebody's `create` may be waiting for it. `hold` is told what a node that
@@ -156,7 +158,7 @@ class Dispatcher:
 
         mine = {"register": register, "beat": self._beat, "find": self._find_asked, "confirm": self._confirm,
                 "synced": self._synced}  # fmt: skip
-        return {op: self._if_in_office(handler) for op, handler in mine.items()}
+        return {op: self.if_in_office(handler) for op, handler in mine.items()}
 
     # Nodes
 
@@ -194,7 +196,8 @@ class Dispatcher:
                     listed.doubt(part)
 
     def _beat(self, source: int, header: Message, _payload: memoryview) -> Message:
-        """A node is alive; what it should know of its homes and of its copies."""
+        """A node is alive; what it should know of its homes and of its copies. Those on nodes that are dead and were
+        silent for long do not count, so that others are made."""
         with self.lock:
             if header["term"] > self.term:
                 self.refused = True
@@ -204,11 +207,13 @@ class Dispatcher:
             if source not in self.voters:
                 self.voters.add(source)
                 self.save()
+            quiet = {node for node in self._media if self.silent(node, self.timing.promote)}
+            gone = quiet - self.links.living() if quiet else quiet
             mine, trusted = [], []
             for number, listed in self.listed.items():
                 for part, home in enumerate(listed.record.homes):
                     if home == source:
-                        mine.append([number, part, listed.record.epoch(part), sorted(listed.synced[part])])
+                        mine.append([number, part, listed.record.epoch(part), sorted(listed.synced[part] - gone)])
                     if source in listed.synced[part]:
                         trusted.append([number, part])
             return {"life": self.life, "term": self.term, "homes": mine, "trusted": trusted}

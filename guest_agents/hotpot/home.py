@@ -60,14 +60,18 @@ class Home:
     """By chunk: nodes that may have pages of it in their caches."""
     synced: set[int] = field(default_factory=set)
     """Nodes of which the dispatcher knows that their copies may be trusted: all that are in `copies`."""
+    unsure: set[int] = field(default_factory=set)
+    """Nodes whose copies are not to be trusted, of which the dispatcher could not be told yet: it comes first."""
     media_of: dict[int, str] = field(default_factory=dict)
     """Their media's numbers: a node that has come back with others has lost its copies, and takes none unasked."""
     solo: set[int] = field(default_factory=set)
     """Chunks of which the dispatcher knows that pages were committed without a copy elsewhere."""
+    looked: int = -1
+    """The last of them at which it was looked whether it still has such pages."""
     short: set[int] = field(default_factory=set)
     """Pages that may have fewer copies than their degree."""
     missed: set[int] = field(default_factory=set)
-    """Nodes that did not get news of pages which they may have cached."""
+    """Nodes that may have cached pages, and did not get news of them, or have not heard of this home."""
     wrong: list[int] = field(default_factory=list)
     """Pages that did not have their checksum when the home was opened."""
     refused: bool = False
@@ -195,6 +199,10 @@ class Home:
         """Chunks that have pages of which only these nodes keep copies."""
         chunk_pages = self.record.chunk_pages
         return {page // chunk_pages for page, holders in self.copies.items() if holders and holders <= nodes}
+
+    def is_bare(self, chunk: int) -> bool:
+        """Whether a chunk has pages without a copy."""
+        return any(self.version(page) and not self.copies.get(page) for page in self.record.pages_in(chunk))
 
     def remove(self) -> None:
         """Delete it; nobody writes to it any more."""

@@ -25,6 +25,8 @@ log = logging.getLogger("rackless.hotpot")
 _REPAIRED = 64
 """Pages for which copies are made at a time."""
 _LOOKED = 512
+_COVERED = 16
+"""Chunks that are looked at in one turn."""
 _REPAIR = (1 << 63) + 1
 """Whose the pages are meanwhile; no transaction has this number."""
 _WAKE_SECONDS = 3.0
@@ -114,6 +116,7 @@ class Keeper:
         self._resolver.look()
         self._coordinator.resume()
         self._repair()
+        self._cover()
         if self.dispatcher is not None and not self.dispatcher.superseded:
             with suppress(HotpotError):
                 self.dispatcher.in_office()
@@ -199,7 +202,7 @@ class Keeper:
             if home.leave is not None and home.leave.frozen:
                 continue
             if home.ready and home.missed:
-                promotion.attended(self._links, home, home.missed & self._links.living())
+                promotion.attended(self._links, home, set(home.missed))
             if not home.ready or not home.short:
                 continue
             lacking = home.lacking(_LOOKED)[:_REPAIRED]
@@ -209,3 +212,22 @@ class Keeper:
                     self._owner.replicas.repair(home, free)
             finally:
                 self._owner.let_go(home, free, _REPAIR)
+
+    def _cover(self) -> None:
+        """Find chunks that had pages without a copy, and have none any more."""
+        for home in self._owner.homes():
+            if not home.ready or home.leave is not None:
+                continue
+            chunks = [chunk for chunk in sorted(home.solo) if chunk > home.looked][:_COVERED]
+            home.looked = chunks[-1] if len(chunks) == _COVERED else -1
+            for chunk in chunks:
+                if home.is_bare(chunk):
+                    continue
+                pages = home.record.pages_in(chunk)
+                free = self._owner.held_still(home, pages, _REPAIR)
+                try:
+                    if len(free) == len(pages) and not home.is_bare(chunk):
+                        with suppress(HotpotError):
+                            self._owner.replicas.cover(home, chunk)
+                finally:
+                    self._owner.let_go(home, free, _REPAIR)

@@ -71,6 +71,17 @@ def guard(handler: Callable[[], Message]) -> Message:
         return HotpotError(f"{type(failure).__name__}: {failure}").reply()
 
 
+def _lost(node: int, failure: lite.LiteError) -> NodeLost:
+    lost = NodeLost(f"node {node}: {failure}")
+    lost.__cause__ = failure
+    return lost
+
+
+def has_no_service(answer: Message | HotpotError) -> bool:
+    """Whether a node has not answered because there is no Hotpot on it now: nobody there has anything open."""
+    return isinstance(answer, NodeLost) and isinstance(answer.__cause__, lite.PortClosed)
+
+
 class Links:
     """To the services of all nodes, this one included.
 
@@ -123,7 +134,7 @@ class Links:
         try:
             return self.node.call_async(node, port, message, max_reply=MAX_REPLY)
         except lite.LiteError as failure:
-            return NodeLost(f"node {node}: {failure}")
+            return _lost(node, failure)
 
     def _finish(self, call: Call, ticket: Ticket | HotpotError | None, port: int) -> Message | HotpotError:
         node, op, header, payload = call
@@ -136,7 +147,7 @@ class Links:
                 reply, _ = unpack(ticket.wait())
                 steps.at("sent", op)
             except lite.LiteError as failure:
-                return NodeLost(f"node {node}: {failure}")
+                return _lost(node, failure)
         return from_reply(reply) if "error" in reply else reply
 
     def living(self) -> set[int]:

@@ -164,7 +164,8 @@ class Migration:
         if short:
             self._copies.keep(record, short)
         about = {"dataset": record.id, "part": part, "epoch": record.epoch(part), "node": leave.node, "lost": lost,
-                 "xids": sorted(home.xids), "pages": len(held), "keeps": bool(short)}  # fmt: skip
+                 "xids": sorted(home.xids), "refused": self._owner.refused(home), "missed": sorted(home.missed),
+                 "pages": len(held), "keeps": bool(short)}  # fmt: skip
         try:
             self._links.call(self._lease.manager, "hand_over", about, port=PORT)
         except HotpotError:
@@ -193,7 +194,7 @@ def hand_over(dispatcher: Dispatcher) -> Handler:
                 raise NotOwner(f"node {source} is not the home of part {part} of dataset {header['dataset']}")
             if node not in listed.synced[part]:
                 raise BadArgument(f"node {node} has no copies that can be trusted")
-        planned = {name: header[name] for name in ("lost", "xids", "pages")}
+        planned = {name: header[name] for name in ("lost", "xids", "refused", "missed", "pages")}
         promotion.move(dispatcher, listed, part, node, {source} if header["keeps"] else set(), planned)
         return {}
 

@@ -113,9 +113,9 @@ class Owner:
             home.leave.frozen = time.monotonic()
 
     def busy(self, home: Home) -> bool:
-        """Whether commits to it have not ended, or some may come, or not everybody has heard of one."""
+        """Whether commits to it have not ended, or some may come."""
         with self._lock:
-            return bool(home.locks or home.claims or home.missed
+            return bool(home.locks or home.claims
                         or any(entry.home is home for entry in self._entries.values()))  # fmt: skip
 
     # What has been logged and not ended
@@ -139,6 +139,11 @@ class Owner:
             while len(self._refused) > _REFUSED:
                 del self._refused[next(iter(self._refused))]
             return True
+
+    def refused(self, home: Home) -> list[int]:
+        """Transactions of which that was promised."""
+        with self._lock:
+            return [xid for xid, *key in self._refused if tuple(key) == home.key]
 
     def reload(self, home: Home, place: int, xid: int, state: State, body: bytes) -> None:
         """An entry of an earlier life: its pages are locked again."""
@@ -244,8 +249,8 @@ class Owner:
                 done = self._done_already(home, xid, changes)
                 if done is not None:
                     return done
-                if header.get("again") and not header.get("moved"):
-                    self._must_be_untouched(home, xid, changes)
+                if header.get("again"):
+                    self._must_be_untouched(home, xid, changes, moved=header.get("moved", False))
             entry = self._begin(header, payload, State.NOW if alone else State.DONE)
             with Busy(entry, mine=True):
                 return self._all_at_once(entry, source if not header.get("again") else 0)
@@ -269,10 +274,12 @@ class Owner:
         least = min(len(home.copies[page]) + 1 for page in copies)
         return {"versions": [[page, copy.version] for page, copy in copies.items()], "copies": least}
 
-    def _must_be_untouched(self, home: Home, xid: int, changes: list[Change]) -> None:
+    def _must_be_untouched(self, home: Home, xid: int, changes: list[Change], *, moved: bool) -> None:
         """NoSuchTransaction: others have changed the pages since it was sent for the first time, or it cannot be said;
-        it may have been carried out before them, or given up."""
-        if any(change.expected != home.version(change.page) for change in changes):
+        it may have been carried out before them, or given up. Where it is known that it was not, as this is a new home
+        (`moved`), it may not care what others have done."""
+        whatever = {-1} if moved else set()
+        if any(change.expected not in {home.version(change.page)} | whatever for change in changes):
             raise NoSuchTransaction(f"it is not known what became of transaction {xid:x}")
 
     def finish_now(self, entry: Entry) -> None:

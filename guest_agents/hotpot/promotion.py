@@ -18,7 +18,7 @@ from guest_agents.hotpot.datanode import DataNode
 from guest_agents.hotpot.dispatcher import Dispatcher, Listed
 from guest_agents.hotpot.errors import HotpotError, NodeLost, NotOwner, Retry
 from guest_agents.hotpot.home import Claim, Home, Origin
-from guest_agents.hotpot.messages import LEAF, PORT, Handler, Links, Message
+from guest_agents.hotpot.messages import LEAF, PORT, Handler, Links, Message, has_no_service
 from guest_agents.hotpot.owner import Owner
 from guest_agents.hotpot.records import Record
 
@@ -79,7 +79,7 @@ def move(
         media = dispatcher.media_of(synced)
     try:
         about = {"record": new.to_json(), "part": part, "synced": synced, "media": media, "solo": sorted(listed.solo),
-                 "claims": _claims(dispatcher, number, part), **(planned or {})}  # fmt: skip
+                 "claims": _claims(dispatcher, number, part), "term": dispatcher.term, **(planned or {})}  # fmt: skip
         reply = dispatcher.links.call(new.homes[part], "promote", about, port=PORT)
     except HotpotError:
         with dispatcher.lock:
@@ -97,14 +97,17 @@ def move(
 
 
 def _claims(dispatcher: Dispatcher, number: int, part: int) -> list[Message]:
-    """Commits that may still change pages of a part, as those who commit and their other owners say. NodeLost."""
-    about = {"dataset": number, "part": part}
-    calls = [(node, op, about, b"") for node in dispatcher.able() for op in ("claims", "owner_claims")]
+    """Commits that may still change pages of a part, as those who commit and their other owners say; also those who
+    have not called lately, if they answer. NodeLost."""
+    about, able = {"dataset": number, "part": part}, dispatcher.able()
+    asked = able | dispatcher.nodes() & dispatcher.links.living()
+    calls = [(node, op, about, b"") for node in sorted(asked) for op in ("claims", "owner_claims")]
     claims: dict[int, Message] = {}
-    for reply in dispatcher.links.call_all(calls, LEAF):
-        if isinstance(reply, HotpotError):
+    for call, reply in zip(calls, dispatcher.links.call_all(calls, LEAF), strict=True):
+        if not isinstance(reply, HotpotError):
+            claims |= {claim["xid"]: claim for claim in reply["claims"]}
+        elif call[0] in able:
             raise reply
-        claims |= {claim["xid"]: claim for claim in reply["claims"]}
     return list(claims.values())
 
 
@@ -125,8 +128,11 @@ class Promotion:
         return {"promote": self._promote}
 
     def _promote(self, _source: int, header: Message, _payload: memoryview) -> Message:
-        """Make a home of the copies there are. NodeLost: one cannot be read now; NoSpace."""
+        """Make a home of the copies there are. NodeLost: one cannot be read now; NoSpace; NotOwner: there is a later
+        dispatcher, or this node is the home already, and may have pages of which there are no copies."""
         record, part = Record.from_json(header["record"]), header["part"]
+        if header["term"] < self._owner.lease.term:
+            raise NotOwner(f"the dispatcher of term {header['term']} is not obeyed any more")
         media = dict(header["media"])
         nodes = sorted(header["synced"], key=lambda node: node != self._links.node.node_id)
         have = [(node, versions_at(self._links, node, record, part, media.get(node))) for node in nodes]
@@ -143,10 +149,15 @@ class Promotion:
             if len(fresh) != header["pages"]:
                 raise NodeLost(f"there are copies of {len(fresh)} pages, not of {header['pages']}")
         for old in [home for home in self._owner.homes() if home.key == (record.id, part)]:
+            if old.ready and old.record.epoch(part) >= record.epoch(part):  # this took long, and was asked again
+                raise NotOwner(f"node {self._links.node.node_id} is the home of part {part} of {record.name} already")
             self._owner.drop(old)
         home = self._owner.open(record, part, new=True)
         home.write({**fresh, **{page: Copy(blocks.LOST, bytes(PAGE)) for page in lost}})
         home.sound = "pages" in header
+        home.missed = set(header.get("missed", ()))
+        for xid in header.get("refused", ()):
+            self._owner.refuse(xid, home)
         home.xids = set(header["xids"]) if home.sound else {copy.xid for copy in fresh.values()}
         for claim in header["claims"]:
             if claim["xid"] not in home.xids:
@@ -224,17 +235,22 @@ def reunite(links: Links, owner: Owner, home: Home) -> list[str]:
     bare = {page // record.chunk_pages for page in home.short if not home.copies[page]}
     if away or bare != home.solo:
         owner.replicas.exclude(home, away, bare)
-    attended(links, home, links.living() | {links.node.node_id})
+    attended(links, home, {member.node_id for member in links.node.nodes()})
     home.ready, home.sound = True, False
     return wrong
 
 
 def attended(links: Links, home: Home, nodes: set[int]) -> None:
-    """Ask nodes what they may have cached of a home, and let them look at it again."""
-    about = {"record": home.record.to_json(), "part": home.part, "sound": home.sound}
-    calls = [(node, "attend", about, b"") for node in sorted(nodes)]
+    """Ask nodes what they may have cached of a home, and let them look at it again; those that do not answer are asked
+    again as soon as they live (keeper.py)."""
+    about = {"record": home.record.to_json(), "part": home.part}
+    calls = [(node, "attend", {**about, "sound": home.sound and node not in home.missed}, b"")
+             for node in sorted(nodes & links.living())]  # fmt: skip
+    home.missed |= nodes
     for call, answer in zip(calls, links.call_all(calls, LEAF), strict=True):
-        if not isinstance(answer, HotpotError):
+        if has_no_service(answer):
+            home.missed.discard(call[0])
+        elif not isinstance(answer, HotpotError):
             home.missed.discard(call[0])
             for chunk in answer["chunks"]:
                 home.caching[chunk].add(call[0])

@@ -88,7 +88,11 @@ class Record:
     def pages_of(self, part: int) -> Iterator[int]:
         """The pages of a part."""
         for chunk in range(part, self.chunks, len(self.homes)):
-            yield from range(chunk * self.chunk_pages, min((chunk + 1) * self.chunk_pages, self.pages))
+            yield from self.pages_in(chunk)
+
+    def pages_in(self, chunk: int) -> range:
+        """The pages of a chunk."""
+        return range(chunk * self.chunk_pages, min((chunk + 1) * self.chunk_pages, self.pages))
 
     def moved(self, part: int, node: int) -> Record:
         """The same with another home for a part."""

@@ -59,6 +59,8 @@ class Replicas:
         cleared -- they have no old copies, or these were compared
         """
         with self._telling:  # another commit must not seed a node that is being cleared for this one
+            if home.unsure:
+                self.exclude(home, set(home.unsure))
             new = nodes - home.synced
             failed: set[int] = set()
             if new and not cleared:
@@ -71,7 +73,9 @@ class Replicas:
             left = nodes - failed
             solo = set() if left else {page // home.record.chunk_pages for page in pages}
             if new or not solo <= home.solo:
+                home.unsure |= new
                 self._tell_dispatcher(home, add=new, solo=solo)  # not those it may have struck off since
+                home.unsure -= new
                 home.synced |= new
                 home.solo |= solo
         return failed
@@ -83,12 +87,20 @@ class Replicas:
         bare -- the chunks that are left without, where they were counted
         """
         with self._telling:
+            home.unsure |= nodes
             solo = (home.solo | home.bare_without(nodes)) & set(home.chunks) if bare is None else bare
             left = sorted(home.synced - nodes)
             self._tell_dispatcher(home, remove=nodes, solo=solo, solo_is=sorted(solo), synced=left)
             home.solo = solo
+            home.unsure -= nodes
             for node in nodes:
                 home.forget(node)
+
+    def cover(self, home: Home, chunk: int) -> None:
+        """All pages of a chunk have copies again: it needs not wait for this node if that is lost. Nobody changes them
+        meanwhile. Isolated."""
+        with self._telling:
+            self.exclude(home, set(), home.solo - {chunk})
 
     def _tell_dispatcher(self, home: Home, add: Iterable[int] = (), remove: Iterable[int] = (),
                          solo: Iterable[int] = (), **more: list[int]) -> None:  # fmt: skip
@@ -136,11 +148,9 @@ class Replicas:
                 self._counts["copies_sent"] += len(fresh)
                 stale = set(reply.get("stale", ()))
                 again = again or bool(stale)
-                for page in fresh:
-                    if page in stale:
-                        home.copies[page].discard(node)
-                    else:
-                        home.copies[page].add(node)
+                for page in stale:
+                    home.copies[page].discard(node)
+                self._has(home, node, fresh.keys() - stale)
             if failed:
                 log.warning("nodes %s do not take copies of %s", sorted(failed), home.record.name)
                 self.exclude(home, failed)
@@ -151,6 +161,13 @@ class Replicas:
                     home.short |= set(fresh)
                 return len(nodes) + 1
         raise HotpotError(f"copies of {home.record.name} do not come to an end")
+
+    def _has(self, home: Home, node: int, pages: Iterable[int]) -> None:
+        """A node has taken copies of pages; they do not count if it was excluded meanwhile."""
+        with self._telling:
+            if node in home.synced:
+                for page in pages:
+                    home.copies[page].add(node)
 
     def _seed(self, home: Home, nodes: set[int], fresh: dict[int, Copy]) -> set[int]:
         """Nodes that have no copy of some of these pages get them as they were before; those that did not."""
@@ -210,8 +227,7 @@ class Replicas:
         if self.register(home, {node}, pages) or self.send(home, "seed", {node: {p: home.read(p) for p in pages}}):
             self.exclude(home, {node})
             raise NodeLost(f"node {node} takes no copies of {home.record.name}")
-        for page in pages:
-            home.copies[page].add(node)
+        self._has(home, node, pages)
 
     def withdraw(self, home: Home, node: int, pages: Sequence[int]) -> list[int]:
         """Take copies away from a node, those of which there are enough without, when others have been made; nobody
@@ -250,10 +266,9 @@ class Replicas:
         for node in self.register(home, set(by_node), pages):
             del by_node[node]
         failed = self.send(home, "seed", by_node)
-        if failed:  # whether they have them is not known
-            self.exclude(home, failed)
         for node, sent in by_node.items():
             if node not in failed:
                 self._counts["copies_repaired"] += len(sent)
-                for page in sent:
-                    home.copies[page].add(node)
+                self._has(home, node, sent)
+        if failed:  # whether they have them is not known
+            self.exclude(home, failed)

@@ -151,6 +151,8 @@ class Resolver:
             return {"state": "unknown" if entry is None else _state(entry)}
         if not home.ready:
             raise NodeLost("the home is being recovered")
+        if home.leave is not None and home.leave.frozen:
+            raise NotOwner("its next home has to say that, and would not know what is promised here now")
         if entry is None and header["xid"] in home.claims:
             return {"state": "claimed"}
         if entry is None and self._owner.refuse(header["xid"], home):

@@ -139,7 +139,7 @@ class Service:
         master = Master(self.links.living, 0.0 if made.fresh else self._timing.lease)
         ports = self.links.handlers
         self.links.handlers = {
-            PORT: {**ports[PORT], **made.handlers(), "hand_over": hand_over(made)},
+            PORT: {**ports[PORT], **made.handlers(), "hand_over": made.if_in_office(hand_over(made))},
             LEAF: {**ports[LEAF], **made.leaf_handlers(master.hold), **master.handlers()},
         }
         return made

@@ -388,7 +388,7 @@ def main() -> None:
     """Run one case and tell of it."""
     mode, fate, step, count, seed, *more = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    wrong, this = run(Case(mode, fate, step.replace("_", " "), int(count), int(seed),
+    wrong, this = run(Case(mode, fate, step.replace("_", " ", 1), int(count), int(seed),
                            *(word in more for word in ("moves", "scarce", "standby"))))  # fmt: skip
     print(f"machines {this.victims} failed; {len(this.attempts)} transactions, "
           f"{sum(a.acknowledged for a in this.attempts)} acknowledged, refused: {this.refused}")  # fmt: skip

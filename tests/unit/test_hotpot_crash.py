@@ -20,7 +20,16 @@ OWN = {
     "mrsw": [f"{when} {op}" for op in ("acquire", "let_go") for when in ("send", "serve", "served", "sent")],
 }
 FATES = ("reboot", "lost", "gone", "partition")
-KNOWN = [Case("mrsw", "lost", "serve caching", 4, 1481)]
+KNOWN = [
+    Case("mrsw", "lost", "serve caching", 4, 1481),
+    Case("mrsw", "partition", "persist mirror", 3, 30174, scarce=True, standby=True),
+    Case("mrsw", "partition", "served make_room", 5, 50886, scarce=True),
+    Case("mrmw", "partition", "served seed", 6, 50623, moves=True),
+    Case("mrsw", "lost", "serve commit_now", 6, 50042),
+    Case("mrsw", "reboot", "served leave", 6, 61200, moves=True),
+    Case("mrmw", "partition", "served seed", 5, 60036, scarce=True),
+    Case("mrmw", "reboot", "serve seed", 7, 70050, scarce=True),
+]
 """Runs that once went wrong."""
 RUNS = int(os.environ.get("RACKLESS_CRASH_RUNS", "0"))
 """More runs than those of the matrix, for a night."""

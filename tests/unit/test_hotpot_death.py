@@ -128,6 +128,7 @@ def test_a_commit_that_an_owner_could_not_finish_is_finished_later(
             eventually(lambda home=home: not home.locks)  # type: ignore[misc]
             assert home.read(1).data[0] == value
             eventually(lambda: program.do("d.memory[4096]") == value)  # noqa: B023
+            eventually(lambda: not blades["mb0"].service.coordinator.unfinished)  # it keeps the pages (MRSW)
         for blade in blades.values():
             eventually(lambda blade=blade: not blade.service._intents.used and not blade.service._log.used)  # type: ignore[misc]
 

@@ -8,7 +8,7 @@ import pytest
 
 from guest_agents.hotpot import migration
 from guest_agents.hotpot.blocks import PAGE
-from guest_agents.hotpot.errors import BadArgument, HotpotError, Retry
+from guest_agents.hotpot.errors import BadArgument, HotpotError, NoSuchTransaction, NotOwner, Retry
 from tests.unit.hotpot_crash import FATES, Case, assert_clean
 from tests.unit.hotpot_sim import Net, simulated
 from tests.unit.test_hotpot_recovery import SET, net, opened, read, service, write
@@ -138,6 +138,74 @@ def test_pages_that_were_never_written_are_zero_and_lost_ones_stay_lost(net: Net
     assert read(net, 3, 0) == bytes(4)
     with pytest.raises(HotpotError, match="page 2 of set was lost"):
         read(net, 3, 2)
+
+
+def test_a_node_that_is_gone_for_good_and_has_missed_a_commit_does_not_keep_a_part_from_moving(net: Net) -> None:
+    write(net, 3, b"once", 0)
+    assert read(net, 4, 0) == b"once"
+    net.machines[3].power_off()
+    write(net, 3, b"then", 0)
+    assert service(net, 2).owner.home(SET, 0).missed == {4}
+    net.wait(1.0)
+    service(net, 3).migrate(SET, 0, 1)
+    until_moved(net, 0, 1)
+    assert read(net, 3, 0) == b"then"
+
+
+def test_a_copy_on_a_node_that_is_gone_for_good_is_made_elsewhere_and_the_part_can_move(net: Net) -> None:
+    """Nobody commits to it."""
+    write(net, 4, b"kept", 0, replicas=2)
+    [holder] = service(net, 2).owner.home(SET, 0).copies[0]
+    net.machines[holder - 1].power_off()
+    net.wait(3.0)
+    [other] = service(net, 2).owner.home(SET, 0).copies[0]
+    assert other != holder
+    opened(net, 3)
+    service(net, 3).migrate(SET, 0, 3)
+    until_moved(net, 0, 3)
+    assert read(net, 3, 0) == b"kept"
+
+
+def test_a_node_that_does_not_hear_of_a_new_home_hears_of_it_later(net: Net) -> None:
+    write(net, 3, b"once", 0)
+    assert read(net, 4, 0) == b"once"
+
+    def cut(op: str) -> None:
+        if op == "attend":
+            net.away = {4}
+
+    net.between = cut
+    service(net, 3).migrate(SET, 0, 1)
+    until_moved(net, 0, 1)
+    assert net.away == {4}
+    write(net, 3, b"then", 0)
+    net.between, net.away = lambda _op: None, set()
+    assert service(net, 4).lease.valid  # so it has no reason of its own to look again
+    net.wait(0.5)
+    assert read(net, 4, 0) == b"then"
+
+
+def test_a_home_does_not_carry_out_what_an_earlier_one_has_promised_not_to(net: Net) -> None:
+    """Other owners have undone it then."""
+    xid = 77
+    about = {"xid": xid, "dataset": SET, "part": 0}
+    asked = []
+
+    def late(op: str) -> None:
+        if op == "promote":
+            with pytest.raises(NotOwner):  # the next one would not know of this promise
+                service(net, 3).links.call(2, "status", {**about, "xid": 78})
+            asked.append(op)
+
+    assert service(net, 3).links.call(2, "status", about) == {"state": "unknown"}
+    opened(net, 3)
+    net.between = late
+    service(net, 3).migrate(SET, 0, 4)
+    until_moved(net, 0, 4)
+    assert asked
+    commit = {**about, "pages": [], "parts": [0, 1], "everywhere": [], "replicas": 1, "origin": [3, ""]}
+    with pytest.raises(NoSuchTransaction):
+        service(net, 3).links.call(4, "commit_now", commit)
 
 
 def test_a_part_does_not_go_where_nobody_is(net: Net) -> None:

@@ -9,11 +9,11 @@ import pytest
 from guest_agents.hotpot.blocks import PAGE
 from guest_agents.hotpot.cache import Cache
 from guest_agents.hotpot.coordinator import new_xid
-from guest_agents.hotpot.errors import Corrupt, HotpotError, Isolated, NodeLost, NotOwner, PagesLost
+from guest_agents.hotpot.errors import Corrupt, HotpotError, InDoubt, Isolated, NodeLost, NotOwner, PagesLost, Retry
 from guest_agents.hotpot.home import Home
 from guest_agents.hotpot.service import Service, Transaction
 from tests.unit.hotpot_crash import load, store
-from tests.unit.hotpot_sim import TIMING, LossyFolder, Net, PowerOff, simulated
+from tests.unit.hotpot_sim import TIMING, LossyFolder, Machine, Net, PowerOff, simulated
 
 SET = 1
 
@@ -264,3 +264,78 @@ def test_copies_of_a_dataset_that_was_deleted_meanwhile_go(net: Net) -> None:
     net.machines[3].power_on()
     net.wait(0.5)
     assert "copies-1" not in net.machines[3].disk
+
+
+def test_a_commit_in_doubt_ends_with_its_dataset(net: Net) -> None:
+    cache = opened(net, 4)
+    cache.ensure([0, 1])
+
+    def cut(op: str) -> None:
+        if op == "commit":
+            net.away = {4}
+
+    net.between = cut
+    with pytest.raises(InDoubt):
+        write(net, 4, b"mine", 0, 1)
+    service(net, 4).close_dataset(SET)
+    service(net, 1).dispatcher("delete", name="set")
+    net.between, net.away = lambda _op: None, set()
+    net.wait(1.0)
+    assert not service(net, 4).coordinator.unfinished
+    assert not any(log.used for node in (2, 3, 4) for log in (service(net, node)._log, service(net, node)._intents))
+
+
+def test_nobody_else_writes_pages_of_an_mrsw_commit_of_which_it_is_not_known_whether_it_took_place(net: Net) -> None:
+    service(net, 1).dispatcher("create", name="one", size=PAGE, mode="mrsw", chunk=PAGE, owners=[2])
+    caches = {node: service(net, node).open("one") for node in (3, 4)}
+    number = caches[4].record.id
+    for cache in caches.values():
+        cache.ensure([0])
+    store(caches[4], 0, b"once")
+    service(net, 4).commit_areas(number, [(0, 4)], 1)  # so no other node can become the home
+
+    def cut(op: str) -> None:
+        if op == "replica":
+            net.away = {2}
+
+    mine, other = Transaction(new_xid(), number), Transaction(new_xid(), number)
+    service(net, 4).acquire(mine, [(0, 4)])
+    store(caches[4], 0, b"mine")
+    net.between = cut
+    with pytest.raises(InDoubt):
+        service(net, 4).commit(mine, 2)
+    with pytest.raises(Retry):
+        service(net, 3).acquire(other, [(0, 4)])
+    net.between, net.away = lambda _op: None, set()
+    net.wait(2.0)
+    service(net, 3).acquire(other, [(0, 4)])
+    assert load(caches[3], 0, 4) == b"mine"
+    assert not service(net, 4).coordinator.unfinished
+
+
+def test_a_copy_of_which_the_home_has_not_heard_is_not_used_when_it_is_old(net: Net) -> None:
+    write(net, 3, b"once", 0)
+    owner = service(net, 2).owner
+
+    def cut(_machine: Machine, event: str) -> bool:
+        net.away = {2} if event == "served seed" else net.away
+        return False
+
+    net.trap = cut
+    with pytest.raises(Isolated):  # nor can it tell the dispatcher not to trust that one
+        owner.replicas.give(owner.home(SET, 0), 4, [0])
+    net.trap, net.away = None, set()
+    assert service(net, 4).copies.held(SET) == {0}
+    write(net, 3, b"then", 0)
+    net.wait(0.5)
+    assert read(net, 4, 0) == b"then"
+
+
+def test_pages_that_have_copies_by_now_do_not_wait_for_their_home(net: Net) -> None:
+    """They were committed with one copy at first."""
+    write(net, 4, b"once", 0, 2)
+    write(net, 4, b"then", 0, 2, replicas=2)
+    net.wait(0.5)
+    net.machines[1].power_off()
+    net.wait(3.0)
+    assert [read(net, 3, page) for page in (0, 2)] == [b"then"] * 2

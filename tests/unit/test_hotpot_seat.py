@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 
+from guest_agents.hotpot import promotion
 from guest_agents.hotpot.blocks import PAGE
-from guest_agents.hotpot.errors import HotpotError, Isolated, NodeLost
+from guest_agents.hotpot.errors import HotpotError, Isolated, NodeLost, NotOwner
 from tests.unit.hotpot_crash import FATES, Case, assert_clean
 from tests.unit.hotpot_sim import Net
 from tests.unit.test_hotpot_recovery import SET, net, opened, read, service, write
@@ -70,6 +71,34 @@ def test_a_dispatcher_that_is_cut_off_changes_nothing_and_follows_the_next_one(n
     net.wait(2.0)
     assert len(set(seats(net))) == 1
     assert [about["name"] for about in service(net, 4).dispatcher("list")["datasets"]] == ["set"]
+
+
+def test_a_dispatcher_that_was_superseded_does_not_replace_the_homes_of_the_next_one(net: Net) -> None:
+    write(net, 3, b"both", 0, replicas=2)
+    old = service(net, 1)._dispatcher
+    assert old is not None
+    net.away = {1}
+    net.wait(4.0)
+    net.machines[1].power_off()
+    net.wait(4.0)
+    home = service(net, 4).atlas.refresh(SET).homes[0]
+    write(net, home, b"only", 2)
+    net.away = set()
+    assert not old.superseded  # it has not heard of it yet
+    with pytest.raises(HotpotError):
+        promotion.move(old, old.listed[SET], 0, home)
+    net.wait(2.0)
+    assert (read(net, 4, 0), read(net, 4, 2)) == (b"both", b"only")
+
+
+def test_a_home_that_is_in_use_is_not_made_again(net: Net) -> None:
+    """Its dispatcher has asked twice, and the first time took long."""
+    write(net, 4, b"only", 0)
+    record = service(net, 1).atlas.refresh(SET)
+    about = {"record": record.to_json(), "part": 0, "synced": [], "media": [], "solo": [], "claims": [], "term": 0}
+    with pytest.raises(NotOwner):
+        service(net, 1).links.call(2, "promote", about)
+    assert read(net, 3, 0) == b"only"
 
 
 def test_a_node_that_has_become_the_dispatcher_still_is_when_it_comes_back(net: Net) -> None:
