@@ -46,7 +46,7 @@ test: test-unit test-long test-rack ## fresh machine -> every test: unit first, 
 test-unit: setup ## the tests that need no blade (a minute)
 	@$(PYTEST) tests/unit -m 'not long' -n 4 --dist loadfile $(ARGS)
 
-test-long: setup-tests ## those that need no blade either, but more time: storms, the command line, random operations, deaths (7 minutes)
+test-long: setup-tests ## those that need no blade either, but more time: storms, the command line, random operations, deaths (6 minutes)
 	@$(PYTEST) tests/unit -m long -n 4 --dist loadfile $(ARGS)
 
 test-rack: setup-tests ## the tests on real blades (half an hour or more; root)
