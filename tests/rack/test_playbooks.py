@@ -137,6 +137,16 @@ def test_memory_of_a_program_moves_before_its_blade_goes(rack: Rack, play: Play)
         assert digest() == RIGHT
 
 
+def leaves_a_user(rack: Rack, play: Play, user: Program, moved: str) -> None:
+    """mb2 is removed while a program is between two things that it does there."""
+    assert user.hear() == "ready"
+    dry = rack.bench.rackless("blade", "remove", "mb2", "--dry-run", "--rack", str(rack.file))
+    assert f"{moved} moved" in dry.stdout
+    assert play("remove_blade", name="mb2")
+    assert "mb2" not in states(rack)
+    user.tell()
+
+
 def test_a_blade_is_drained_of_lmrs_that_are_used(rack: Rack, play: Play) -> None:
     assert play("add_blade", kind="memory", name="mb2")
     user = Program(rack, "pb0", """
@@ -148,12 +158,7 @@ def test_a_blade_is_drained_of_lmrs_that_are_used(rack: Rack, play: Play) -> Non
         say(box.read(5, 4 << 20).decode(), box.read(5, 0).decode())
     """)
     try:
-        assert user.hear() == "ready"
-        dry = rack.bench.rackless("blade", "remove", "mb2", "--dry-run", "--rack", str(rack.file))
-        assert "8 MiB moved" in dry.stdout
-        assert play("remove_blade", name="mb2")
-        assert "mb2" not in states(rack)
-        user.tell()
+        leaves_a_user(rack, play, user, "8 MiB")
         assert user.hear() == "first later"
         user.end()
     finally:
@@ -176,12 +181,7 @@ def test_chunks_of_hotpot_get_another_owner(rack: Rack, play: Play) -> None:
             say(bytes(notes.memory[4096:4101]).decode(), bytes(notes.memory[8192:8197]).decode())
     """)
     try:
-        assert user.hear() == "ready"
-        dry = rack.bench.rackless("blade", "remove", "mb2", "--dry-run", "--rack", str(rack.file))
-        assert "4 MiB moved" in dry.stdout, "a chunk"
-        assert play("remove_blade", name="mb2")
-        assert "mb2" not in states(rack)
-        user.tell()
+        leaves_a_user(rack, play, user, "4 MiB")  # a chunk
         assert user.hear() == "hello again"
         user.end()
     finally:

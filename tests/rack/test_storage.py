@@ -96,8 +96,8 @@ def test_a_blade_that_stays_away_is_an_error_and_its_return_the_end_of_it(small:
     small.on("pb0", "echo here > /vnode/f")
     small.on("sb0", f"sv down {AGENT}")
     try:
-        said = small.on("pb0", "sleep 2; cat /vnode/f 2>&1; echo $?")
-        assert "Input/output error" in said
+        said = small.on("pb0", "sleep 2; cat /vnode/f 2>&1; echo $?; cat /vnode/f 2>&1; echo $?")
+        assert said.count("Input/output error") == 2, said
     finally:
         small.on("sb0", f"sv up {AGENT}")
     assert small.on("pb0", "until cat /vnode/f 2>/dev/null; do sleep 1; done; rm /vnode/f") == "here\n"

@@ -1,18 +1,9 @@
 /* All of libhotpot on a dataset that others may have open too: exercise NAME MODE COUNT. Adds COUNT to the word at 0,
  * which any number of these programs may do at once, and tries the rest on a dataset of its own. */
-#include <hotpot.h>
-#include <stdio.h>
-#include <stdlib.h>
+#include "hotpot_check.h"
+
 #include <string.h>
 #include <unistd.h>
-
-#define CHECK(condition)                                                                            \
-    do {                                                                                            \
-        if (!(condition)) {                                                                         \
-            fprintf(stderr, "line %d: %s: %s (%s)\n", __LINE__, #condition, HP_error(), HP_error_name()); \
-            exit(1);                                                                                \
-        }                                                                                           \
-    } while (0)
 
 static void count_up(struct HP_dataset *shared, int count)
 {

@@ -1,22 +1,13 @@
 /* Programs of libhotpot whose service is killed. `keep`: says "begins", waits for a line (the service has gone by then),
  * and checks what is left of a dataset. `storm`: threads open and close datasets until an error or SIGBUS ends them. */
-#include <hotpot.h>
+#include "hotpot_check.h"
+
 #include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-#define CHECK(condition)                                                                            \
-    do {                                                                                            \
-        if (!(condition)) {                                                                         \
-            fprintf(stderr, "line %d: %s: %s (%s)\n", __LINE__, #condition, HP_error(), HP_error_name()); \
-            exit(1);                                                                                \
-        }                                                                                           \
-    } while (0)
 
 enum { PAGES = 64, PAGE = 4096, THREADS = 4 };
 
